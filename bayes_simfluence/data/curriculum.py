@@ -1,0 +1,257 @@
+"""What a run trains on: makers of curricula and pure edits of them.
+
+A curriculum is an integer array ``(step, slot)`` of indices into ``train``, -1 = empty slot.
+Makers need a PRNG key; edits never change their argument.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from bayes_simfluence.checks import Misuse, keyed, positive_integer, shorten
+from bayes_simfluence.conventions import EMPTY_SLOT, Curriculum
+
+__all__ = [
+    "blocks",
+    "drop",
+    "insert",
+    "keep",
+    "random_subset_epochs",
+    "reorder",
+    "repeat",
+    "replace",
+    "reverse",
+    "shuffled_epochs",
+    "swap",
+    "with_replacement",
+]
+
+Examples = Int[np.ndarray, " example"]
+
+
+def shuffled_epochs(
+    examples: int | Sequence[int] | Examples, *, batch_size: int, epochs: int, key: jax.Array
+) -> Curriculum:
+    """Every example once an epoch, in a new order each epoch.
+
+    ``examples`` are indices, or their number ``n`` for ``0..n-1``. The last batch of an epoch is
+    padded with empty slots when the batch size does not divide the number of examples.
+
+    >>> import jax
+    >>> shuffled_epochs(6, batch_size=4, epochs=1, key=jax.random.key(0)).shape
+    (2, 4)
+    """
+    chosen, size = _examples(examples), positive_integer("batch_size", batch_size)
+    keyed(key)
+    keys = jax.random.split(key, positive_integer("epochs", epochs))
+    orders = [np.asarray(jax.random.permutation(one, chosen)) for one in keys]
+    return np.concatenate([_batches(order, size) for order in orders])
+
+
+def random_subset_epochs(
+    examples: int | Sequence[int] | Examples,
+    *,
+    per_run: int,
+    batch_size: int,
+    epochs: int,
+    key: jax.Array,
+) -> Curriculum:
+    """A random subset of ``per_run`` examples, then shuffled epochs over it (Guu et al. 2023).
+
+    >>> import jax
+    >>> random_subset_epochs(200, per_run=128, batch_size=4, epochs=3, key=jax.random.key(0)).shape
+    (96, 4)
+    """
+    chosen = _examples(examples)
+    if positive_integer("per_run", per_run) > len(chosen):
+        raise Misuse(
+            "per_run",
+            got=per_run,
+            expected=f"at most the {len(chosen)} examples",
+            do="lower per_run or add examples",
+        )
+    keyed(key)
+    pick, order = jax.random.split(key)
+    subset = np.asarray(jax.random.choice(pick, chosen, (per_run,), replace=False))
+    return shuffled_epochs(subset, batch_size=batch_size, epochs=epochs, key=order)
+
+
+def with_replacement(
+    examples: int | Sequence[int] | Examples, *, batch_size: int, steps: int, key: jax.Array
+) -> Curriculum:
+    """Batches of independent draws; an example may repeat within a batch.
+
+    >>> import jax
+    >>> with_replacement(10, batch_size=2, steps=5, key=jax.random.key(0)).shape
+    (5, 2)
+    """
+    keyed(key)
+    shape = (positive_integer("steps", steps), positive_integer("batch_size", batch_size))
+    return np.asarray(jax.random.choice(key, _examples(examples), shape))
+
+
+def blocks(
+    groups: Sequence[Sequence[int] | Examples], *, batch_size: int, epochs: int = 1, key: jax.Array
+) -> Curriculum:
+    """One group after the other (say, class by class), each in ``epochs`` shuffled epochs.
+
+    >>> import jax
+    >>> blocks([[0, 1], [2, 3]], batch_size=2, key=jax.random.key(0)).max(axis=1).tolist()
+    [1, 3]
+    """
+    keyed(key)
+    keys = jax.random.split(key, max(len(groups), 1))
+    parts = [
+        shuffled_epochs(group, batch_size=batch_size, epochs=epochs, key=one)
+        for group, one in zip(groups, keys, strict=False)
+    ]
+    if not parts:
+        raise Misuse("groups", got="none", expected="at least one group", do="pass the groups")
+    return np.concatenate(parts)
+
+
+def drop(batch: Curriculum, examples: Sequence[int] | Examples) -> Curriculum:
+    """Without ``examples``: their slots become empty, the others keep their step.
+
+    >>> drop(np.array([[0, 1], [2, 3]]), [1]).tolist()
+    [[0, -1], [2, 3]]
+    """
+    return np.where(np.isin(batch, _examples(examples)), EMPTY_SLOT, batch)
+
+
+def keep(batch: Curriculum, examples: Sequence[int] | Examples) -> Curriculum:
+    """With ``examples`` only: every other slot becomes empty.
+
+    >>> keep(np.array([[0, 1], [2, 3]]), [1, 2]).tolist()
+    [[-1, 1], [2, -1]]
+    """
+    return np.where(np.isin(batch, _examples(examples)), batch, EMPTY_SLOT)
+
+
+def repeat(batch: Curriculum, times: int) -> Int[np.ndarray, "longer slot"]:
+    """The whole curriculum ``times`` times, one after the other.
+
+    >>> repeat(np.array([[0, 1]]), 2).tolist()
+    [[0, 1], [0, 1]]
+    """
+    return np.tile(batch, (positive_integer("times", times), 1))
+
+
+def insert(
+    batch: Curriculum, at: int, other: Int[np.ndarray, "more fewer"]
+) -> Int[np.ndarray, "longer slot"]:
+    """The steps of ``other`` before step index ``at`` (0 = first; ``len(batch)`` = at the end).
+
+    >>> insert(np.array([[0, 1], [2, 3]]), 1, np.array([[9, -1]])).tolist()
+    [[0, 1], [9, -1], [2, 3]]
+    """
+    if not 0 <= at <= len(batch):
+        raise Misuse(
+            "at", got=at, expected=f"a step index in 0..{len(batch)}", do="pass such an index"
+        )
+    if other.ndim != 2 or other.shape[1] > batch.shape[1]:
+        raise Misuse(
+            "other",
+            got=f"shape {other.shape}",
+            expected=f"(step, slot) with at most {batch.shape[1]} slots",
+            do="split its batches",
+        )
+    free = batch.shape[1] - other.shape[1]
+    padded = np.pad(other, ((0, 0), (0, free)), constant_values=EMPTY_SLOT)
+    return np.concatenate([batch[:at], padded.astype(batch.dtype), batch[at:]])
+
+
+def swap(batch: Curriculum, first: int, second: int) -> Curriculum:
+    """Two steps exchanged.
+
+    >>> swap(np.array([[0], [1], [2]]), 0, 2).tolist()
+    [[2], [1], [0]]
+    """
+    order = np.arange(len(batch))
+    order[[first, second]] = order[[_step(batch, second), _step(batch, first)]]
+    return batch[order]
+
+
+def reorder(batch: Curriculum, order: Sequence[int] | Int[np.ndarray, " step"]) -> Curriculum:
+    """The steps in the given order, a permutation of ``0..T-1``.
+
+    >>> reorder(np.array([[0], [1], [2]]), [1, 2, 0]).tolist()
+    [[1], [2], [0]]
+    """
+    order = np.asarray(order)
+    if not np.array_equal(np.sort(order), np.arange(len(batch))):
+        raise Misuse(
+            "order",
+            got=shorten(order),
+            expected=f"a permutation of 0..{len(batch) - 1}",
+            do="name every step once",
+        )
+    return batch[order]
+
+
+def reverse(batch: Curriculum) -> Curriculum:
+    """The last step first.
+
+    >>> reverse(np.array([[0], [1], [2]])).tolist()
+    [[2], [1], [0]]
+    """
+    return batch[::-1].copy()
+
+
+def replace(batch: Curriculum, new: Mapping[int, int]) -> Curriculum:
+    """Examples exchanged for others wherever they occur, all at once.
+
+    >>> replace(np.array([[0, 1], [1, 2]]), {1: 2, 2: 1}).tolist()
+    [[0, 2], [2, 1]]
+    """
+    before, after = _examples(list(new.keys())), _examples(list(new.values()))
+    edited = batch.copy()
+    for old, other in zip(before, after, strict=True):
+        edited[batch == old] = other
+    return edited
+
+
+def exposures(batch: Curriculum, train: int) -> Float[np.ndarray, "step train"]:
+    """Occurrences of each example in a batch over the examples in it; an empty batch is all zero.
+
+    This is the weight of an example's gradient under mean reduction.
+
+    >>> exposures(np.array([[0, 0, 1, -1], [-1, -1, -1, -1]]), 2).round(2).tolist()
+    [[0.67, 0.33], [0.0, 0.0]]
+    """
+    counts = np.zeros((len(batch), train))
+    steps, slots = np.nonzero(batch != EMPTY_SLOT)
+    np.add.at(counts, (steps, batch[steps, slots]), 1.0)
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
+
+
+def _examples(examples: int | Sequence[int] | Examples) -> Examples:
+    chosen = np.arange(examples) if isinstance(examples, int) else np.asarray(examples)
+    if chosen.ndim != 1 or len(chosen) == 0 or not np.issubdtype(chosen.dtype, np.integer):
+        raise Misuse(
+            "examples",
+            got=f"{chosen.dtype} of shape {chosen.shape}",
+            expected="at least one index of an example",
+            do="pass their number or a list of indices",
+        )
+    if chosen.min() < 0:
+        raise Misuse(
+            "examples", got=int(chosen.min()), expected="indices >= 0", do="leave -1 to empty slots"
+        )
+    return chosen
+
+
+def _step(batch: Curriculum, step: int) -> int:
+    if not 0 <= step < len(batch):
+        raise Misuse(
+            "step", got=step, expected=f"an index in 0..{len(batch) - 1}", do="pass such an index"
+        )
+    return step
+
+
+def _batches(order: Examples, size: int) -> Curriculum:
+    padded = np.full(-(-len(order) // size) * size, EMPTY_SLOT, dtype=np.int32)
+    padded[: len(order)] = order
+    return padded.reshape(-1, size)

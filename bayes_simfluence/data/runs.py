@@ -1,0 +1,330 @@
+"""Recorded runs as one ``xarray.Dataset``: how they are made, checked, and what they cannot tell."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from warnings import warn
+
+import numpy as np
+import xarray as xr
+
+from bayes_simfluence.checks import Misuse, RunsWarning, shorten
+from bayes_simfluence.conventions import (
+    COMPLETE,
+    DIVERGED,
+    EMPTY_SLOT,
+    OPTIONAL,
+    SCHEMA_VERSION,
+    UNRECORDED,
+    VARIABLES,
+    Curricula,
+)
+
+__all__ = [
+    "Identifiability",
+    "identifiability",
+    "run_statuses",
+    "runs_from_arrays",
+    "usable_runs",
+    "validate_runs",
+]
+
+Ids = Sequence[Any] | np.ndarray
+
+
+def runs_from_arrays(
+    *,
+    batch: Any,
+    loss: Any,
+    step_size: Any = None,
+    train_ids: Ids | None = None,
+    query_ids: Ids | None = None,
+    run_ids: Ids | None = None,
+    train_feature: Any = None,
+    query_feature: Any = None,
+    attrs: Mapping[str, Any] | None = None,
+    keep_diverged: bool = False,
+) -> xr.Dataset:
+    """Recorded runs from plain arrays, validated.
+
+    Args:
+        batch: indices into ``train``, ``(run, step, slot)``, -1 = empty slot.
+        loss: nats, ``(run, time, query)`` with one more time than steps; time 0 is before any
+            update.
+        step_size: learning rate of each step, ``(run, step)`` or ``(step,)`` for all runs.
+        train_ids, query_ids, run_ids: stable ids; positions when omitted.
+        train_feature, query_feature: gradient features ``(train, feature)`` and
+            ``(query, feature)``, as made by ``recording.features``; the default model's prior
+            uses them.
+        attrs: provenance (model, optimizer, ...), kept with the runs.
+        keep_diverged: mark runs with a NaN or infinite loss as diverged (fits leave them out)
+            instead of refusing them.
+
+    Raises:
+        Misuse: shapes that do not fit, runs of different length, indices out of range, a loss
+            that is not finite.
+
+    >>> runs = runs_from_arrays(batch=[[[0, 1], [1, -1]]], loss=[[[0.7], [0.6], [0.5]]])
+    >>> dict(runs.sizes)
+    {'run': 1, 'step': 2, 'slot': 2, 'time': 3, 'query': 1, 'train': 2}
+    """
+    batch = _rectangular("batch", batch, 3, np.int32)
+    loss = _rectangular("loss", loss, 3, None)
+    runs, steps, _ = batch.shape
+    if loss.shape[:2] != (runs, steps + 1):
+        raise Misuse(
+            "loss",
+            got=f"shape {loss.shape}",
+            expected=f"({runs} runs, {steps + 1} times, queries), one time more than steps",
+            do="record the loss before the first update too",
+        )
+    if train_ids is None:
+        train_ids = np.arange(max(int(batch.max()) + 1, 1))
+    variables = {
+        "batch": batch,
+        "loss": loss,
+        "status": run_statuses(loss) if keep_diverged else np.full(runs, COMPLETE, np.int8),
+    }
+    if step_size is not None:
+        sizes = np.asarray(step_size, dtype=np.float32)
+        variables["step_size"] = np.broadcast_to(sizes, (runs, steps)).copy()
+    for name, feature in (("train_feature", train_feature), ("query_feature", query_feature)):
+        if feature is not None:
+            variables[name] = np.asarray(feature, dtype=np.float32)
+    dataset = xr.Dataset(
+        {name: (VARIABLES[name][0], value) for name, value in variables.items()},
+        coords={
+            "run": _ids(run_ids, runs),
+            "step": np.arange(1, steps + 1),
+            "time": np.arange(steps + 1),
+            "train": _ids(train_ids, len(train_ids)),
+            "query": _ids(query_ids, loss.shape[2]),
+        },
+        attrs={"schema_version": SCHEMA_VERSION, **dict(attrs or {})},
+    )
+    for name in variables:
+        dataset[name].attrs.update(VARIABLES[name][1])
+    return validate_runs(dataset)
+
+
+def run_statuses(loss: np.ndarray) -> np.ndarray:
+    """``COMPLETE`` or ``DIVERGED`` for each run of ``loss (run, time, query)``."""
+    finite = np.isfinite(loss).all(axis=(1, 2))
+    return np.where(finite, COMPLETE, DIVERGED).astype(np.int8)
+
+
+def validate_runs(runs: xr.Dataset) -> xr.Dataset:
+    """``runs`` itself when it follows the schema of ``conventions``; checked once, at the door.
+
+    Raises:
+        Misuse: a variable, dimension or id is missing, repeated, out of range or not finite.
+    """
+    if not isinstance(runs, xr.Dataset):
+        raise Misuse(
+            "runs",
+            got=type(runs).__name__,
+            expected="an xarray.Dataset of recorded runs",
+            do="make one with runs_from_arrays(...) or open_runs(...)",
+        )
+    version = runs.attrs.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise Misuse(
+            "runs.attrs['schema_version']",
+            got=version,
+            expected=str(SCHEMA_VERSION),
+            do="record again or rebuild the dataset with runs_from_arrays(...)",
+        )
+    for name in ("batch", "loss", "status"):
+        _present(runs, name)
+    for name in OPTIONAL:
+        if name in runs:
+            _present(runs, name)
+    for name in ("run", "train", "query", "step", "time"):
+        _coordinate(runs, name)
+    if runs.sizes["time"] != runs.sizes["step"] + 1:
+        raise Misuse(
+            "runs",
+            got=f"{runs.sizes['step']} steps and {runs.sizes['time']} times",
+            expected="one time more than steps",
+            do="slice step and time together",
+        )
+    _indices_in_range(runs)
+    _finite_where_complete(runs)
+    return runs
+
+
+def usable_runs(runs: xr.Dataset) -> xr.Dataset:
+    """The completely recorded, finite runs of a valid dataset; warns of those left out.
+
+    Raises:
+        Misuse: none is usable.
+    """
+    status = validate_runs(runs)["status"].values
+    for code, word in ((DIVERGED, "diverged to a non-finite loss"), (UNRECORDED, "not recorded")):
+        left = runs["run"].values[status == code]
+        if len(left):
+            warn(f"{len(left)} runs left out, {word}: {shorten(left)}", RunsWarning, stacklevel=3)
+    usable = runs.isel(run=np.flatnonzero(status == COMPLETE))
+    if usable.sizes["run"] == 0:
+        raise Misuse("runs", got="no usable run", expected="at least one", do="record more runs")
+    return usable
+
+
+@dataclass(frozen=True)
+class Identifiability:
+    """What the curricula of some runs cannot tell apart.
+
+    Attributes:
+        duplicate_runs: groups of run ids with the same curriculum (their spread is pure noise).
+        never_seen: ids of training examples in no batch (their effect is the prior's).
+        always_together: groups of ids with the same exposure at every step (only their sum shows).
+    """
+
+    duplicate_runs: tuple[tuple[str, ...], ...]
+    never_seen: tuple[str, ...]
+    always_together: tuple[tuple[str, ...], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.duplicate_runs or self.never_seen or self.always_together)
+
+    def sentences(self) -> tuple[str, ...]:
+        """One sentence for each kind of finding, none when all is well."""
+        said = []
+        if self.duplicate_runs:
+            groups = shorten("=".join(group) for group in self.duplicate_runs)
+            said.append(f"runs with the same curriculum: {groups}")
+        if self.never_seen:
+            said.append(
+                f"{len(self.never_seen)} examples never trained on, their effects are the prior's: "
+                + shorten(self.never_seen)
+            )
+        if self.always_together:
+            groups = shorten("+".join(group) for group in self.always_together)
+            said.append(f"examples always together, only their sum is identified: {groups}")
+        return tuple(said)
+
+
+def identifiability(runs: xr.Dataset) -> Identifiability:
+    """Duplicate runs, never-seen examples and always-together examples of valid ``runs``.
+
+    >>> found = identifiability(runs_from_arrays(
+    ...     batch=[[[0, 1]], [[0, 1]]], loss=[[[1.0], [0.9]], [[1.0], [0.8]]], train_ids=list("abc")))
+    >>> found.never_seen, found.always_together, found.duplicate_runs
+    (('c',), (('a', 'b'),), (('0', '1'),))
+    """
+    batch = runs["batch"].values
+    train = runs["train"].values.astype(str)
+    shares = _share_keys(batch, len(train))
+    never = tuple(train[[not share for share in shares]].tolist())
+    seen = [(share, name) for share, name in zip(shares, train, strict=True) if share]
+    curricula = np.sort(batch, axis=2)
+    named = zip((one.tobytes() for one in curricula), runs["run"].values.astype(str), strict=True)
+    return Identifiability(_groups(named), never, _groups(seen))
+
+
+def _share_keys(batch: Curricula, train: int) -> list[tuple[tuple[int, int], ...]]:
+    """For each example, the (flat step, count) pairs at which it occurs."""
+    occurrences: list[dict[int, int]] = [{} for _ in range(train)]
+    for position, members in enumerate(batch.reshape(-1, batch.shape[-1])):
+        for example in members[members != EMPTY_SLOT]:
+            at = occurrences[int(example)]
+            at[position] = at.get(position, 0) + 1
+    return [tuple(one.items()) for one in occurrences]
+
+
+def _groups(pairs: Any) -> tuple[tuple[str, ...], ...]:
+    members: dict[Any, list[str]] = {}
+    for key, name in pairs:
+        members.setdefault(key, []).append(str(name))
+    return tuple(tuple(names) for names in members.values() if len(names) > 1)
+
+
+def _rectangular(name: str, value: Any, ndim: int, dtype: Any) -> np.ndarray:
+    dims = ", ".join(VARIABLES[name][0])
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        array = np.asarray([], dtype=object)
+    if array.dtype == object:
+        raise Misuse(
+            name,
+            got="runs of different length",
+            expected=f"one rectangular array ({dims})",
+            do="pad batches with -1 and cut all runs to the same number of steps",
+        )
+    if array.ndim != ndim or 0 in array.shape:
+        raise Misuse(
+            name, got=f"shape {array.shape}", expected=f"({dims}), none empty", do="reshape it"
+        )
+    if dtype is np.int32 and not np.issubdtype(array.dtype, np.integer):
+        raise Misuse(name, got=f"{array.dtype}", expected="integers", do="pass indices into train")
+    if dtype is None and not np.issubdtype(array.dtype, np.floating):
+        raise Misuse(name, got=f"{array.dtype}", expected="floats", do="pass losses in nats")
+    return array.astype(dtype) if dtype is not None else array
+
+
+def _ids(ids: Ids | None, size: int) -> np.ndarray:
+    if ids is None:
+        return np.arange(size)
+    if len(ids) != size:
+        raise Misuse("ids", got=f"{len(ids)} ids", expected=f"{size}", do="name every item once")
+    return np.asarray(ids)
+
+
+def _present(runs: xr.Dataset, name: str) -> None:
+    dims = VARIABLES[name][0]
+    if name not in runs or runs[name].dims != dims:
+        got = f"dimensions {runs[name].dims}" if name in runs else "no such variable"
+        raise Misuse(
+            f"runs['{name}']", got=got, expected=f"dimensions {dims}", do="see conventions"
+        )
+
+
+def _coordinate(runs: xr.Dataset, name: str) -> None:
+    if name not in runs.coords:
+        raise Misuse(
+            f"runs['{name}']", got="no coordinate", expected="ids as coordinate", do="add the ids"
+        )
+    ids, counts = np.unique(runs[name].values.astype(str), return_counts=True)
+    if (counts > 1).any():
+        raise Misuse(
+            f"runs['{name}']",
+            got=f"repeated ids {shorten(ids[counts > 1])}",
+            expected="each id once",
+            do="rename them, or select each run once",
+        )
+
+
+def _indices_in_range(runs: xr.Dataset) -> None:
+    batch, train = runs["batch"].values, runs.sizes["train"]
+    bad = (batch < EMPTY_SLOT) | (batch >= train)
+    if bad.any():
+        run, step, _ = np.argwhere(bad)[0]
+        raise Misuse(
+            "runs['batch']",
+            got=f"index {batch[bad][0]} in run {runs['run'].values[run]}, step {step + 1}",
+            expected=f"-1 or 0..{train - 1}",
+            do="check the indices and train_ids",
+        )
+
+
+def _finite_where_complete(runs: xr.Dataset) -> None:
+    for name in ("train_feature", "query_feature"):
+        if name in runs and not np.isfinite(runs[name].values).all():
+            raise Misuse(
+                f"runs['{name}']",
+                got="values that are not finite",
+                expected="finite features",
+                do=f"make the features again, or drop them with runs.drop_vars('{name}')",
+            )
+    complete = runs["status"].values == COMPLETE
+    bad = ~np.isfinite(runs["loss"].values) & complete[:, None, None]
+    if bad.any():
+        run, time, query = np.argwhere(bad)[0]
+        raise Misuse(
+            "runs['loss']",
+            got=f"{runs['loss'].values[bad][0]} in run {runs['run'].values[run]}, time {time}, "
+            f"query {runs['query'].values[query]}",
+            expected="finite losses in every run of status complete",
+            do="leave the run out, or keep it marked with keep_diverged=True",
+        )

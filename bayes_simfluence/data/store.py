@@ -1,0 +1,256 @@
+"""Runs on disk: Zarr v3 (one chunk a run, so that runs are written one by one) and netCDF.
+
+A new store appears under its name only when it is whole. A finished run is its chunks first and
+its ``status`` last, each file replaced atomically: a killed writer leaves the run unrecorded.
+"""
+
+import warnings
+from collections.abc import Mapping
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from jaxtyping import Float
+
+from bayes_simfluence.checks import Misuse, WorkFailed
+from bayes_simfluence.conventions import (
+    OPTIONAL,
+    SCHEMA_VERSION,
+    UNRECORDED,
+    VARIABLES,
+    Curricula,
+    Trajectory,
+)
+from bayes_simfluence.data.runs import Ids, run_statuses, validate_runs
+from bayes_simfluence.files import PathLike, atomically, first_line, new_path, old_path
+
+__all__ = [
+    "append_runs",
+    "create_store",
+    "example_runs",
+    "export_netcdf",
+    "open_runs",
+    "open_store",
+    "save_runs",
+    "write_run",
+]
+
+
+def save_runs(runs: xr.Dataset, path: PathLike, *, overwrite: bool = False) -> Path:
+    """Write valid ``runs`` as a Zarr store at ``path``, all or nothing.
+
+    Raises:
+        Misuse: invalid runs, a store that exists and ``overwrite`` is not set, a folder that
+            cannot be written to.
+    """
+    validate_runs(runs)
+    return _write_store(runs, new_path(path, overwrite=overwrite))
+
+
+def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
+    """Add ``runs`` to the store at ``path``; the same examples and queries, new run ids.
+
+    Raises:
+        Misuse: other ids or steps than the store's, or run ids that it holds already.
+    """
+    stored, runs = open_store(path), validate_runs(runs)
+    for name in ("train", "query", "step", "slot"):
+        if not _same(stored, runs, name):
+            raise Misuse(
+                f"runs['{name}']",
+                got="other values than the store's",
+                expected=f"the same {name} as in {path}",
+                do="save these runs to a store of their own",
+            )
+    for name in OPTIONAL:
+        if (name in stored) != (name in runs):
+            raise Misuse(
+                name,
+                got="recorded in only one of the two",
+                expected="both or neither",
+                do=f"drop it with runs.drop_vars('{name}') or record it",
+            )
+        if (
+            name in stored
+            and "run" not in stored[name].dims
+            and not stored[name].equals(runs[name])
+        ):
+            raise Misuse(
+                name,
+                got="other values than the store's",
+                expected="the same for all runs of a store",
+                do=f"take it from the store: runs.assign({name}=stored['{name}'])",
+            )
+    both = xr.concat([stored, runs], dim="run", data_vars="minimal", coords="minimal", join="exact")
+    return _write_store(validate_runs(both.assign_attrs(stored.attrs)), Path(path))
+
+
+def open_runs(path: PathLike) -> xr.Dataset:
+    """The finished runs of a Zarr store or netCDF file, in memory and validated.
+
+    Runs that ``record`` has not finished are left out, with a warning that says how many.
+
+    Raises:
+        Misuse: no store there, one that cannot be read, or one of another schema version.
+    """
+    runs = open_store(path)
+    recorded = runs["status"].values != UNRECORDED
+    if not recorded.all():
+        warnings.warn(
+            f"{path}: {recorded.sum()} of {len(recorded)} runs recorded so far; "
+            "record again with resume to finish it",
+            stacklevel=2,
+        )
+    return runs.isel(run=np.flatnonzero(recorded))
+
+
+def open_store(path: PathLike) -> xr.Dataset:
+    """All runs of a store, also those not recorded yet (status 0, losses NaN)."""
+    path = Path(path)
+    if not path.exists():
+        aside = old_path(path)
+        raise Misuse(
+            str(path),
+            got="nothing there",
+            expected="a store of recorded runs",
+            do=f"rename {aside} back to it, a replacement was interrupted"
+            if aside.exists()
+            else "check the path, or record runs into it",
+        )
+    try:
+        runs = _read(path)
+    except Exception as error:
+        raise Misuse(
+            str(path),
+            got=f"a file or folder that cannot be read ({first_line(error)})",
+            expected="a Zarr v3 store or netCDF file of recorded runs",
+            do="record again or restore the store from a copy",
+        ) from error
+    return validate_runs(runs)
+
+
+def export_netcdf(runs: xr.Dataset, path: PathLike, *, overwrite: bool = False) -> Path:
+    """Write valid ``runs`` as one compressed netCDF-4 file; ``open_runs`` reads it back."""
+    validate_runs(runs)
+    path = new_path(path, overwrite=overwrite)
+    packed = {name: {"zlib": True, "complevel": 9, "shuffle": True} for name in runs.data_vars}
+    encoding = {name: one for name, one in packed.items() if runs[name].ndim > 0}
+    with atomically(path) as partial:
+        runs.to_netcdf(partial, engine="h5netcdf", encoding=encoding)
+    return path
+
+
+def example_runs() -> xr.Dataset:
+    """32 recorded runs of MiniLM on SST-2 that ship with the package (ids and losses, no text).
+
+    The standard protocol: each run 128 of 200 examples, batch 4, 3 epochs (96 steps), AdamW with
+    linear decay, 50 queries; ``docs/recording.md`` has the command that recorded them.
+
+    >>> example_runs().sizes["run"]
+    32
+    """
+    resource = files("bayes_simfluence.data") / "example_runs.nc"
+    with as_file(resource) as path:
+        return open_runs(path)
+
+
+def create_store(
+    path: PathLike,
+    *,
+    curricula: Curricula,
+    train_ids: Ids,
+    query_ids: Ids,
+    attrs: Mapping[str, Any],
+    features: Mapping[str, np.ndarray] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """A store with the curricula (and features) of runs that are still to be recorded."""
+    runs, steps, _ = curricula.shape
+    values = {
+        "batch": curricula.astype(np.int32),
+        "loss": np.full((runs, steps + 1, len(query_ids)), np.nan, np.float32),
+        "step_size": np.full((runs, steps), np.nan, np.float32),
+        "status": np.full(runs, UNRECORDED, np.int8),
+        **dict(features or {}),
+    }
+    dataset = xr.Dataset(
+        {name: (VARIABLES[name][0], value, VARIABLES[name][1]) for name, value in values.items()},
+        coords={
+            "run": np.arange(runs),
+            "step": np.arange(1, steps + 1),
+            "time": np.arange(steps + 1),
+            "train": np.asarray(train_ids),
+            "query": np.asarray(query_ids),
+        },
+        attrs={"schema_version": SCHEMA_VERSION, **attrs},
+    )
+    return _write_store(validate_runs(dataset), new_path(path, overwrite=overwrite))
+
+
+def write_run(
+    path: PathLike, run: int, loss: Trajectory, step_size: Float[np.ndarray, " step"]
+) -> None:
+    """Write one finished run of a store made by ``create_store``; its status goes last."""
+    _sweep(Path(path), run)
+    try:
+        group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+        group["loss"][run] = loss
+        group["step_size"][run] = step_size
+        group["status"][run] = run_statuses(loss[None])[0]
+    except OSError as error:
+        raise WorkFailed(
+            f"run {run} could not be written to {path} ({first_line(error)}); the runs before it "
+            "are safe, make room and record again with resume"
+        ) from error
+
+
+def _read(path: Path) -> xr.Dataset:
+    if path.is_dir():
+        opened = xr.open_zarr(path, chunks=None, consolidated=True)
+    else:
+        opened = xr.open_dataset(path, engine="h5netcdf")
+    with opened:
+        runs = opened.load()
+    texts = [name for name in runs.coords if runs[name].dtype.kind in "OT"]
+    plain = {name: (name, np.array(runs[name].values.tolist(), dtype=str)) for name in texts}
+    runs = runs.assign_coords(plain)
+    for name in runs.variables:
+        runs[name].encoding = {}
+    return runs
+
+
+def _write_store(runs: xr.Dataset, path: Path) -> Path:
+    # Zarr has no specification for fixed-width text yet; variable-length text it has.
+    texts = {
+        name: runs[name].astype(object) for name in runs.coords if runs[name].dtype.kind == "U"
+    }
+    runs = runs.assign_coords(texts)
+    chunks = {
+        name: {"chunks": (1, *variable.shape[1:])}
+        for name, variable in runs.data_vars.items()
+        if variable.dims[0] == "run"
+    }
+    with atomically(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        runs.to_zarr(partial, zarr_format=3, consolidated=True, encoding=chunks)
+    return path
+
+
+def _sweep(path: Path, run: int) -> None:
+    """Remove what a killed writer of this run left behind."""
+    for name in ("loss", "step_size", "status"):
+        for partial in (path / name / "c" / str(run)).glob("**/*.partial"):
+            partial.unlink()
+        for partial in (path / name / "c").glob(f"{run}.*.partial"):
+            partial.unlink()
+
+
+def _same(stored: xr.Dataset, runs: xr.Dataset, name: str) -> bool:
+    if stored.sizes[name] != runs.sizes[name]:
+        return False
+    return name == "slot" or bool(
+        (stored[name].values.astype(str) == runs[name].values.astype(str)).all()
+    )

@@ -1,0 +1,125 @@
+"""Makers keep their promises for every size; edits are pure and do what they say."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.data import curriculum as c
+
+sizes = st.integers(1, 12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(examples=sizes, batch_size=sizes, epochs=st.integers(1, 3), seed=st.integers(0, 99))
+def test_each_epoch_holds_every_example_once(examples, batch_size, epochs, seed):
+    batch = c.shuffled_epochs(
+        examples, batch_size=batch_size, epochs=epochs, key=jax.random.key(seed)
+    )
+    steps = -(-examples // batch_size)
+    assert batch.shape == (steps * epochs, batch_size)
+    for epoch in batch.reshape(epochs, -1):
+        assert sorted(epoch[epoch >= 0]) == list(range(examples))
+
+
+def test_epochs_differ_in_order_and_keys_decide(key):
+    batch = c.shuffled_epochs(20, batch_size=4, epochs=2, key=key)
+    assert not np.array_equal(batch[:5], batch[5:])
+    assert np.array_equal(batch, c.shuffled_epochs(20, batch_size=4, epochs=2, key=key))
+    other = c.shuffled_epochs(20, batch_size=4, epochs=2, key=jax.random.key(1))
+    assert not np.array_equal(batch, other)
+
+
+def test_a_random_subset_is_trained_on_alone(key):
+    batch = c.random_subset_epochs(200, per_run=128, batch_size=4, epochs=3, key=key)
+    assert batch.shape == (96, 4)
+    values, counts = np.unique(batch, return_counts=True)
+    assert len(values) == 128 and (counts == 3).all() and values.max() < 200
+
+
+def test_with_replacement_covers_the_examples_evenly(key):
+    batch = c.with_replacement(10, batch_size=8, steps=1000, key=key)
+    counts = np.bincount(batch.ravel(), minlength=10)
+    # 8000 draws over 10 cells: chi-square with 9 degrees of freedom, false alarms 1e-4.
+    assert ((counts - 800) ** 2 / 800).sum() < 33.7
+
+
+def test_blocks_follow_one_another(key):
+    batch = c.blocks([[0, 1, 2], [3, 4]], batch_size=2, epochs=2, key=key)
+    assert set(batch[:4].ravel()) == {0, 1, 2, -1} and set(batch[4:].ravel()) == {3, 4}
+
+
+curricula = st.lists(st.lists(st.integers(-1, 6), min_size=3, max_size=3), min_size=1, max_size=6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=curricula, chosen=st.lists(st.integers(0, 6), min_size=1, max_size=4))
+def test_drop_and_keep_split_a_curriculum_between_them(rows, chosen):
+    batch = np.array(rows)
+    before = batch.copy()
+    dropped, kept = c.drop(batch, chosen), c.keep(batch, chosen)
+    assert not np.isin(dropped, chosen).any()
+    assert np.isin(kept[kept >= 0], chosen).all()
+    assert np.array_equal(np.maximum(dropped, kept), batch)
+    assert np.array_equal(batch, before)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=curricula, seed=st.integers(0, 99))
+def test_edits_that_undo_one_another(rows, seed):
+    batch = np.array(rows)
+    order = np.random.default_rng(seed).permutation(len(batch))
+    assert np.array_equal(c.reverse(c.reverse(batch)), batch)
+    assert np.array_equal(c.reorder(c.reorder(batch, order), np.argsort(order)), batch)
+    assert np.array_equal(c.swap(c.swap(batch, 0, len(batch) - 1), 0, len(batch) - 1), batch)
+    there = c.replace(batch, {1: 2, 2: 1})
+    assert np.array_equal(c.replace(there, {1: 2, 2: 1}), batch)
+    assert np.array_equal(c.repeat(batch, 3)[len(batch) : 2 * len(batch)], batch)
+
+
+def test_insert_pads_smaller_batches_and_keeps_the_rest():
+    batch = np.arange(6).reshape(3, 2)
+    longer = c.insert(batch, 1, np.array([[9]]))
+    assert longer.tolist() == [[0, 1], [9, -1], [2, 3], [4, 5]]
+    assert c.insert(batch, 3, np.array([[9, 8]]))[-1].tolist() == [9, 8]
+
+
+def test_swapping_equal_steps_is_nothing_and_swap_is_symmetric():
+    batch = np.arange(6).reshape(3, 2)
+    assert np.array_equal(c.swap(batch, 1, 1), batch)
+    assert np.array_equal(c.swap(batch, 0, 2), c.swap(batch, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda k: c.shuffled_epochs(0, batch_size=1, epochs=1, key=k), "at least one index"),
+        (lambda k: c.shuffled_epochs([-1], batch_size=1, epochs=1, key=k), "leave -1 to empty"),
+        (lambda k: c.shuffled_epochs(3, batch_size=0, epochs=1, key=k), "batch_size.*>= 1"),
+        (lambda k: c.random_subset_epochs(3, per_run=4, batch_size=1, epochs=1, key=k), "per_run"),
+        (lambda k: c.blocks([], batch_size=1, key=k), "at least one group"),
+        (lambda k: c.swap(np.zeros((2, 1), int), 0, 2), "index in 0..1"),
+        (lambda k: c.reorder(np.zeros((2, 1), int), [0, 0]), "permutation"),
+        (lambda k: c.insert(np.zeros((2, 1), int), 3, np.zeros((1, 1), int)), "step index in 0..2"),
+        (lambda k: c.insert(np.zeros((2, 1), int), 0, np.zeros((1, 2), int)), "at most 1 slots"),
+    ],
+)
+def test_misuse_says_what_to_do(call, match, key):
+    with pytest.raises(Misuse, match=match):
+        call(key)
+
+
+def test_an_integer_is_not_a_key():
+    with pytest.raises(Misuse, match=r"jax\.random\.key"):
+        c.keyed(0)
+
+
+def test_exposures_are_the_weights_of_a_mean(rng):
+    batch = rng.integers(-1, 5, (7, 4))
+    shares = c.exposures(batch, 5)
+    for step, members in zip(shares, batch, strict=True):
+        filled = members[members >= 0]
+        expected = [np.mean(filled == one) if len(filled) else 0.0 for one in range(5)]
+        assert step == pytest.approx(expected)
