@@ -1,0 +1,82 @@
+"""The settings of a recording from text files: one dataclass for Python, command line and YAML."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from bayes_simfluence.checks import Misuse, choice_of, count_of, positive_integer, positive_number
+
+__all__ = ["RecordConfig"]
+
+
+def _say(help: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """Everything that decides what is recorded; saved beside the store."""
+
+    checkpoint: str = _say("checkpoint folder, hub name, or 'minilm'", "minilm")
+    train: str = _say("training examples, JSON lines", "train.jsonl")
+    query: str = _say("query examples, JSON lines", "query.jsonl")
+    text_field: str = _say("field of the text", "text")
+    pair_field: str = _say("field of a second text, none when empty", "")
+    label_field: str = _say("field of the label", "label")
+    id_field: str = _say("field of the id; the line number where it is absent", "id")
+    examples: int = _say("training examples drawn from the file", 200)
+    queries: int = _say("queries drawn from the file", 50)
+    runs: int = _say("runs to record", 32)
+    per_run: int = _say("examples in each run's random subset", 128)
+    batch_size: int = _say("examples in a step", 4)
+    epochs: int = _say("passes over the subset", 3)
+    optimizer: Literal["adamw", "adam", "sgd"] = _say("update rule", "adamw")
+    learning_rate: float = _say("highest step size", 2e-5)
+    schedule: Literal["linear", "cosine", "constant"] = _say("decay of the step size", "linear")
+    warmup_steps: int = _say("steps of linear warm-up", 0)
+    weight_decay: float = _say("decoupled weight decay (adamw)", 0.01)
+    momentum: float = _say("momentum (sgd)", 0.0)
+    pooling: Literal["mean", "cls", "pooler"] = _say("how a sequence becomes one vector", "mean")
+    max_tokens: int = _say("longer texts are cut to this many tokens", 128)
+    features: int = _say("gradient features kept for the prior, 0 = none", 16)
+    seed: int = _say("decides examples, queries, head and curricula", 0)
+    parallel: int = _say("runs trained at once by vmap", 1)
+
+    def validate(self) -> "RecordConfig":
+        """The settings themselves when each is possible.
+
+        Raises:
+            Misuse: the first one that is not.
+        """
+        for name in ("examples", "queries", "runs", "per_run", "batch_size", "epochs"):
+            positive_integer(name, getattr(self, name))
+        for name in ("max_tokens", "parallel"):
+            positive_integer(name, getattr(self, name))
+        for name in ("features", "warmup_steps", "seed"):
+            count_of(name, getattr(self, name))
+        positive_number("learning_rate", self.learning_rate)
+        choice_of("optimizer", self.optimizer, ["adamw", "adam", "sgd"])
+        choice_of("schedule", self.schedule, ["linear", "cosine", "constant"])
+        choice_of("pooling", self.pooling, ["mean", "cls", "pooler"])
+        for small, large in (("per_run", "examples"), ("batch_size", "per_run")):
+            if getattr(self, small) > getattr(self, large):
+                raise Misuse(
+                    small,
+                    got=getattr(self, small),
+                    expected=f"at most {large} = {getattr(self, large)}",
+                    do=f"lower {small} or raise {large}",
+                )
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer updates in a run."""
+        return -(-self.per_run // self.batch_size) * self.epochs
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for YAML and for the store's attributes."""
+        return asdict(self)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The settings' names, in order."""
+        return [one.name for one in fields(cls)]

@@ -1,0 +1,111 @@
+"""Gradient features: low-rank coordinates of every example's loss gradient at the initial weights.
+
+Inner products of these features approximate those of the gradients, hence what one SGD step on a
+training example does to a query's loss (TracIn with one checkpoint: Pruthi et al. 2020, eq. 1).
+They are what a prior can know of an example before any run: examples with alike gradients have
+alike effects. Each gradient is compressed by random signs and folding (a count sketch: Charikar
+et al. 2002) as it is made, so memory holds one gradient at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from bayes_simfluence.checks import keyed, positive_integer
+from bayes_simfluence.progress import Meter
+from bayes_simfluence.recording.task import Task
+
+__all__ = ["Features", "gradient_features"]
+
+PIECE = 25
+"""Examples between two words of progress."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Gradient features of a task's examples.
+
+    Attributes:
+        train: of the training examples, mean squared norm 1.
+        query: of the queries, in the same coordinates and scale.
+        kept: share of the training gradients' squared norm that the coordinates hold, in (0, 1].
+    """
+
+    train: Float[np.ndarray, "train feature"]
+    query: Float[np.ndarray, "query feature"]
+    kept: float
+
+
+def gradient_features(
+    task: Task,
+    *,
+    rank: int = 16,
+    sketch: int = 2048,
+    key: jax.Array,
+    meter: Meter | None = None,
+) -> Features:
+    """The leading ``rank`` coordinates of the examples' loss gradients.
+
+    Args:
+        task: the examples, their loss and the initial weights.
+        rank: coordinates kept (at most the number of training examples).
+        sketch: length of a compressed gradient; an inner product of two gradients is then off by
+            about ``1 / sqrt(sketch)`` of the product of their norms.
+        key: decides the random signs.
+        meter: told of every few examples.
+    """
+    keyed(key)
+    rank = min(positive_integer("rank", rank), len(task.train_ids))
+    length = positive_integer("sketch", sketch)
+
+    def one(example: PyTree) -> Float[Array, " sketch"]:
+        return _sketched(jax.grad(task.loss)(task.params, example), length, key)
+
+    sketches = jax.jit(lambda examples: jax.lax.map(one, examples))
+    train, query = (
+        _in_pieces(sketches, part, len(ids), meter)
+        for part, ids in ((task.train, task.train_ids), (task.query, task.query_ids))
+    )
+    values, vectors = np.linalg.eigh(train @ train.T)
+    values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+    scale = np.sqrt(max(values.sum() / len(train), np.finfo(float).tiny))
+    # train = vectors sqrt(values) right^T: coordinates along right, for queries too.
+    roots = np.sqrt(np.maximum(values[:rank], np.finfo(float).tiny))
+    right = train.T @ vectors[:, :rank] / roots
+    return Features(
+        train=(train @ right / scale).astype(np.float32),
+        query=(query @ right / scale).astype(np.float32),
+        kept=float(values[:rank].sum() / max(values.sum(), np.finfo(float).tiny)),
+    )
+
+
+def _in_pieces(
+    sketches: Callable[[PyTree], Array], examples: PyTree, size: int, meter: Meter | None
+) -> Float[np.ndarray, "example sketch"]:
+    # Pieces of one size, so that one compiled program serves all: the last one overlaps.
+    piece = min(PIECE, size)
+    starts = [min(start, size - piece) for start in range(0, size, piece)]
+    found = np.zeros((size, 0))
+    for start in starts:
+        some = jax.tree.map(lambda leaf, at=start: leaf[at : at + piece], examples)
+        values = np.asarray(sketches(some), np.float64)
+        found = found if found.size else np.zeros((size, values.shape[1]))
+        found[start : start + piece] = values
+        if meter is not None:
+            meter.advance(min(piece, size - start))
+    return found
+
+
+def _sketched(gradient: PyTree, length: int, key: jax.Array) -> Float[Array, " sketch"]:
+    leaves = jax.tree.leaves(gradient)
+    keys = jax.random.split(key, len(leaves))
+    folded = jnp.zeros(length)
+    for leaf, one in zip(leaves, keys, strict=True):
+        signed = leaf.ravel() * jax.random.rademacher(one, (leaf.size,), leaf.dtype)
+        padded = jnp.pad(signed, (0, -leaf.size % length))
+        folded = folded + padded.reshape(-1, length).sum(axis=0)
+    return folded

@@ -1,0 +1,86 @@
+"""What is trained and what is measured: parameters, a loss of one example, and the examples."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bayes_simfluence.checks import Misuse
+
+__all__ = ["Task"]
+
+Params = Any
+Example = Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training problem in JAX; any model fits it that is a function of its parameters.
+
+    Attributes:
+        params: the initial weights, a pytree of floating arrays; every run starts from them.
+        loss: ``loss(params, example) -> nats`` of ONE example, pure and differentiable.
+        train, query: examples, pytrees whose leaves have a leading axis of examples.
+        train_ids, query_ids: stable ids of the examples.
+        provenance: where the task comes from; goes into the store's attributes.
+
+    >>> import jax.numpy as jnp
+    >>> task = Task(
+    ...     params={"mean": jnp.zeros(())},
+    ...     loss=lambda params, example: (params["mean"] - example) ** 2,
+    ...     train=jnp.arange(4.0), query=jnp.array([1.5]),
+    ...     train_ids=list("abcd"), query_ids=["q"])
+    >>> task.validate() is task
+    True
+    """
+
+    params: Params
+    loss: Callable[[Params, Example], Float[Array, ""]]
+    train: Example
+    query: Example
+    train_ids: Sequence[Any]
+    query_ids: Sequence[Any]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def validate(self) -> "Task":
+        """The task itself when its parts fit together.
+
+        Raises:
+            Misuse: arrays and ids of different length, parameters that are not floating, a loss
+                that is not one number for one example.
+        """
+        for name in ("train", "query"):
+            _leading(name, getattr(self, name), len(getattr(self, f"{name}_ids")))
+        for path, leaf in jax.tree.leaves_with_path(self.params):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise Misuse(
+                    f"task.params{jax.tree_util.keystr(path)}",
+                    got=f"dtype {jnp.result_type(leaf)}",
+                    expected="floating weights only",
+                    do="close over integer arrays in the loss instead",
+                )
+        one = jax.tree.map(lambda leaf: leaf[0], self.query)
+        shape = jax.eval_shape(self.loss, self.params, one)
+        if getattr(shape, "shape", None) != ():
+            raise Misuse(
+                "task.loss",
+                got=f"{shape}",
+                expected="one number for one example",
+                do="write the loss for a single example; record maps it over batches",
+            )
+        return self
+
+
+def _leading(name: str, examples: Example, size: int) -> None:
+    leaves = jax.tree.leaves(examples)
+    lengths = sorted({len(leaf) if jnp.ndim(leaf) else 0 for leaf in leaves})
+    if size == 0 or lengths != [size]:
+        raise Misuse(
+            f"task.{name}",
+            got=f"leading axes {lengths} and {size} ids",
+            expected="the same number, at least 1",
+            do="give every leaf a leading axis of examples and every example an id",
+        )
