@@ -1,0 +1,127 @@
+"""Errors that say what was got, what was expected and what to do, and the checks that raise them."""
+
+import math
+from collections.abc import Collection, Iterable
+from typing import TypeVar
+
+import numpy as np
+
+__all__ = [
+    "FitFailed",
+    "FitWarning",
+    "Misuse",
+    "RunsWarning",
+    "WorkFailed",
+    "choice_of",
+    "count_of",
+    "keyed",
+    "named",
+    "positive_integer",
+    "positive_number",
+    "shorten",
+    "unit_interval",
+]
+
+Value = TypeVar("Value")
+
+
+class Misuse(ValueError):
+    """Something was asked for that cannot be done; raised before any work starts.
+
+    The message is one line: what it is about, what was got, what is expected, what to do.
+    """
+
+    def __init__(self, what: str, *, got: object, expected: str, do: str) -> None:
+        self.what, self.got, self.expected, self.do = what, got, expected, do
+        super().__init__(f"{what}: got {got}; expected {expected}; {do}.")
+
+
+class WorkFailed(RuntimeError):
+    """Valid work that could not be finished (a full disk, a corrupt file found half way)."""
+
+
+class FitFailed(WorkFailed):
+    """A fit whose verdict is bad, under ``fit(..., strict=True)``."""
+
+
+class FitWarning(UserWarning):
+    """A fit whose verdict asks for attention."""
+
+
+class RunsWarning(UserWarning):
+    """Runs that are usable only in part."""
+
+
+def shorten(values: Iterable[object], limit: int = 5) -> str:
+    """The first few of ``values`` as text, with a count of the rest."""
+    listed = [str(value) for value in values]
+    rest = f", ... ({len(listed) - limit} more)" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + rest
+
+
+def positive_integer(what: str, value: object, *, do: str = "pass a whole number") -> int:
+    """``value`` as an ``int`` of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise Misuse(what, got=repr(value), expected="an integer >= 1", do=do)
+    return int(value)
+
+
+def count_of(what: str, value: object, *, do: str = "pass a whole number") -> int:
+    """``value`` as an ``int`` of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise Misuse(what, got=repr(value), expected="an integer >= 0", do=do)
+    return int(value)
+
+
+def positive_number(what: str, value: object, *, do: str = "pass a number above zero") -> float:
+    """``value`` as a finite ``float`` above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise Misuse(what, got=repr(value), expected="a finite number > 0", do=do)
+    if not math.isfinite(value) or value <= 0:
+        raise Misuse(what, got=repr(value), expected="a finite number > 0", do=do)
+    return float(value)
+
+
+def unit_interval(what: str, value: float, *, do: str = "pass a number in [0, 1)") -> float:
+    """``value`` as a ``float`` in [0, 1)."""
+    if not 0 <= value < 1:
+        raise Misuse(what, got=repr(value), expected="a number in [0, 1)", do=do)
+    return float(value)
+
+
+def choice_of(what: str, value: Value, choices: Collection[Value]) -> Value:
+    """``value`` when it is one of ``choices``."""
+    if value not in choices:
+        raise Misuse(
+            what, got=repr(value), expected=f"one of {shorten(choices, 20)}", do="pick one of them"
+        )
+    return value
+
+
+def named(what: str, wanted: Iterable[object], known: Iterable[object]) -> list[int]:
+    """Positions of the ids ``wanted`` among the ids ``known``, compared as text."""
+    places = {str(name): place for place, name in enumerate(known)}
+    wanted = [str(name) for name in wanted]
+    unknown = [name for name in wanted if name not in places]
+    if unknown:
+        raise Misuse(
+            what,
+            got=f"unknown ids {shorten(unknown)}",
+            expected=f"ids among {shorten(places)}",
+            do="use ids of the recording",
+        )
+    return [places[name] for name in wanted]
+
+
+def keyed(key: object) -> None:
+    """Raise unless ``key`` is one typed PRNG key, as made by ``jax.random.key``."""
+    import jax
+
+    is_key = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not is_key or key.shape != ():
+        raise Misuse(
+            "key",
+            got=type(key).__name__,
+            expected="one typed PRNG key",
+            do="pass key=jax.random.key(seed)",
+        )

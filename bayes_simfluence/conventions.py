@@ -1,0 +1,100 @@
+"""Words, axes and units used everywhere; nothing in the package contradicts this page.
+
+| word | meaning |
+|---|---|
+| ``run`` | one recorded fine-tuning run; all runs of a recording start from the same weights |
+| ``step`` 1..T | one optimizer update; ``batch[run, step, slot]`` holds indices into ``train``, -1 = empty slot |
+| ``time`` 0..T | a point between updates; ``loss[run, time, query]``, time 0 = before any update |
+| ``train`` | a training example; its coordinate holds the examples' stable ids |
+| ``query`` | an evaluation example (the paper's z_test); its coordinate holds stable ids |
+| ``chain``, ``draw`` | posterior draws, in ArviZ order |
+
+| quantity | unit and sign |
+|---|---|
+| loss | nats, mean over target tokens (classification: cross-entropy) |
+| alpha | multiplies the previous loss; unitless, 1 = nothing happens |
+| beta | added to the loss; nats, 0 = nothing happens |
+| effect on the loss | nats; **negative = helpful** |
+| feature | coordinates of an example's loss gradient at the initial weights; a positive inner product of a training example and a query: a step on the one lowers the other's loss |
+| step size | the optimizer's learning rate at that step |
+| exposure | occurrences of an example in a batch / examples in that batch (mean reduction) |
+
+Inside kernels arrays are positional and written for one run and one query; at the boundary every
+array is an ``xarray`` object whose dimensions carry the names above.
+"""
+
+from typing import Final, TypeAlias
+
+import numpy as np
+from jaxtyping import Float, Int
+
+__all__ = [
+    "COMPLETE",
+    "DIVERGED",
+    "EFFECT_SIGN",
+    "EMPTY_SLOT",
+    "OPTIONAL",
+    "SCHEMA_VERSION",
+    "UNRECORDED",
+    "VARIABLES",
+    "Curricula",
+    "Curriculum",
+    "Trajectory",
+]
+
+SCHEMA_VERSION: Final = 1
+"""Version of the run schema below; a store of another version is refused."""
+
+EMPTY_SLOT: Final = -1
+"""Index that marks a slot of a batch without an example."""
+
+UNRECORDED: Final = 0
+COMPLETE: Final = 1
+DIVERGED: Final = 2
+"""Values of ``status[run]``: not (fully) recorded yet, usable, non-finite loss while recording."""
+
+EFFECT_SIGN: Final = "negative = helpful (lowers the query's loss)"
+
+Curriculum: TypeAlias = Int[np.ndarray, "step slot"]
+"""What one run trains on: indices into ``train``, ``EMPTY_SLOT`` where a batch has no example."""
+
+Curricula: TypeAlias = Int[np.ndarray, "run step slot"]
+"""Curricula of several runs of equal length."""
+
+Trajectory: TypeAlias = Float[np.ndarray, "time query"]
+"""Losses of one run, time 0 before any update."""
+
+VARIABLES: Final = {
+    "batch": (
+        ("run", "step", "slot"),
+        {"long_name": "training example in the batch", "empty_slot": EMPTY_SLOT},
+    ),
+    "loss": (
+        ("run", "time", "query"),
+        {"long_name": "loss of the query", "units": "nat"},
+    ),
+    "step_size": (
+        ("run", "step"),
+        {"long_name": "learning rate of the optimizer at the step", "units": "1"},
+    ),
+    "train_feature": (
+        ("train", "feature"),
+        {"long_name": "gradient features of the training examples, mean squared norm 1"},
+    ),
+    "query_feature": (
+        ("query", "feature"),
+        {"long_name": "gradient features of the queries, in the same coordinates"},
+    ),
+    "status": (
+        ("run",),
+        {
+            "long_name": "how the recording of the run ended",
+            "flag_values": [UNRECORDED, COMPLETE, DIVERGED],
+            "flag_meanings": "unrecorded complete diverged",
+        },
+    ),
+}
+"""The run schema: variable -> (dimensions, attributes)."""
+
+OPTIONAL: Final = ("step_size", "train_feature", "query_feature")
+"""Variables that a recording may lack."""

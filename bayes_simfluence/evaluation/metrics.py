@@ -1,0 +1,131 @@
+"""How good simulated runs are: kernels on plain arrays for ONE run or ONE point, mapped outside.
+
+Losses are in nats. Kernels take true losses and draws of them; time 0 is given to every method
+and never scored. A point method has one draw.
+"""
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import norm, rankdata
+
+__all__ = [
+    "COVERAGES",
+    "coverage",
+    "crps",
+    "gaussian_crps",
+    "log_density",
+    "pit",
+    "run_scores",
+    "spearman",
+    "spearman_across_runs",
+]
+
+COVERAGES = (0.50, 0.80, 0.90, 0.95)
+"""Probabilities of the central intervals whose coverage is reported."""
+
+
+def spearman(first: Float[np.ndarray, " item"], second: Float[np.ndarray, " item"]) -> float:
+    """Rank correlation in [-1, 1]; NaN where either side is constant.
+
+    >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([10.0, 20.0, 40.0]))
+    1.0
+    """
+    left, right = (rankdata(side) - (len(side) + 1) / 2 for side in (first, second))
+    spread = np.sqrt((left @ left) * (right @ right))
+    return float(left @ right / spread) if spread > 0 else float("nan")
+
+
+def crps(
+    draws: Float[np.ndarray, "draw *point"], truth: Float[np.ndarray, "*point"]
+) -> Float[np.ndarray, "*point"]:
+    """Continuous ranked probability score in nats, lower is better; unbiased in the draws.
+
+    ``E|X - y| - E|X - X'| / 2`` with distinct pairs of draws (Gneiting & Raftery 2007, eq. 21;
+    Ferro 2014); the absolute error when there is one draw.
+    """
+    size = len(draws)
+    error = np.abs(draws - truth[None]).mean(axis=0)
+    if size == 1:
+        return error
+    # Sum of |x_i - x_j| over pairs, from the order statistics.
+    weights = 2.0 * np.arange(1, size + 1) - size - 1.0
+    pairs = np.tensordot(weights, np.sort(draws, axis=0), axes=1)
+    return error - pairs / (size * (size - 1))
+
+
+def gaussian_crps(
+    mean: Float[np.ndarray, "*point"],
+    sd: Float[np.ndarray, "*point"],
+    truth: Float[np.ndarray, "*point"],
+) -> Float[np.ndarray, "*point"]:
+    """The same score of a normal prediction, in closed form (Gneiting & Raftery 2007)."""
+    z = (truth - mean) / sd
+    return sd * (z * (2.0 * norm.cdf(z) - 1.0) + 2.0 * norm.pdf(z) - 1.0 / np.sqrt(np.pi))
+
+
+def coverage(
+    draws: Float[np.ndarray, "draw *point"], truth: Float[np.ndarray, "*point"], probability: float
+) -> Float[np.ndarray, "*point"]:
+    """1 where the central interval of the draws holds the truth, else 0; NaN for one draw.
+
+    The quantiles are those whose expected coverage is exact for any number of draws
+    (Weibull's plotting positions).
+    """
+    if len(draws) == 1:
+        return np.full(truth.shape, np.nan)
+    tails = [(1.0 - probability) / 2.0, (1.0 + probability) / 2.0]
+    low, high = np.quantile(draws, tails, axis=0, method="weibull")
+    return ((truth >= low) & (truth <= high)).astype(float)
+
+
+def pit(
+    draws: Float[np.ndarray, "draw *point"], truth: Float[np.ndarray, "*point"]
+) -> Float[np.ndarray, "*point"]:
+    """Probability integral transform: the share of draws below the truth, in (0, 1)."""
+    below = (draws < truth[None]).sum(axis=0) + 0.5 * (draws == truth[None]).sum(axis=0)
+    return (below + 0.5) / (len(draws) + 1.0)
+
+
+def log_density(
+    draws: Float[np.ndarray, "draw *point"], truth: Float[np.ndarray, "*point"]
+) -> Float[np.ndarray, "*point"]:
+    """Log density (1/nats, natural log) of the truth under a normal with the draws' moments."""
+    if len(draws) == 1:
+        return np.full(truth.shape, np.nan)
+    return norm.logpdf(truth, draws.mean(axis=0), draws.std(axis=0, ddof=1))
+
+
+def run_scores(
+    draws: Float[np.ndarray, "draw time query"],
+    mean: Float[np.ndarray, "time query"],
+    truth: Float[np.ndarray, "time query"],
+) -> dict[str, float]:
+    """Every score of one run that is an average over its points.
+
+    Args:
+        draws: predictive draws, time 0 first.
+        mean: noise-free mean trajectory, time 0 first.
+        truth: recorded losses, time 0 first.
+    """
+    error = mean[1:] - truth[1:]
+    change, true_change = mean[-1] - mean[0], truth[-1] - truth[0]
+    covers = {p: coverage(draws[:, 1:], truth[1:], p) for p in COVERAGES}
+    return {
+        "mse": float(np.square(error).mean()),
+        "mae": float(np.abs(error).mean()),
+        "spearman_query": spearman(mean[-1], truth[-1]),
+        "spearman_change": spearman(change, true_change),
+        "crps": float(crps(draws[:, 1:], truth[1:]).mean()),
+        **{f"coverage_{round(100 * p)}": float(one.mean()) for p, one in covers.items()},
+        "final_coverage_90": float(covers[0.90][-1].mean()),
+        "elpd": float(log_density(draws[:, 1:], truth[1:]).mean()),
+    }
+
+
+def spearman_across_runs(
+    mean: Float[np.ndarray, "run query"], truth: Float[np.ndarray, "run query"]
+) -> float:
+    """Rank correlation over runs of the final losses, averaged over queries (the form of LDS)."""
+    ranks = [spearman(one, other) for one, other in zip(mean.T, truth.T, strict=True)]
+    kept = [rank for rank in ranks if np.isfinite(rank)]
+    return float(np.mean(kept)) if kept else float("nan")

@@ -1,0 +1,75 @@
+"""Writing files and folders all or nothing, and only where nothing is lost."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bayes_simfluence.checks import Misuse, WorkFailed
+
+__all__ = ["PathLike", "atomically", "first_line", "new_path", "old_path"]
+
+PathLike = str | os.PathLike[str]
+
+
+def new_path(path: PathLike, *, overwrite: bool = False) -> Path:
+    """``path`` when something new may be written there, checked before any work starts."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise Misuse(
+            str(path),
+            got="something that exists",
+            expected="a new path",
+            do="choose another path, or say overwrite (a recording: resume)",
+        )
+    parent = path.absolute().parent
+    existing = next(one for one in (parent, *parent.parents) if one.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise Misuse(
+            str(path),
+            got=f"{existing}, which cannot be written to",
+            expected="a folder you may write to",
+            do="choose another folder or change its permissions",
+        )
+    return path
+
+
+@contextmanager
+def atomically(path: PathLike) -> Iterator[Path]:
+    """A path to write to; what is there moves to ``path`` when the block ends well."""
+    path = Path(path).absolute()
+    partial, old = path.with_name(f".{path.name}.partial"), old_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        yield partial
+    except BaseException as error:
+        _remove(partial)
+        if isinstance(error, OSError):
+            raise WorkFailed(f"{path} could not be written ({first_line(error)})") from error
+        raise
+    if path.is_dir():
+        # A folder cannot be replaced in one call: step aside first, so that no moment loses it.
+        _remove(old)
+        path.rename(old)
+    partial.replace(path)
+    _remove(old)
+
+
+def old_path(path: PathLike) -> Path:
+    """Where a folder at ``path`` stands aside while another takes its place."""
+    path = Path(path).absolute()
+    return path.with_name(f".{path.name}.old")
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error`` says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

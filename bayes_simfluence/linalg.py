@@ -1,0 +1,98 @@
+"""Factorizations in double precision, whatever JAX's global setting, and safe under ``vmap``.
+
+LAPACK calls of a ``vmap`` become one batched call, and jaxlib 0.10 runs its parts on the pool of
+threads that the call itself occupies: two at once on two cores wait for each other for ever. So
+batches are taken one after the other here, and nothing else in the package calls LAPACK through
+JAX.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
+from jaxtyping import Array, Float
+
+__all__ = ["cholesky", "double_precision", "solve_lower", "spd_inverse"]
+
+
+def double_precision() -> AbstractContextManager[Any]:
+    """A context in which JAX computes in float64; outside of it nothing changes."""
+    return jax.enable_x64(True)
+
+
+@sequential_vmap
+def _factor(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    return jnp.linalg.cholesky(matrix)
+
+
+@sequential_vmap
+def _solve(factor: Float[Array, "n n"], right: Float[Array, "n m"]) -> Float[Array, "n m"]:
+    return jax.scipy.linalg.solve_triangular(factor, right, lower=True)
+
+
+@sequential_vmap
+def _solve_transposed(
+    factor: Float[Array, "n n"], right: Float[Array, "n m"]
+) -> Float[Array, "n m"]:
+    return jax.scipy.linalg.solve_triangular(factor, right, lower=True, trans=1)
+
+
+def solve_lower(
+    factor: Float[Array, "n n"], right: Float[Array, "n m"], *, transposed: bool = False
+) -> Float[Array, "n m"]:
+    """``factor^-1 right`` (``factor^-T right`` when transposed) for a lower triangular factor."""
+    solve: Callable[[Array, Array], Array] = _solve_transposed if transposed else _solve
+    return solve(factor, right)
+
+
+@jax.custom_vjp
+def cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """Lower Cholesky factor, NaN where the matrix is not positive definite; differentiable."""
+    return _factor(matrix)
+
+
+def _cholesky_forward(matrix: Array) -> tuple[Array, Array]:
+    factor = cholesky(matrix)
+    return factor, factor
+
+
+def _cholesky_backward(factor: Array, cotangent: Array) -> tuple[Array]:
+    # Murray 2016 (arXiv 1602.07527), eq. 10.
+    inner = jnp.tril(factor.T @ cotangent)
+    inner = inner - 0.5 * jnp.diag(jnp.diagonal(inner))
+    half = solve_lower(factor, inner, transposed=True)
+    outer = solve_lower(factor, half.T, transposed=True)
+    return (0.5 * (outer + outer.T),)
+
+
+cholesky.defvjp(_cholesky_forward, _cholesky_backward)
+
+
+@jax.custom_vjp
+def spd_inverse(
+    matrix: Float[Array, "n n"],
+) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+    """Inverse and log determinant of a symmetric positive definite matrix, differentiable.
+
+    The derivative needs two products of matrices, not the derivative of a factorization:
+    d(M^-1) = -M^-1 dM M^-1 and d(log det M) = tr(M^-1 dM) (Petersen & Pedersen 2012, eqs. 40, 46).
+    """
+    factor = _factor(matrix)
+    root = solve_lower(factor, jnp.eye(len(matrix), dtype=matrix.dtype))
+    return root.T @ root, 2.0 * jnp.log(jnp.diagonal(factor)).sum()
+
+
+def _inverse_forward(matrix: Array) -> tuple[tuple[Array, Array], Array]:
+    inverse, log_determinant = spd_inverse(matrix)
+    return (inverse, log_determinant), inverse
+
+
+def _inverse_backward(inverse: Array, cotangents: tuple[Array, Array]) -> tuple[Array]:
+    of_inverse, of_log_determinant = cotangents
+    return (of_log_determinant * inverse - inverse @ of_inverse @ inverse,)
+
+
+spd_inverse.defvjp(_inverse_forward, _inverse_backward)
