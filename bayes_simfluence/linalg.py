@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float
 
-__all__ = ["cholesky", "double_precision", "solve_lower", "spd_inverse"]
+__all__ = ["cholesky", "double_precision", "solve_lower", "spd_inverse", "symmetric_eigen"]
 
 
 def double_precision() -> AbstractContextManager[Any]:
@@ -38,6 +38,15 @@ def _solve_transposed(
     factor: Float[Array, "n n"], right: Float[Array, "n m"]
 ) -> Float[Array, "n m"]:
     return jax.scipy.linalg.solve_triangular(factor, right, lower=True, trans=1)
+
+
+@sequential_vmap
+def symmetric_eigen(
+    matrix: Float[Array, "n n"],
+) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
+    """Eigenvalues in rising order, and eigenvectors as columns, of a symmetric matrix."""
+    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    return values, vectors
 
 
 def solve_lower(

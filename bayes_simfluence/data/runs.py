@@ -23,6 +23,7 @@ from bayes_simfluence.conventions import (
 __all__ = [
     "Identifiability",
     "identifiability",
+    "planned_runs",
     "run_statuses",
     "runs_from_arrays",
     "usable_runs",
@@ -85,26 +86,51 @@ def runs_from_arrays(
         "loss": loss,
         "status": run_statuses(loss) if keep_diverged else np.full(runs, COMPLETE, np.int8),
     }
-    if step_size is not None:
-        sizes = np.asarray(step_size, dtype=np.float32)
-        variables["step_size"] = np.broadcast_to(sizes, (runs, steps)).copy()
     for name, feature in (("train_feature", train_feature), ("query_feature", query_feature)):
         if feature is not None:
             variables[name] = np.asarray(feature, dtype=np.float32)
-    dataset = xr.Dataset(
-        {name: (VARIABLES[name][0], value) for name, value in variables.items()},
-        coords={
+    dataset = _dataset(
+        variables,
+        step_size=step_size,
+        ids={
             "run": _ids(run_ids, runs),
-            "step": np.arange(1, steps + 1),
-            "time": np.arange(steps + 1),
             "train": _ids(train_ids, len(train_ids)),
             "query": _ids(query_ids, loss.shape[2]),
         },
-        attrs={"schema_version": SCHEMA_VERSION, **dict(attrs or {})},
+        attrs=dict(attrs or {}),
     )
-    for name in variables:
-        dataset[name].attrs.update(VARIABLES[name][1])
     return validate_runs(dataset)
+
+
+def planned_runs(
+    like: xr.Dataset, batch: Any, *, step_size: Any = None, run_ids: Ids | None = None
+) -> xr.Dataset:
+    """Runs that were never recorded: curricula to be simulated, in the schema of ``like``.
+
+    Args:
+        like: recorded runs; the initial losses, examples and queries are theirs.
+        batch: curricula, ``(run, step, slot)`` or ``(step, slot)`` for one.
+        step_size: learning rates, ``(run, step)`` or ``(step,)``; those of the first run of
+            ``like`` when omitted and the number of steps is the same.
+
+    >>> runs = runs_from_arrays(batch=[[[0, 1], [1, -1]]], loss=[[[0.7], [0.6], [0.5]]])
+    >>> planned_runs(runs, [[1, -1], [0, -1]])["loss"].values[0, :, 0].round(1).tolist()
+    [0.7, nan, nan]
+    """
+    batch = np.asarray(batch)
+    batch = _rectangular("batch", batch[None] if batch.ndim == 2 else batch, 3, np.int32)
+    runs, steps, _ = batch.shape
+    loss = np.full((runs, steps + 1, like.sizes["query"]), np.nan, np.float32)
+    loss[:, 0] = like["loss"].values[0, 0]
+    if step_size is None and "step_size" in like and like.sizes["step"] == steps:
+        step_size = like["step_size"].values[0]
+    planned = _dataset(
+        {"batch": batch, "loss": loss, "status": np.full(runs, UNRECORDED, np.int8)},
+        step_size=step_size,
+        ids={"run": _ids(run_ids, runs), "train": like["train"].values, "query": like["query"].values},
+        attrs={},
+    )
+    return validate_runs(planned)
 
 
 def run_statuses(loss: np.ndarray) -> np.ndarray:
@@ -237,6 +263,34 @@ def _groups(pairs: Any) -> tuple[tuple[str, ...], ...]:
     for key, name in pairs:
         members.setdefault(key, []).append(str(name))
     return tuple(tuple(names) for names in members.values() if len(names) > 1)
+
+
+def _dataset(
+    variables: dict[str, np.ndarray],
+    *,
+    step_size: Any,
+    ids: dict[str, np.ndarray],
+    attrs: dict[str, Any],
+) -> xr.Dataset:
+    runs, steps, _ = variables["batch"].shape
+    if step_size is not None:
+        sizes = np.asarray(step_size, dtype=np.float32)
+        if sizes.shape not in ((steps,), (runs, steps)):
+            raise Misuse(
+                "step_size",
+                got=f"shape {sizes.shape}",
+                expected=f"({runs} runs, {steps} steps) or ({steps} steps,)",
+                do="give one learning rate per step",
+            )
+        variables = {**variables, "step_size": np.broadcast_to(sizes, (runs, steps)).copy()}
+    dataset = xr.Dataset(
+        {name: (VARIABLES[name][0], value) for name, value in variables.items()},
+        coords={**ids, "step": np.arange(1, steps + 1), "time": np.arange(steps + 1)},
+        attrs={"schema_version": SCHEMA_VERSION, **attrs},
+    )
+    for name in variables:
+        dataset[name].attrs.update(VARIABLES[name][1])
+    return dataset
 
 
 def _rectangular(name: str, value: Any, ndim: int, dtype: Any) -> np.ndarray:

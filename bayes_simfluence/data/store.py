@@ -24,6 +24,7 @@ from bayes_simfluence.conventions import (
     Curricula,
     Trajectory,
 )
+from bayes_simfluence.data.netcdf import plain, read_group, write_groups
 from bayes_simfluence.data.runs import Ids, run_statuses, validate_runs
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path, old_path
 
@@ -136,10 +137,8 @@ def export_netcdf(runs: xr.Dataset, path: PathLike, *, overwrite: bool = False) 
     """Write valid ``runs`` as one compressed netCDF-4 file; ``open_runs`` reads it back."""
     validate_runs(runs)
     path = new_path(path, overwrite=overwrite)
-    packed = {name: {"zlib": True, "complevel": 9, "shuffle": True} for name in runs.data_vars}
-    encoding = {name: one for name, one in packed.items() if runs[name].ndim > 0}
     with atomically(path) as partial:
-        runs.to_netcdf(partial, engine="h5netcdf", encoding=encoding)
+        write_groups(partial, {"/": runs})
     return path
 
 
@@ -208,18 +207,10 @@ def write_run(
 
 
 def _read(path: Path) -> xr.Dataset:
-    if path.is_dir():
-        opened = xr.open_zarr(path, chunks=None, consolidated=True)
-    else:
-        opened = xr.open_dataset(path, engine="h5netcdf")
-    with opened:
-        runs = opened.load()
-    texts = [name for name in runs.coords if runs[name].dtype.kind in "OT"]
-    plain = {name: (name, np.array(runs[name].values.tolist(), dtype=str)) for name in texts}
-    runs = runs.assign_coords(plain)
-    for name in runs.variables:
-        runs[name].encoding = {}
-    return runs
+    if not path.is_dir():
+        return read_group(path)
+    with xr.open_zarr(path, chunks=None, consolidated=True) as opened:
+        return plain(opened.load())
 
 
 def _write_store(runs: xr.Dataset, path: Path) -> Path:

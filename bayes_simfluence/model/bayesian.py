@@ -17,8 +17,9 @@ training (``coefficients``), their prior over examples (``priors``) and the run'
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import choice_of
 from bayes_simfluence.model.coefficients import Varying
@@ -28,10 +29,14 @@ from bayes_simfluence.model.noise import SmoothError
 from bayes_simfluence.model.priors import ExampleFeatures, Normal
 from bayes_simfluence.model.transition import accumulation
 
-__all__ = ["KINDS", "LINKS", "PARTS", "Path", "Simfluence", "design", "hypers_of", "prior_mean"]
+__all__ = ["KINDS", "LINKS", "PARTS", "Path", "Simfluence", "design", "hypers_of", "link_of", "loss_of",
+    "mean_effect",
+    "prior_mean"]
 
 Kind = Literal["two-timescale", "linear", "additive", "multiplicative"]
 KINDS: tuple[Kind, ...] = ("two-timescale", "linear", "additive", "multiplicative")
+SMALLEST_LOSS = 1e-6
+"""Losses at or below zero have no logarithm: they count as this many nats."""
 LINKS = ("log-odds", "identity")
 PARTS = ("staying", "fading")
 
@@ -97,6 +102,20 @@ class Path(NamedTuple):
     progress: Float[Array, " step"]
 
 
+def link_of(model: Simfluence, loss: Array) -> Array:
+    """A loss (nats) on the scale on which effects add up."""
+    if model.link == "identity":
+        return loss
+    # log(exp(L) - 1), without overflow for large losses.
+    positive = jnp.maximum(loss, SMALLEST_LOSS)
+    return positive + jnp.log(-jnp.expm1(-positive))
+
+
+def loss_of(model: Simfluence, linked: Array) -> Array:
+    """A loss in nats from the scale of the link."""
+    return linked if model.link == "identity" else jax.nn.softplus(linked)
+
+
 def hypers_of(model: Simfluence, features: ExampleFeatures) -> dict[str, Hyper]:
     """Every hyperparameter of the two-timescale model, by name."""
     return {
@@ -115,42 +134,68 @@ def hypers_of(model: Simfluence, features: ExampleFeatures) -> dict[str, Hyper]:
 
 
 def design(
-    model: Simfluence, values: Values, path: Path, features: ExampleFeatures, *, knots: int
-) -> Float[Array, "step weight"]:
+    model: Simfluence,
+    values: Values,
+    path: Path,
+    features: ExampleFeatures,
+    *,
+    knots: int,
+    rows: Int[Array, " row"],
+) -> Float[Array, "row weight"]:
     """Path of one run as a linear map of independent standard normal weights.
 
-    ``design @ weights`` is ``u + v`` after each step, up to the query's scale. Weights are ordered
-    by part, then knot, then source (``Normal.columns``).
+    ``design @ weights`` is ``u + v`` after the steps with positions ``rows``, up to the query's
+    scale. Weights are ordered by part, then knot, then source (``Normal.columns``).
     """
     interpolation = model.coefficients.interpolation(path.progress, knots)
     blocks = []
     for part in PARTS:
         over_time = interpolation @ model.coefficients.root(values, part, knots)
         sources = model.prior.columns(values, part, path.exposure, features)
-        gathered = jnp.einsum(
-            "ts,sk,sn->tkn", _gather(model, values, path, part), over_time, sources
-        )
-        blocks.append(_part_scale(values, part) * gathered.reshape(len(gathered), -1))
+        gathered = _gather(model, values, path, part, rows)
+        each = jnp.einsum("tsk,sn->tkn", gathered[:, :, None] * over_time[None], sources)
+        blocks.append(_part_scale(values, part) * each.reshape(len(rows), -1))
+    return jnp.concatenate(blocks, axis=1)
+
+
+def mean_effect(
+    model: Simfluence, values: Values, part: str, features: ExampleFeatures
+) -> Float[Array, "train weight"]:
+    """Effect of a step on each example alone, averaged over training, as a map of the weights."""
+    knots = model.coefficients.count(1.0)
+    blocks = []
+    for one in PARTS:
+        over_time = model.coefficients.root(values, one, knots).mean(axis=0)
+        train = len(features.train)
+        sources = model.prior.columns(values, one, jnp.eye(train), features)
+        block = (over_time[None, :, None] * sources[:, None, :]).reshape(train, -1)
+        blocks.append(_part_scale(values, one) * block if one == part else jnp.zeros_like(block))
     return jnp.concatenate(blocks, axis=1)
 
 
 def prior_mean(
-    model: Simfluence, values: Values, path: Path, features: ExampleFeatures
-) -> Float[Array, "step query"]:
-    """Prior mean of ``u + v`` after each step, link units (zero without features)."""
-    total = jnp.zeros((len(path.progress), len(features.query)))
+    model: Simfluence,
+    values: Values,
+    path: Path,
+    features: ExampleFeatures,
+    *,
+    rows: Int[Array, " row"],
+) -> Float[Array, "row query"]:
+    """Prior mean of ``u + v`` after the steps ``rows``, link units (zero without features)."""
+    total = jnp.zeros((len(rows), len(features.query)))
     for part in PARTS:
         each = model.prior.mean(values, part, path.exposure, features)
-        total = total + _gather(model, values, path, part) @ each
+        total = total + _gather(model, values, path, part, rows) @ each
     return total
 
 
 def _gather(
-    model: Simfluence, values: Values, path: Path, part: str
-) -> Float[Array, "step source"]:
-    """How much of each step's batch a later time holds: memory of the optimizer, then of the loss."""
+    model: Simfluence, values: Values, path: Path, part: str, rows: Int[Array, " row"]
+) -> Float[Array, "row source"]:
+    """How much of each step's batch a later time holds: memory of optimizer, then of the loss."""
     rate = values["growth"] if part == "staying" else -1.0 / values["fade_length"]
-    return accumulation(rate, path.progress) @ model.exposure.weights(values, path.step_size)
+    summed = accumulation(rate, path.progress)[rows]
+    return summed @ model.exposure.weights(values, path.step_size)
 
 
 def _part_scale(values: Values, part: str) -> Float[Array, ""]:

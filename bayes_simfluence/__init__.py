@@ -1,0 +1,80 @@
+"""A posterior over simulated training runs: what would the loss have been, and how sure are you?
+
+``import bayes_simfluence as bs``; everything public is re-exported here, and loaded when first
+used, so that the command line answers ``--help`` without JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bayes_simfluence.baselines.simple import mean_trajectory, persistence
+    from bayes_simfluence.checks import FitFailed, FitWarning, Misuse, RunsWarning, WorkFailed
+    from bayes_simfluence.data.runs import planned_runs, runs_from_arrays
+    from bayes_simfluence.data.store import (
+        append_runs,
+        example_runs,
+        export_netcdf,
+        open_runs,
+        save_runs,
+    )
+    from bayes_simfluence.evaluation.compare import compare
+    from bayes_simfluence.inference.exact import Exact
+    from bayes_simfluence.inference.fit import fit
+    from bayes_simfluence.inference.posterior import Posterior, load_posterior
+    from bayes_simfluence.inference.ridge import Ridge
+    from bayes_simfluence.model.bayesian import Simfluence
+    from bayes_simfluence.recording.record import record
+    from bayes_simfluence.recording.task import Task
+
+_HOME = {
+    "baselines.simple": ("mean_trajectory", "persistence"),
+    "checks": ("FitFailed", "FitWarning", "Misuse", "RunsWarning", "WorkFailed"),
+    "data.runs": ("planned_runs", "runs_from_arrays"),
+    "data.store": ("append_runs", "example_runs", "export_netcdf", "open_runs", "save_runs"),
+    "evaluation.compare": ("compare",),
+    "inference.exact": ("Exact",),
+    "inference.fit": ("fit",),
+    "inference.posterior": ("Posterior", "load_posterior"),
+    "inference.ridge": ("Ridge",),
+    "model.bayesian": ("Simfluence",),
+    "recording.record": ("record",),
+    "recording.task": ("Task",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [  # noqa: RUF022 - in the order of use
+    "Task",
+    "record",
+    "runs_from_arrays",
+    "planned_runs",
+    "open_runs",
+    "save_runs",
+    "append_runs",
+    "export_netcdf",
+    "example_runs",
+    "fit",
+    "Simfluence",
+    "Exact",
+    "Ridge",
+    "Posterior",
+    "load_posterior",
+    "persistence",
+    "mean_trajectory",
+    "compare",
+    "Misuse",
+    "WorkFailed",
+    "FitFailed",
+    "FitWarning",
+    "RunsWarning",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'bayes_simfluence' has no attribute {name!r}")
+    return getattr(import_module(f"bayes_simfluence.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

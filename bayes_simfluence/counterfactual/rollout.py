@@ -1,0 +1,228 @@
+"""Simulated runs: what every simulator takes and gives, and the affine recurrence rolled out.
+
+A simulator is free-running: of the run to be simulated it sees the curriculum and the losses
+before the first update, nothing else. Arrays inside; ``Posterior.simulate`` puts names on them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from bayes_simfluence.conventions import Curriculum
+from bayes_simfluence.data.curriculum import exposures
+from bayes_simfluence.model.transition import affine_path
+
+__all__ = ["AffineSimulator", "Named", "Planned", "Simulated", "Simulator", "resampled"]
+
+Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
+"""Arrays with the names of their dimensions."""
+
+CHUNK = 64
+"""Draws rolled out at once, so that memory for intermediate arrays does not grow with draws."""
+
+
+class Planned(NamedTuple):
+    """Runs to be simulated, of equal length.
+
+    Attributes:
+        batch: indices into the fitted runs' ``train``, -1 = empty slot.
+        step_size: learning rates; None when the fitted runs have none.
+        initial: losses before the first update, nats.
+        query: positions of the queries among the fitted ones.
+    """
+
+    batch: Int[np.ndarray, "run step slot"]
+    step_size: Float[np.ndarray, "run step"] | None
+    initial: Float[np.ndarray, "run query"]
+    query: Int[np.ndarray, " query"]
+
+
+class Simulated(NamedTuple):
+    """Simulated losses in nats, time 0 first.
+
+    Attributes:
+        mean_loss: without the noise of a single run: its spread is what is not known of the
+            coefficients.
+        loss: predictive draws of a run's loss, noise included.
+    """
+
+    mean_loss: Float[np.ndarray, "chain draw run time query"]
+    loss: Float[np.ndarray, "chain draw run time query"]
+
+
+@runtime_checkable
+class Simulator(Protocol):
+    """What a fit leaves behind: everything needed to simulate a run, and to be saved."""
+
+    name: ClassVar[str]
+    """Under which saved posteriors find their class again."""
+    draws: int | None
+    """Draws that it holds; None = any number on request."""
+
+    def simulate(self, planned: Planned, *, key: jax.Array, draws: int) -> Simulated:
+        """Trajectories; the same key gives the same draws of the coefficients to any runs."""
+
+    def samples(self, *, key: jax.Array, draws: int) -> Named:
+        """Draws of what was inferred: name -> (dimensions from chain, draw on, values)."""
+
+    def arrays(self) -> Named:
+        """What to save: name -> (dimensions, values)."""
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values to save."""
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> "Simulator":
+        """The simulator of saved arrays and settings."""
+
+
+@dataclass(frozen=True)
+class AffineSimulator:
+    """``L_t = (keep + sum_i w_ti a_i) L_{t-1} + sum_i w_ti b_i + noise`` for each query.
+
+    ``w`` are exposures (shares of the batch) with ``keep`` = 1 in our form, counts with ``keep`` =
+    0 in the published one. Coefficients are a point, or Gaussian with a factor of their
+    covariance. Noise is white per step, or whole residual paths of left-out runs, resampled.
+
+    Attributes:
+        a, b: posterior means, unitless and nats.
+        factor: ``factor @ z`` with standard normal z is a draw of the deviations of a, then b;
+            None for a point.
+        noise: sd of the noise of one step, nats; None for none.
+        residual: true minus simulated losses of left-out runs; None for none.
+        keep: what of the previous loss stays when nothing is trained on.
+        count: weights are counts instead of shares.
+    """
+
+    name: ClassVar[str] = "affine"
+    a: Float[np.ndarray, "query train"]
+    b: Float[np.ndarray, "query train"]
+    factor: Float[np.ndarray, "query weight source"] | None = None
+    noise: Float[np.ndarray, " query"] | None = None
+    residual: Float[np.ndarray, "fitted time query"] | None = None
+    keep: float = 1.0
+    count: bool = False
+
+    @property
+    def draws(self) -> int | None:
+        """One for a point without noise, else any number."""
+        point = self.factor is None and self.noise is None and self.residual is None
+        return 1 if point else None
+
+    def simulate(self, planned: Planned, *, key: jax.Array, draws: int) -> Simulated:
+        """Draws of coefficients, rolled out from the initial losses."""
+        draws = self.draws or draws
+        weights = jnp.asarray(
+            [_weights(batch, self.a.shape[1], self.count) for batch in planned.batch], jnp.float32
+        )
+        initial = jnp.asarray(planned.initial, jnp.float32)
+        coefficients_key, noise_key = jax.random.split(key)
+        pieces = []
+        for start in range(0, draws, CHUNK):
+            size = min(CHUNK, draws - start)
+            keys = (jax.random.fold_in(one, start) for one in (coefficients_key, noise_key))
+            a, b = self._coefficients(planned.query, next(keys), size)
+            steps = self._step_noise(planned, next(keys), size)
+            pieces.append(_rolled_out(weights, a, b, steps, initial, jnp.float32(self.keep)))
+        mean, loss = (np.concatenate(parts)[None] for parts in zip(*pieces, strict=True))
+        if self.residual is not None:
+            loss = loss + resampled(self.residual, planned, key=noise_key, draws=draws)[None]
+        return Simulated(mean, loss)
+
+    def _coefficients(
+        self, query: Int[np.ndarray, " query"], key: jax.Array, draws: int
+    ) -> tuple[Float[Array, "draw query train"], Float[Array, "draw query train"]]:
+        mean = jnp.asarray(np.concatenate([self.a, self.b], axis=1)[query], jnp.float32)
+        drawn = jnp.broadcast_to(mean[None], (draws, *mean.shape))
+        if self.factor is not None:
+            factor = jnp.asarray(self.factor[query], jnp.float32)
+            z = jax.vmap(
+                lambda one: jax.random.normal(jax.random.fold_in(key, one), (draws, factor.shape[2]))
+            )(jnp.asarray(query))
+            drawn = drawn + jnp.einsum("qws,qds->dqw", factor, z)
+        a, b = jnp.split(drawn, 2, axis=-1)
+        return a, b
+
+    def _step_noise(
+        self, planned: Planned, key: jax.Array, draws: int
+    ) -> Float[Array, "draw run step query"] | None:
+        if self.noise is None:
+            return None
+        runs, steps, _ = planned.batch.shape
+        shape = (draws, runs, steps, len(planned.query))
+        return jax.random.normal(key, shape) * self.noise[planned.query][None, None, None]
+
+    def samples(self, *, key: jax.Array, draws: int) -> Named:
+        """``a`` (unitless) and ``b`` (nats): one draw of a point, else as many as asked."""
+        draws = self.draws or draws
+        found = self._coefficients(np.arange(len(self.a)), key, draws)
+        dims = ("chain", "draw", "query", "train")
+        return {
+            name: (dims, np.asarray(one)[None]) for name, one in zip("ab", found, strict=True)
+        }
+
+    def arrays(self) -> Named:
+        """Coefficients, factor, noise and residuals, where there are any."""
+        dims = {
+            "a": ("query", "train"),
+            "b": ("query", "train"),
+            "factor": ("query", "weight", "source"),
+            "noise": ("query",),
+            "residual": ("fitted", "time", "query"),
+        }
+        values = {name: getattr(self, name) for name in dims}
+        return {name: (dims[name], one) for name, one in values.items() if one is not None}
+
+    def settings(self) -> dict[str, Any]:
+        """The form of the recurrence."""
+        return {"keep": self.keep, "count": self.count}
+
+    @classmethod
+    def restore(
+        cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
+    ) -> "AffineSimulator":
+        """From ``arrays()`` and ``settings()``."""
+        return cls(**arrays, **settings)
+
+
+def resampled(
+    residual: Float[np.ndarray, "fitted time query"],
+    planned: Planned,
+    *,
+    key: jax.Array,
+    draws: int,
+) -> Float[np.ndarray, "draw run time query"]:
+    """Whole residual paths of fitted runs, drawn with replacement for each draw and run."""
+    runs, steps, _ = planned.batch.shape
+    which = jax.random.randint(key, (draws, runs), 0, len(residual))
+    times = np.minimum(np.arange(steps + 1), residual.shape[1] - 1)
+    return residual[np.asarray(which)][:, :, times][..., planned.query]
+
+
+def _weights(batch: Curriculum, train: int, count: bool) -> Float[np.ndarray, "step train"]:
+    shares = exposures(batch, train)
+    return shares * (batch >= 0).sum(axis=1, keepdims=True) if count else shares
+
+
+@jax.jit
+def _rolled_out(
+    weights: Float[Array, "run step train"],
+    a: Float[Array, "draw query train"],
+    b: Float[Array, "draw query train"],
+    noise: Float[Array, "draw run step query"] | None,
+    initial: Float[Array, "run query"],
+    keep: Float[Array, ""],
+) -> tuple[Float[Array, "draw run time query"], Float[Array, "draw run time query"]]:
+    alpha = keep + jnp.einsum("rsn,dqn->drsq", weights, a)
+    beta = jnp.einsum("rsn,dqn->drsq", weights, b)
+    start = jnp.broadcast_to(initial[None], (len(a), *initial.shape))
+    path = affine_path
+    for axes, out in (((1, 1, 0), 1), ((0, 0, 0), 0), ((0, 0, 0), 0)):
+        path = jax.vmap(path, in_axes=axes, out_axes=out)
+    mean = path(alpha, beta, start)
+    return mean, mean if noise is None else path(alpha, beta + noise, start)

@@ -1,0 +1,61 @@
+"""Datasets in netCDF-4 files: compressed, in groups, with attributes of any plain value."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+__all__ = ["plain", "read_group", "write_groups"]
+
+ENGINE = "h5netcdf"
+AS_JSON = "json_attributes"
+"""Names of the attributes that netCDF cannot hold and that are kept as JSON text."""
+
+
+def write_groups(path: Path, groups: dict[str, xr.Dataset]) -> None:
+    """Write datasets as groups of one new file; ``"/"`` is the root group."""
+    for number, (group, dataset) in enumerate(groups.items()):
+        packed = {"zlib": True, "complevel": 9, "shuffle": True}
+        encoding = {name: packed for name, one in dataset.data_vars.items() if one.ndim}
+        dataset.assign_attrs(_encoded(dataset.attrs)).to_netcdf(
+            path, mode="a" if number else "w", group=group, engine=ENGINE, encoding=encoding
+        )
+
+
+def read_group(path: Path, group: str = "/") -> xr.Dataset:
+    """One group of a file, in memory; texts as fixed-width strings."""
+    with xr.open_dataset(path, group=group, engine=ENGINE) as opened:
+        dataset = opened.load()
+    return plain(dataset).assign_attrs(_decoded(dataset.attrs))
+
+
+def plain(dataset: xr.Dataset) -> xr.Dataset:
+    """The dataset without traces of the file it came from; texts as fixed-width strings."""
+    texts = [name for name in dataset.coords if dataset[name].dtype.kind in "OT"]
+    dataset = dataset.assign_coords(
+        {name: (name, np.array(dataset[name].values.tolist(), dtype=str)) for name in texts}
+    )
+    for name in dataset.variables:
+        dataset[name].encoding = {}
+    return dataset
+
+
+def _encoded(attrs: dict[Any, Any]) -> dict[str, Any]:
+    complex_ones = [
+        name for name, value in attrs.items() if not isinstance(value, str | int | float | np.generic)
+    ]
+    encoded = {name: json.dumps(attrs[name]) for name in complex_ones}
+    return {**attrs, **encoded, AS_JSON: json.dumps(complex_ones)}
+
+
+def _decoded(attrs: dict[Any, Any]) -> dict[str, Any]:
+    complex_ones = json.loads(attrs.get(AS_JSON, "[]"))
+    decoded = {name: json.loads(attrs[name]) for name in complex_ones}
+    scalars = {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in attrs.items()
+        if name != AS_JSON
+    }
+    return {**scalars, **decoded}

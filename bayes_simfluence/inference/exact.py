@@ -1,0 +1,205 @@
+"""Gaussian posteriors in closed form, hyperparameters learned."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bayes_simfluence.checks import Misuse, choice_of, positive_integer
+from bayes_simfluence.counterfactual.paths import FittedPaths, PathSimulator
+from bayes_simfluence.counterfactual.rollout import AffineSimulator
+from bayes_simfluence.inference.evidence import scales_of
+from bayes_simfluence.inference.method import Fitted, LeftOutRuns
+from bayes_simfluence.inference.path_search import (
+    Band,
+    Criterion,
+    Searched,
+    band_of,
+    even_rows,
+    search,
+)
+from bayes_simfluence.inference.recorded import Recorded
+from bayes_simfluence.inference.regression import Form, coefficients, eigen, moments
+from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.model.priors import ExampleFeatures
+from bayes_simfluence.progress import Progress
+
+__all__ = ["Exact"]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The exact posterior given hyperparameters, which are point estimates.
+
+    For the two-timescale model, hyperparameters are shared by all queries and chosen by the log
+    score of left-out runs or by marginal likelihood; each query's scale is closed-form and its
+    uncertainty is in the band, which left-out runs recalibrate. For the published kinds each
+    query's prior scale and noise maximize its marginal likelihood.
+
+    Attributes:
+        hyperparameters: the criterion of the two-timescale model.
+        times: times of each run that the two-timescale model conditions on, spread evenly; cost
+            grows with the cube of runs x times.
+    """
+
+    hyperparameters: Criterion = "leave-one-run-out"
+    times: int = 24
+
+    def __post_init__(self) -> None:
+        choice_of(
+            "Exact(hyperparameters=...)", self.hyperparameters, ["leave-one-run-out", "evidence"]
+        )
+        positive_integer("Exact(times=...)", self.times)
+
+    def default_model(self) -> Simfluence:
+        """The two-timescale model."""
+        return Simfluence()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Name and settings."""
+        return {"method": "Exact", **asdict(self)}
+
+    def fit(
+        self,
+        runs: Recorded,
+        model: Simfluence,
+        *,
+        key: jax.Array,  # noqa: ARG002 - closed form
+        validation: Recorded | None,  # noqa: ARG002 - left-out runs serve instead
+        progress: Progress,
+    ) -> Fitted:
+        """The posterior of ``model`` given ``runs``."""
+        if model.kind == "two-timescale":
+            return self._paths(runs, model, progress)
+        return _regression(runs, Form(model.kind, 1.0, False), progress)
+
+    def _paths(self, runs: Recorded, model: Simfluence, progress: Progress) -> Fitted:
+        if len(runs.batch) < 2:
+            raise Misuse(
+                "runs",
+                got="one run",
+                expected="at least two, since the error of a run is learned from left-out ones",
+                do="record more runs, or fit Simfluence(kind='linear')",
+            )
+        largest = None if runs.step_size is None else float(np.max(runs.step_size)) or None
+        fitted = FittedPaths(
+            batch=runs.batch,
+            step_size=np.ones(runs.batch.shape[:2])
+            if largest is None or runs.step_size is None
+            else runs.step_size / largest,
+            loss=runs.loss,
+            features=_features(runs, model),
+        )
+        rows = even_rows(fitted.steps, self.times)
+        found = search(model, fitted, rows, self.hyperparameters, progress)
+        band = band_of(model, fitted, rows, found.free)
+        simulator = PathSimulator(
+            model=model,
+            free=found.free,
+            fitted=fitted,
+            rows=rows,
+            largest_step_size=largest,
+            scale=band.scale,
+            widening=band.widening,
+            freedom=band.freedom,
+        )
+        left_out = LeftOutRuns(rows + 1, band.predicted, band.low, band.high)
+        return Fitted(simulator, _verdict(runs, rows, found, band, simulator), left_out)
+
+
+def _features(runs: Recorded, model: Simfluence) -> ExampleFeatures:
+    train, query = runs.train_feature, runs.query_feature
+    if train is None or not model.prior.features:
+        train = np.zeros((runs.train, 0))
+    if query is None or not train.shape[1]:
+        query = np.zeros((runs.loss.shape[2], 0))
+    return ExampleFeatures(jnp.asarray(train), jnp.asarray(query))
+
+
+def _verdict(
+    runs: Recorded, rows: np.ndarray, found: Searched, band: Band, simulator: PathSimulator
+) -> Verdict:
+    truth = runs.loss[:, 1:][:, rows]
+    mse = float(np.square(band.predicted - truth).mean())
+    others = (truth.sum(axis=0, keepdims=True) - truth) / (len(truth) - 1)
+    mse_of_mean = float(np.square(others - truth).mean())
+    covered = float(((truth >= band.low) & (truth <= band.high)).mean())
+    widened = np.exp(0.5 * simulator.log_widening(np.array([rows[0] + 1, rows[-1] + 1]) / len(runs.batch[0])))
+    numbers = {
+        "left_out_score": found.score,
+        "iterations": float(found.iterations),
+        "left_out_mse": mse,
+        "left_out_mse_of_mean_trajectory": mse_of_mean,
+        "left_out_coverage_90": covered,
+        "left_out_coverage_90_before_recalibration": band.raw_coverage,
+    }
+    notes = [
+        f"90% bands cover {covered:.0%} of left-out points after recalibration "
+        f"({band.raw_coverage:.0%} before): sd x {widened[0]:.2f} early, x {widened[1]:.2f} at the end."
+    ]
+    if len(truth) < 8:
+        notes.append(f"{len(truth)} runs tell little of the error's scale: the band is wide for it.")
+    if not found.converged:
+        return Verdict(
+            False,
+            "The search for hyperparameters stopped early: check the losses for jumps, "
+            "or fit Exact(hyperparameters='evidence').",
+            tuple(notes),
+            numbers,
+        )
+    compared = f"MSE of left-out runs {mse:.2g}, of the mean trajectory {mse_of_mean:.2g}"
+    if mse >= mse_of_mean:
+        return Verdict(
+            False,
+            f"Curricula explain nothing yet ({compared}): record more runs, or lower the "
+            "learning rate if training is chaotic.",
+            tuple(notes),
+            numbers,
+        )
+    return Verdict(True, f"Left-out runs are predicted ({compared}).", tuple(notes), numbers)
+
+
+def _regression(runs: Recorded, form: Form, progress: Progress) -> Fitted:
+    with progress.work("regression", 2) as meter:
+        found = moments(runs, form, scaled=True)
+        solved = eigen(found)
+        meter.advance()
+        scales = [
+            scales_of(values, cross, square, found.rows)
+            for values, cross, square in zip(
+                solved.values, solved.cross, found.square, strict=True
+            )
+        ]
+        ratio = np.array([one.ratio for one in scales])[:, None]
+        noise = np.array([one.noise for one in scales])
+        shrunk = solved.values + ratio
+        mean = np.einsum("qcv,qv->qc", solved.vectors, solved.cross / shrunk) / found.unit
+        sd = noise[:, None] / np.sqrt(shrunk)
+        factor = solved.vectors * sd[:, None, :] / found.unit[:, :, None]
+        meter.advance()
+    a, b = coefficients(mean, form)
+    zero = np.zeros_like(factor)
+    blocks = {"linear": factor, "additive": _stack(zero, factor), "multiplicative": _stack(factor, zero)}
+    simulator = AffineSimulator(a, b, factor=blocks[form.kind].astype(np.float32), noise=noise)
+    still = int((found.square <= 1e-12 * found.rows).sum())
+    return Fitted(
+        simulator,
+        Verdict(
+            ok=still == 0,
+            sentence=f"{still} queries never change their loss: leave them out."
+            if still
+            else "Scales by marginal likelihood, one prior scale and one noise per query.",
+            notes=(
+                "White one-step noise makes bands too narrow along a run (docs/results.md); "
+                "Simfluence() models the error of a run.",
+            ),
+            numbers={"log_evidence": float(sum(one.log_evidence for one in scales))},
+        ),
+    )
+
+
+def _stack(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.concatenate([a, b], axis=1)

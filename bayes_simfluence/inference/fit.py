@@ -1,0 +1,121 @@
+"""``fit``: recorded runs in, a ``Posterior`` out, whatever the model and method."""
+
+from warnings import warn
+
+import jax
+import xarray as xr
+
+from bayes_simfluence.checks import FitFailed, FitWarning, Misuse, keyed, named
+from bayes_simfluence.data.runs import identifiability, usable_runs
+from bayes_simfluence.inference.exact import Exact
+from bayes_simfluence.inference.method import LeftOutRuns, Method
+from bayes_simfluence.inference.posterior import Posterior
+from bayes_simfluence.inference.recorded import recorded_from
+from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.progress import Progress, Silent
+
+__all__ = ["fit"]
+
+
+def fit(
+    runs: xr.Dataset,
+    *,
+    key: jax.Array,
+    model: Simfluence | None = None,
+    method: Method | None = None,
+    validation: xr.Dataset | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Posterior:
+    """Infer a simulator of training runs from recorded ones.
+
+    Args:
+        runs: recorded runs; unusable ones are left out with a warning.
+        key: decides whatever a method draws.
+        model: what is inferred; the method's own default when omitted.
+        method: how; ``Exact()`` when omitted.
+        validation: further runs, for methods that choose settings on them (``Ridge``).
+        strict: raise when the verdict asks for attention, instead of warning.
+        progress: told of the work; silent when omitted.
+
+    Raises:
+        Misuse: invalid runs, or a model that the method cannot take; before any work.
+        FitFailed: under ``strict``, a verdict that is not ok.
+
+    >>> import jax, bayes_simfluence as bs
+    >>> runs = bs.example_runs().isel(run=slice(0, 6), query=slice(0, 3))
+    >>> posterior = bs.fit(runs, method=bs.Ridge(penalty=1.0), key=jax.random.key(0))
+    >>> print(posterior.verdict)
+    Point estimate at penalty 1.
+    """
+    keyed(key)
+    method = Exact() if method is None else method
+    if not isinstance(method, Method):
+        raise Misuse(
+            "method",
+            got=type(method).__name__,
+            expected="an inference method such as Exact() or Ridge()",
+            do="pass an instance, not a class or a name",
+        )
+    model = method.default_model() if model is None else model
+    if not isinstance(model, Simfluence):
+        raise Misuse(
+            "model", got=type(model).__name__, expected="a Simfluence(...)", do="pass an instance"
+        )
+    runs = usable_runs(runs)
+    checked = None if validation is None else _like(usable_runs(validation), runs)
+    found = method.fit(
+        recorded_from(runs),
+        model,
+        key=key,
+        validation=None if checked is None else recorded_from(checked),
+        progress=progress or Silent(),
+    )
+    verdict = Verdict(
+        found.verdict.ok,
+        found.verdict.sentence,
+        (*found.verdict.notes, *identifiability(runs).sentences()),
+        found.verdict.numbers,
+    )
+    if not verdict.ok and strict:
+        raise FitFailed(verdict.sentence)
+    if not verdict.ok:
+        warn(verdict.sentence, FitWarning, stacklevel=2)
+    return Posterior(
+        simulator=found.simulator,
+        verdict=verdict,
+        runs=runs,
+        settings={"model": model.as_dict(), **method.as_dict()},
+        left_out=None if found.left_out is None else _named(found.left_out, runs),
+    )
+
+
+def _like(validation: xr.Dataset, runs: xr.Dataset) -> xr.Dataset:
+    """The validation runs, after checking that they are of the same recording."""
+    for name in ("train", "query"):
+        if validation.sizes[name] != runs.sizes[name]:
+            raise Misuse(
+                f"validation['{name}']",
+                got=f"{validation.sizes[name]} ids",
+                expected=f"the {runs.sizes[name]} ids of the fitted runs",
+                do="take both from one recording",
+            )
+        named(f"validation['{name}']", validation[name].values, runs[name].values)
+    return validation
+
+
+def _named(left_out: LeftOutRuns, runs: xr.Dataset) -> xr.Dataset:
+    dims = ("run", "time", "query")
+    values = {
+        name: value
+        for name, value in left_out._asdict().items()
+        if name != "time" and value is not None
+    }
+    return xr.Dataset(
+        {
+            name: (dims, value.astype("float32"), {"units": "nat"})
+            for name, value in values.items()
+        },
+        coords={"run": runs["run"], "time": left_out.time, "query": runs["query"]},
+    )

@@ -1,0 +1,62 @@
+"""What every inference method takes and gives."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from bayes_simfluence.counterfactual.rollout import Simulator
+from bayes_simfluence.inference.recorded import Recorded
+from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.progress import Progress
+
+__all__ = ["Fitted", "LeftOutRuns", "Method"]
+
+
+class LeftOutRuns(NamedTuple):
+    """Simulations of fitted runs by fits without them, nats.
+
+    Attributes:
+        time: at which times.
+        predicted: medians (points for a point method).
+        low, high: 90% band; None for a point method without a band.
+    """
+
+    time: np.ndarray
+    predicted: Float[np.ndarray, "run time query"]
+    low: Float[np.ndarray, "run time query"] | None = None
+    high: Float[np.ndarray, "run time query"] | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a method returns; ``fit`` makes the ``Posterior`` of it."""
+
+    simulator: Simulator
+    verdict: Verdict
+    left_out: LeftOutRuns | None = None
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A way of inferring a model from recorded runs."""
+
+    def default_model(self) -> Simfluence:
+        """The model fitted when the caller names none."""
+
+    def fit(
+        self,
+        runs: Recorded,
+        model: Simfluence,
+        *,
+        key: jax.Array,
+        validation: Recorded | None,
+        progress: Progress,
+    ) -> Fitted:
+        """Fit ``model`` to ``runs``; raises ``Misuse`` for a model that it cannot take."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The method's name and settings as plain values."""

@@ -1,0 +1,71 @@
+"""Recorded runs as the arrays that fits work on."""
+
+from typing import NamedTuple
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float, Int
+
+from bayes_simfluence.checks import named
+from bayes_simfluence.counterfactual.rollout import Planned
+
+__all__ = ["Recorded", "planned_from", "recorded_from"]
+
+
+class Recorded(NamedTuple):
+    """Usable runs of one recording.
+
+    Attributes:
+        batch: indices into ``train``, -1 = empty slot.
+        loss: nats, time 0 first.
+        step_size: learning rates; None when not recorded.
+        train_feature, query_feature: gradient features; None when not recorded.
+        train: number of training examples, seen or not.
+    """
+
+    batch: Int[np.ndarray, "run step slot"]
+    loss: Float[np.ndarray, "run time query"]
+    step_size: Float[np.ndarray, "run step"] | None
+    train_feature: Float[np.ndarray, "train feature"] | None
+    query_feature: Float[np.ndarray, "query feature"] | None
+    train: int
+
+    def take(self, runs: Int[np.ndarray, " chosen"]) -> "Recorded":
+        """Some of the runs."""
+        sizes = None if self.step_size is None else self.step_size[runs]
+        return self._replace(batch=self.batch[runs], loss=self.loss[runs], step_size=sizes)
+
+    def plan(self) -> Planned:
+        """The same runs, to be simulated."""
+        queries = np.arange(self.loss.shape[2])
+        return Planned(self.batch, self.step_size, self.loss[:, 0], queries)
+
+
+def recorded_from(runs: xr.Dataset) -> Recorded:
+    """The arrays of valid, usable runs."""
+
+    def optional(name: str) -> np.ndarray | None:
+        return np.asarray(runs[name].values, float) if name in runs else None
+
+    return Recorded(
+        batch=runs["batch"].values,
+        loss=np.asarray(runs["loss"].values, float),
+        step_size=optional("step_size"),
+        train_feature=optional("train_feature"),
+        query_feature=optional("query_feature"),
+        train=runs.sizes["train"],
+    )
+
+
+def planned_from(runs: xr.Dataset, train: np.ndarray, query: np.ndarray) -> Planned:
+    """Runs to be simulated, in the positions of the fitted ``train`` and ``query`` ids."""
+    batch = runs["batch"].values
+    used = np.unique(batch[batch >= 0])
+    place = np.full(runs.sizes["train"] + 1, -1, np.int32)
+    place[used] = named("examples in the curricula", runs["train"].values[used], train)
+    return Planned(
+        batch=place[batch],
+        step_size=np.asarray(runs["step_size"].values, float) if "step_size" in runs else None,
+        initial=np.asarray(runs["loss"].values[:, 0], float),
+        query=np.asarray(named("queries", runs["query"].values, query)),
+    )

@@ -1,0 +1,134 @@
+"""One step of the published recurrence as linear regression, for all queries of a recording.
+
+Row ``t`` of query ``q``: ``L_t - keep L_{t-1} = sum_i w_ti (a_i L_{t-1} + b_i)``. Batches hold few
+examples, so second moments are sums over pairs of examples that met in a batch; nothing of the
+size rows x examples x queries is ever made.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from scipy.sparse import csr_array
+
+from bayes_simfluence.conventions import EMPTY_SLOT
+from bayes_simfluence.inference.recorded import Recorded
+from bayes_simfluence.linalg import double_precision, symmetric_eigen
+
+__all__ = ["Eigen", "Form", "Moments", "coefficients", "eigen", "moments"]
+
+
+class Form(NamedTuple):
+    """Which recurrence is regressed.
+
+    Attributes:
+        kind: ``linear`` (a and b), ``additive`` (b), ``multiplicative`` (a).
+        keep: what of the previous loss stays without any example.
+        count: weights are counts of examples instead of shares of the batch.
+    """
+
+    kind: Literal["linear", "additive", "multiplicative"]
+    keep: float
+    count: bool
+
+    @property
+    def powers(self) -> tuple[int, ...]:
+        """Powers of the previous loss that multiply the weights, one per block of columns."""
+        return {"linear": (1, 0), "additive": (0,), "multiplicative": (1,)}[self.kind]
+
+
+class Moments(NamedTuple):
+    """Second moments of the regression of each query; sums over rows.
+
+    Attributes:
+        gram: of the columns, each divided by its ``unit``.
+        cross: of columns and target.
+        square: of the target.
+        unit: what each column was divided by (root mean square of ``L_{t-1}``, or 1), so that one
+            penalty means the same for a and b.
+        rows: number of steps.
+    """
+
+    gram: Float[np.ndarray, "query column column"]
+    cross: Float[np.ndarray, "query column"]
+    square: Float[np.ndarray, " query"]
+    unit: Float[np.ndarray, "query column"]
+    rows: int
+
+
+class Eigen(NamedTuple):
+    """The moments in the basis of the gram's eigenvectors."""
+
+    values: Float[np.ndarray, "query column"]
+    vectors: Float[np.ndarray, "query column column"]
+    cross: Float[np.ndarray, "query column"]
+
+
+def moments(runs: Recorded, form: Form, *, scaled: bool) -> Moments:
+    """Second moments of all steps of ``runs``; ``scaled`` columns have unit size."""
+    before = runs.loss[:, :-1].reshape(-1, runs.loss.shape[2])
+    target = runs.loss[:, 1:].reshape(before.shape) - form.keep * before
+    members = runs.batch.reshape(len(before), -1)
+    filled = members != EMPTY_SLOT
+    weight = filled / (1.0 if form.count else np.maximum(filled.sum(axis=1, keepdims=True), 1))
+    size = runs.train
+    row = np.arange(len(before))
+    # One entry per slot, and one per pair of slots; repeated examples add up.
+    single = csr_array(
+        (weight[filled], (members[filled], np.broadcast_to(row[:, None], members.shape)[filled])),
+        shape=(size, len(before)),
+    )
+    both = filled[:, :, None] & filled[:, None, :]
+    pair = members[:, :, None].astype(np.int64) * size + members[:, None, :]
+    products = weight[:, :, None] * weight[:, None, :]
+    paired = csr_array(
+        (products[both], (pair[both], np.broadcast_to(row[:, None, None], pair.shape)[both])),
+        shape=(size * size, len(before)),
+    )
+    unit = np.ones((len(form.powers), before.shape[1]))
+    if scaled:
+        unit = np.stack([np.sqrt(np.mean(before ** (2 * power), axis=0)) for power in form.powers])
+        unit = np.maximum(unit, np.finfo(float).tiny)
+    by_power = {
+        power: (paired @ before**power).T.reshape(-1, size, size)
+        for power in {first + second for first in form.powers for second in form.powers}
+    }
+    gram = np.block(
+        [
+            [
+                by_power[first + second] / (unit[one] * unit[other])[:, None, None]
+                for other, second in enumerate(form.powers)
+            ]
+            for one, first in enumerate(form.powers)
+        ]
+    )
+    cross = np.concatenate(
+        [
+            (single @ (before**power * target)).T / unit[one][:, None]
+            for one, power in enumerate(form.powers)
+        ],
+        axis=1,
+    )
+    return Moments(
+        gram, cross, np.square(target).sum(axis=0), np.repeat(unit.T, size, axis=1), len(before)
+    )
+
+
+def eigen(found: Moments) -> Eigen:
+    """Eigenvalues and eigenvectors of each query's gram."""
+    with double_precision():
+        values, vectors = jax.jit(jax.vmap(symmetric_eigen))(jnp.asarray(found.gram))
+    values, vectors = np.maximum(np.asarray(values), 0.0), np.asarray(vectors)
+    return Eigen(values, vectors, np.einsum("qcv,qc->qv", vectors, found.cross))
+
+
+def coefficients(
+    weights: Float[np.ndarray, "query column"], form: Form
+) -> tuple[Float[np.ndarray, "query train"], Float[np.ndarray, "query train"]]:
+    """Columns' weights as ``a`` and ``b``, zero where the form has none."""
+    blocks = np.split(weights, len(form.powers), axis=1)
+    by_power = dict(zip(form.powers, blocks, strict=True))
+    zero = np.zeros_like(blocks[0])
+    return by_power.get(1, zero), by_power.get(0, zero)

@@ -1,0 +1,163 @@
+"""Point estimates of the published recurrence by ridge regression."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from bayes_simfluence.checks import Misuse, choice_of, positive_integer, positive_number
+from bayes_simfluence.counterfactual.rollout import AffineSimulator
+from bayes_simfluence.inference.method import Fitted, LeftOutRuns
+from bayes_simfluence.inference.recorded import Recorded
+from bayes_simfluence.inference.regression import Eigen, Form, coefficients, eigen, moments
+from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.progress import Progress
+
+__all__ = ["PENALTIES", "Ridge"]
+
+PENALTIES = tuple(10.0 ** np.arange(-8.0, 3.01, 0.5))
+"""Penalties tried when none is given."""
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """Simfluence-Linear by least squares with a penalty on squared coefficients.
+
+    ``paper`` is the published objective (Guu et al. 2023, section 3.2): ``alpha`` and ``beta`` are
+    sums of ``A_i`` and ``B_i`` over the batch, both shrunk to zero, so that without data the loss
+    drops to zero in one step. ``centred`` is ours: shares of the batch, shrunk to "nothing
+    happens" (alpha = 1, beta = 0). The additive form has alpha = 1 in both.
+
+    Attributes:
+        objective: which of the two.
+        penalty: on the sum of squared coefficients; when None, the one of ``PENALTIES`` with the
+            lowest free-running MSE on the validation runs, or, without such runs, on left-out runs.
+        folds: groups of runs that are left out in turn.
+        band: add whole residual paths of left-out runs, resampled, as predictive noise.
+    """
+
+    objective: Literal["paper", "centred"] = "paper"
+    penalty: float | None = None
+    folds: int = 5
+    band: bool = False
+
+    def __post_init__(self) -> None:
+        choice_of("Ridge(objective=...)", self.objective, ["paper", "centred"])
+        positive_integer("Ridge(folds=...)", self.folds)
+        if self.penalty is not None:
+            positive_number("Ridge(penalty=...)", self.penalty)
+
+    def default_model(self) -> Simfluence:
+        """The published linear form."""
+        return Simfluence(kind="linear")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Name and settings."""
+        return {"method": "Ridge", **asdict(self)}
+
+    def fit(
+        self,
+        runs: Recorded,
+        model: Simfluence,
+        *,
+        key: jax.Array,
+        validation: Recorded | None,
+        progress: Progress,
+    ) -> Fitted:
+        """One chain, one draw: the minimum of the objective."""
+        form = self._form(model)
+        by_validation = self.penalty is None and validation is not None
+        by_folds = self.penalty is None and validation is None
+        penalties = PENALTIES if self.penalty is None else (self.penalty,)
+        folds = _folds(len(runs.batch), self.folds) if by_folds or self.band else []
+        with progress.work("ridge", len(folds) + 1) as meter:
+            solved = eigen(moments(runs, form, scaled=False))
+            meter.advance()
+            if by_validation and validation is not None:
+                tried = _simulated(solved, form, penalties, validation, key)
+                penalties = (_best(penalties, tried, validation),)
+            left_out = np.zeros((len(penalties), *runs.loss.shape))
+            for fold in folds:
+                rest = np.setdiff1d(np.arange(len(runs.batch)), fold)
+                without = eigen(moments(runs.take(rest), form, scaled=False))
+                left_out[:, fold] = _simulated(without, form, penalties, runs.take(fold), key)
+                meter.advance()
+        penalty = _best(penalties, left_out, runs) if by_folds else penalties[0]
+        predicted = left_out[penalties.index(penalty)] if folds else None
+        residual = runs.loss - predicted if self.band and predicted is not None else None
+        simulator = _simulator(solved, form, penalty, residual)
+        return Fitted(
+            simulator,
+            _verdict(penalty, given=self.penalty is not None),
+            None if predicted is None else LeftOutRuns(np.arange(runs.loss.shape[1]), predicted),
+        )
+
+    def _form(self, model: Simfluence) -> Form:
+        if model.kind == "two-timescale":
+            raise Misuse(
+                "Ridge with Simfluence(kind='two-timescale')",
+                got="a model that has no least-squares form",
+                expected="kind linear, additive or multiplicative",
+                do="name such a kind, or fit with method=Exact()",
+            )
+        paper = self.objective == "paper"
+        return Form(model.kind, 1.0 if model.kind == "additive" or not paper else 0.0, paper)
+
+
+def _folds(runs: int, folds: int) -> list[np.ndarray]:
+    if runs < 2:
+        raise Misuse(
+            "runs",
+            got="one run",
+            expected="at least two, to leave runs out in turn",
+            do="record more runs, pass validation=..., or Ridge(penalty=...) without a band",
+        )
+    count = min(folds, runs)
+    return [np.arange(start, runs, count) for start in range(count)]
+
+
+def _simulator(
+    solved: Eigen, form: Form, penalty: float, residual: np.ndarray | None = None
+) -> AffineSimulator:
+    weights = np.einsum("qcv,qv->qc", solved.vectors, solved.cross / (solved.values + penalty))
+    a, b = coefficients(weights, form)
+    return AffineSimulator(a, b, residual=residual, keep=form.keep, count=form.count)
+
+
+def _simulated(
+    solved: Eigen, form: Form, penalties: tuple[float, ...], runs: Recorded, key: jax.Array
+) -> Float[np.ndarray, "penalty run time query"]:
+    planned = runs.plan()
+    return np.stack(
+        [
+            _simulator(solved, form, penalty).simulate(planned, key=key, draws=1).mean_loss[0, 0]
+            for penalty in penalties
+        ]
+    )
+
+
+def _best(
+    penalties: tuple[float, ...],
+    simulated: Float[np.ndarray, "penalty run time query"],
+    runs: Recorded,
+) -> float:
+    """The penalty with the lowest free-running MSE; one that blows up counts as infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        errors = np.square(simulated - runs.loss[None]).mean(axis=(1, 2, 3))
+    return penalties[int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))]
+
+
+def _verdict(penalty: float, *, given: bool) -> Verdict:
+    numbers = {"penalty": penalty}
+    edge = not given and penalty in (PENALTIES[0], PENALTIES[-1])
+    if edge:
+        return Verdict(
+            ok=False,
+            sentence=f"The best penalty, {penalty:g}, is at the end of those tried: "
+            "pass Ridge(penalty=...) beyond it, or record more runs.",
+            numbers=numbers,
+        )
+    return Verdict(ok=True, sentence=f"Point estimate at penalty {penalty:g}.", numbers=numbers)
