@@ -32,6 +32,7 @@ __all__ = [
     "designs_and_means",
     "error_covariance",
     "fitted_covariance",
+    "interpolated_widening",
     "mean_size",
     "stacked_paths",
 ]
@@ -97,8 +98,8 @@ class PathSimulator:
         largest_step_size: what the fitted step sizes were divided by; None when they were not
             recorded, and are ignored.
         scale: sd of each query's effects, in units of the link.
-        widening: coefficients of the log variance factor, a polynomial in training progress, by
-            which left-out runs asked to widen the band.
+        widening: log of the factor on the variance that left-out runs asked for, at knots spread
+            evenly over a recorded run, straight lines between them.
         freedom: degrees of freedom of the scales' posterior; the band is Student-t with them.
     """
 
@@ -110,7 +111,7 @@ class PathSimulator:
     rows: Int[np.ndarray, " row"]
     largest_step_size: float | None
     scale: Float[np.ndarray, " query"]
-    widening: Float[np.ndarray, " power"]
+    widening: Float[np.ndarray, " knot"]
     freedom: float
 
     @property
@@ -161,8 +162,7 @@ class PathSimulator:
 
     def log_widening(self, progress: Float[np.ndarray, " step"]) -> Float[np.ndarray, " step"]:
         """Log factor on the variance; constant beyond the recorded length."""
-        powers = np.minimum(progress, 1.0)[:, None] ** np.arange(len(self.widening))[None]
-        return powers @ self.widening
+        return interpolated_widening(progress, self.widening)
 
     def _step_size(self, planned: Planned) -> Float[np.ndarray, "run step"]:
         if self.largest_step_size is None:
@@ -263,7 +263,7 @@ class PathSimulator:
             "free": (("hyper",), self.free),
             "rows": (("row",), self.rows),
             "scale": (("query",), self.scale),
-            "widening": (("power",), self.widening),
+            "widening": (("knot",), self.widening),
             "batch": (("run", "step", "slot"), self.fitted.batch),
             "step_size": (("run", "step"), self.fitted.step_size),
             "loss": (("run", "time", "query"), self.fitted.loss),
@@ -328,6 +328,13 @@ def designs_and_means(
 
     found: tuple[Array, Array] = jax.vmap(one)(paths)
     return found
+
+
+def interpolated_widening(
+    progress: Float[np.ndarray, " step"], widening: Float[np.ndarray, " knot"]
+) -> Float[np.ndarray, " step"]:
+    """Log variance factor at each step; constant beyond the recorded length."""
+    return np.interp(progress, np.linspace(0.0, 1.0, len(widening)), widening)
 
 
 def mean_size(designs: Float[Array, "run row weight"]) -> Float[Array, ""]:

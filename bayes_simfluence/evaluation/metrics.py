@@ -125,7 +125,13 @@ def run_scores(
 def spearman_across_runs(
     mean: Float[np.ndarray, "run query"], truth: Float[np.ndarray, "run query"]
 ) -> float:
-    """Rank correlation over runs of the final losses, averaged over queries (the form of LDS)."""
-    ranks = [spearman(one, other) for one, other in zip(mean.T, truth.T, strict=True)]
-    kept = [rank for rank in ranks if np.isfinite(rank)]
-    return float(np.mean(kept)) if kept else float("nan")
+    """Rank correlation over runs of the final losses, averaged over queries (the form of LDS).
+
+    Queries without any order on either side are left out; NaN when none remains.
+    """
+    left, right = (rankdata(side, axis=0) - (len(side) + 1) / 2 for side in (mean, truth))
+    spread = np.sqrt(np.square(left).sum(axis=0) * np.square(right).sum(axis=0))
+    kept = spread > 0
+    if not kept.any():
+        return float("nan")
+    return float(((left * right).sum(axis=0)[kept] / spread[kept]).mean())

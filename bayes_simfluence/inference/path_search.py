@@ -16,6 +16,7 @@ from bayes_simfluence.counterfactual.paths import (
     designs_and_means,
     error_covariance,
     fitted_covariance,
+    interpolated_widening,
     mean_size,
 )
 from bayes_simfluence.inference.leave_out import evidence_score, left_out, left_out_score
@@ -30,7 +31,8 @@ __all__ = ["Band", "Criterion", "Searched", "band_of", "even_rows", "search"]
 Criterion = Literal["leave-one-run-out", "evidence"]
 COARSE, COARSE_STEPS, FINE_STEPS = 12, 60, 8
 """Times per run and most L-BFGS iterations of the search; iterations of its polish."""
-WIDENING_POWERS = 3
+WIDENING_KNOTS = 5
+"""Fewer follow the error along training less well; more do not help left-out runs."""
 
 
 class Searched(NamedTuple):
@@ -54,7 +56,7 @@ class Band(NamedTuple):
 
     Attributes:
         scale: sd of each query's effects, link units.
-        widening: polynomial in progress: log of the factor on the variance.
+        widening: log of the factor on the variance, at knots spread evenly over training.
         freedom: degrees of freedom of the scales.
         predicted: medians of left-out runs, nats, at the fitted times.
         low, high: their 90% band after widening.
@@ -62,7 +64,7 @@ class Band(NamedTuple):
     """
 
     scale: Float[np.ndarray, " query"]
-    widening: Float[np.ndarray, " power"]
+    widening: Float[np.ndarray, " knot"]
     freedom: float
     predicted: Float[np.ndarray, "run row query"]
     low: Float[np.ndarray, "run row query"]
@@ -180,8 +182,9 @@ def band_of(
 ) -> Band:
     """Scales, widening and left-out predictions at given hyperparameters.
 
-    A query's scale is the root mean square of its standardized left-out errors; the widening is a
-    quadratic in training progress, fitted to the log of their mean square over runs and queries.
+    A query's scale is the root mean square of its standardized left-out errors; the widening is
+    straight lines between knots in training progress, fitted to the log of their mean square over
+    runs and queries.
     """
     with double_precision():
         change = _change(model, fitted, rows)
@@ -195,11 +198,12 @@ def band_of(
     scale = np.sqrt(np.square(error / np.sqrt(variance)).mean(axis=(0, 1)) + 1e-12)
     z = error / (np.sqrt(variance) * scale)
     progress = (rows + 1) / fitted.steps
-    powers = progress[:, None] ** np.arange(min(WIDENING_POWERS, len(rows)))[None]
+    knots = min(WIDENING_KNOTS, len(rows))
+    lines = np.stack([interpolated_widening(progress, unit) for unit in np.eye(knots)], axis=1)
     by_time = np.log(np.square(z).mean(axis=(0, 2)) + 1e-12)
-    widening = np.linalg.lstsq(powers, by_time, rcond=None)[0]
+    widening = np.linalg.lstsq(lines, by_time, rcond=None)[0]
     freedom = float(max(len(error) - 1, 3))
-    sd = scale * np.sqrt(variance * np.exp(powers @ widening)[None, :, None])
+    sd = scale * np.sqrt(variance * np.exp(lines @ widening)[None, :, None])
     quantile = student_t.ppf(0.95, freedom)
 
     def nats(value: np.ndarray) -> np.ndarray:
