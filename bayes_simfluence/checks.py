@@ -1,8 +1,8 @@
-"""Errors that say what was got, what was expected and what to do, and the checks that raise them."""
+"""Errors that say what was got, what was expected, what to do; and the checks that raise them."""
 
 import math
 from collections.abc import Collection, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -101,8 +101,8 @@ def choice_of(what: str, value: Value, choices: Collection[Value]) -> Value:
 def named(what: str, wanted: Iterable[object], known: Iterable[object]) -> list[int]:
     """Positions of the ids ``wanted`` among the ids ``known``, compared as text."""
     places = {str(name): place for place, name in enumerate(known)}
-    wanted = [str(name) for name in wanted]
-    unknown = [name for name in wanted if name not in places]
+    names = [str(name) for name in wanted]
+    unknown = [name for name in names if name not in places]
     if unknown:
         raise Misuse(
             what,
@@ -110,15 +110,15 @@ def named(what: str, wanted: Iterable[object], known: Iterable[object]) -> list[
             expected=f"ids among {shorten(places)}",
             do="use ids of the recording",
         )
-    return [places[name] for name in wanted]
+    return [places[name] for name in names]
 
 
-def keyed(key: object) -> None:
+def keyed(key: Any) -> None:
     """Raise unless ``key`` is one typed PRNG key, as made by ``jax.random.key``."""
     import jax
 
-    is_key = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not is_key or key.shape != ():
+    is_array = isinstance(key, jax.Array) and key.shape == ()
+    if not is_array or not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise Misuse(
             "key",
             got=type(key).__name__,

@@ -3,7 +3,7 @@
 | word | meaning |
 |---|---|
 | ``run`` | one recorded fine-tuning run; all runs of a recording start from the same weights |
-| ``step`` 1..T | one optimizer update; ``batch[run, step, slot]`` holds indices into ``train``, -1 = empty slot |
+| ``step`` 1..T | one update; ``batch[run, step, slot]`` holds indices into ``train``, -1 = empty |
 | ``time`` 0..T | a point between updates; ``loss[run, time, query]``, time 0 = before any update |
 | ``train`` | a training example; its coordinate holds the examples' stable ids |
 | ``query`` | an evaluation example (the paper's z_test); its coordinate holds stable ids |
@@ -15,7 +15,7 @@
 | alpha | multiplies the previous loss; unitless, 1 = nothing happens |
 | beta | added to the loss; nats, 0 = nothing happens |
 | effect on the loss | nats; **negative = helpful** |
-| feature | coordinates of an example's loss gradient at the initial weights; a positive inner product of a training example and a query: a step on the one lowers the other's loss |
+| feature | coordinates of an example's loss gradient at the initial weights |
 | step size | the optimizer's learning rate at that step |
 | exposure | occurrences of an example in a batch / examples in that batch (mean reduction) |
 
@@ -23,7 +23,7 @@ Inside kernels arrays are positional and written for one run and one query; at t
 array is an ``xarray`` object whose dimensions carry the names above.
 """
 
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -64,7 +64,7 @@ Curricula: TypeAlias = Int[np.ndarray, "run step slot"]
 Trajectory: TypeAlias = Float[np.ndarray, "time query"]
 """Losses of one run, time 0 before any update."""
 
-VARIABLES: Final = {
+VARIABLES: Final[dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
     "batch": (
         ("run", "step", "slot"),
         {"long_name": "training example in the batch", "empty_slot": EMPTY_SLOT},

@@ -1,10 +1,10 @@
-"""Progress of long work: an object that is told of it, silent unless the caller hands in another."""
+"""Progress of long work: an object that is told of it, silent unless the caller brings another."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Meter", "Progress", "Silent"]
+__all__ = ["Bars", "Meter", "Progress", "Silent"]
 
 
 @runtime_checkable
@@ -34,3 +34,38 @@ class Silent:
     @contextmanager
     def work(self, label: str, total: int | None) -> Iterator[Meter]:
         yield _SilentMeter()
+
+
+class Bars:
+    """Progress bars on the terminal's error stream; plain lines where there is no terminal."""
+
+    @contextmanager
+    def work(self, label: str, total: int | None) -> Iterator[Meter]:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description:>20}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bars:
+            yield _Bar(bars, bars.add_task(label, total=total, note=""))
+
+
+class _Bar:
+    def __init__(self, bars: Any, task: Any) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        self._bars.update(self._task, advance=amount, note=note)

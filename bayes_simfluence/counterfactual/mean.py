@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
@@ -24,9 +24,13 @@ class MeanSimulator:
     """
 
     name: ClassVar[str] = "mean"
-    draws: ClassVar[None] = None
     change: Float[np.ndarray, "time query"]
     residual: Float[np.ndarray, "fitted time query"]
+
+    @property
+    def draws(self) -> None:
+        """Any number."""
+        return None
 
     def simulate(self, planned: Planned, *, key: jax.Array, draws: int) -> Simulated:
         """The mean change on top of each run's initial losses."""
@@ -43,7 +47,7 @@ class MeanSimulator:
         noise = resampled(self.residual, planned, key=key, draws=draws)
         return Simulated(mean[None], (mean + noise).astype(np.float32)[None])
 
-    def samples(self, *, key: jax.Array, draws: int) -> Named:  # noqa: ARG002
+    def samples(self, *, key: jax.Array, draws: int) -> Named:
         """The one trajectory there is."""
         return {"change": (("chain", "draw", "time", "query"), self.change[None, None])}
 
@@ -59,8 +63,6 @@ class MeanSimulator:
         return {}
 
     @classmethod
-    def restore(
-        cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
-    ) -> "MeanSimulator":
+    def restore(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> Self:
         """From ``arrays()`` and ``settings()``."""
         return cls(**arrays, **settings)

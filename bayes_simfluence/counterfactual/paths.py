@@ -10,7 +10,7 @@ draw of their deviation is ``s (w0 - X' K^-1 (X w0 + eta0))`` with ``w0``, ``eta
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,6 @@ class PathSimulator:
     """
 
     name: ClassVar[str] = "paths"
-    draws: ClassVar[None] = None
     model: Simfluence
     free: Float[np.ndarray, " hyper"]
     fitted: FittedPaths
@@ -118,8 +117,15 @@ class PathSimulator:
     def values(self) -> dict[str, float]:
         """Hyperparameters on their natural scale."""
         with double_precision():
-            natural = natural_values(hypers_of(self.model, self.fitted.features), self.free)
+            natural = natural_values(
+                hypers_of(self.model, self.fitted.features), jnp.asarray(self.free)
+            )
             return {name: float(value) for name, value in natural.items()}
+
+    @property
+    def draws(self) -> None:
+        """Any number."""
+        return None
 
     def simulate(self, planned: Planned, *, key: jax.Array, draws: int) -> Simulated:
         """Draws of weights, scales and run errors, independent between queries."""
@@ -280,11 +286,11 @@ class PathSimulator:
         }
 
     @classmethod
-    def restore(
-        cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
-    ) -> "PathSimulator":
+    def restore(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> Self:
         """From ``arrays()`` and ``settings()``."""
-        features = ExampleFeatures(arrays["train_feature"], arrays["query_feature"])
+        features = ExampleFeatures(
+            jnp.asarray(arrays["train_feature"]), jnp.asarray(arrays["query_feature"])
+        )
         fitted = FittedPaths(arrays["batch"], arrays["step_size"], arrays["loss"], features)
         return cls(
             model=Simfluence.from_dict(settings["model"]),
@@ -334,7 +340,7 @@ def interpolated_widening(
     progress: Float[np.ndarray, " step"], widening: Float[np.ndarray, " knot"]
 ) -> Float[np.ndarray, " step"]:
     """Log variance factor at each step; constant beyond the recorded length."""
-    return np.interp(progress, np.linspace(0.0, 1.0, len(widening)), widening)
+    return np.asarray(np.interp(progress, np.linspace(0.0, 1.0, len(widening)), widening))
 
 
 def mean_size(designs: Float[Array, "run row weight"]) -> Float[Array, ""]:

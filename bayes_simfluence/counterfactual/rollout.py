@@ -6,7 +6,7 @@ before the first update, nothing else. Arrays inside; ``Posterior.simulate`` put
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +61,10 @@ class Simulator(Protocol):
 
     name: ClassVar[str]
     """Under which saved posteriors find their class again."""
-    draws: int | None
-    """Draws that it holds; None = any number on request."""
+
+    @property
+    def draws(self) -> int | None:
+        """Draws that it holds; None = any number on request."""
 
     def simulate(self, planned: Planned, *, key: jax.Array, draws: int) -> Simulated:
         """Trajectories; the same key gives the same draws of the coefficients to any runs."""
@@ -77,7 +79,7 @@ class Simulator(Protocol):
         """Plain values to save."""
 
     @classmethod
-    def restore(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> "Simulator":
+    def restore(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> Self:
         """The simulator of saved arrays and settings."""
 
 
@@ -142,7 +144,9 @@ class AffineSimulator:
         if self.factor is not None:
             factor = jnp.asarray(self.factor[query], jnp.float32)
             z = jax.vmap(
-                lambda one: jax.random.normal(jax.random.fold_in(key, one), (draws, factor.shape[2]))
+                lambda one: jax.random.normal(
+                    jax.random.fold_in(key, one), (draws, factor.shape[2])
+                )
             )(jnp.asarray(query))
             drawn = drawn + jnp.einsum("qws,qds->dqw", factor, z)
         a, b = jnp.split(drawn, 2, axis=-1)
@@ -162,9 +166,7 @@ class AffineSimulator:
         draws = self.draws or draws
         found = self._coefficients(np.arange(len(self.a)), key, draws)
         dims = ("chain", "draw", "query", "train")
-        return {
-            name: (dims, np.asarray(one)[None]) for name, one in zip("ab", found, strict=True)
-        }
+        return {name: (dims, np.asarray(one)[None]) for name, one in zip("ab", found, strict=True)}
 
     def arrays(self) -> Named:
         """Coefficients, factor, noise and residuals, where there are any."""
@@ -183,15 +185,13 @@ class AffineSimulator:
         return {"keep": self.keep, "count": self.count}
 
     @classmethod
-    def restore(
-        cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
-    ) -> "AffineSimulator":
+    def restore(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> Self:
         """From ``arrays()`` and ``settings()``."""
-        return cls(**arrays, **settings)
+        return cls(**{**arrays, **settings})
 
 
 def resampled(
-    residual: Float[np.ndarray, "fitted time query"],
+    residual: Float[np.ndarray, "fitted recorded known"],
     planned: Planned,
     *,
     key: jax.Array,

@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import xarray as xr
 
 __all__ = ["plain", "read_group", "write_groups"]
 
-ENGINE = "h5netcdf"
+ENGINE: Final = "h5netcdf"
 AS_JSON = "json_attributes"
 """Names of the attributes that netCDF cannot hold and that are kept as JSON text."""
 
@@ -17,10 +17,11 @@ AS_JSON = "json_attributes"
 def write_groups(path: Path, groups: dict[str, xr.Dataset]) -> None:
     """Write datasets as groups of one new file; ``"/"`` is the root group."""
     for number, (group, dataset) in enumerate(groups.items()):
-        packed = {"zlib": True, "complevel": 9, "shuffle": True}
+        packed: dict[str, Any] = {"zlib": True, "complevel": 9, "shuffle": True}
         encoding = {name: packed for name, one in dataset.data_vars.items() if one.ndim}
+        mode: Literal["a", "w"] = "a" if number else "w"
         dataset.assign_attrs(_encoded(dataset.attrs)).to_netcdf(
-            path, mode="a" if number else "w", group=group, engine=ENGINE, encoding=encoding
+            path, mode=mode, group=group, engine=ENGINE, encoding=encoding
         )
 
 
@@ -44,7 +45,9 @@ def plain(dataset: xr.Dataset) -> xr.Dataset:
 
 def _encoded(attrs: dict[Any, Any]) -> dict[str, Any]:
     complex_ones = [
-        name for name, value in attrs.items() if not isinstance(value, str | int | float | np.generic)
+        name
+        for name, value in attrs.items()
+        if not isinstance(value, str | int | float | np.generic)
     ]
     encoded = {name: json.dumps(attrs[name]) for name in complex_ones}
     return {**attrs, **encoded, AS_JSON: json.dumps(complex_ones)}

@@ -1,4 +1,4 @@
-"""Recorded runs as one ``xarray.Dataset``: how they are made, checked, and what they cannot tell."""
+"""Recorded runs as one ``xarray.Dataset``: made, checked, and what they cannot tell."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from warnings import warn
 import numpy as np
 import xarray as xr
 
-from bayes_simfluence.checks import Misuse, RunsWarning, shorten
+from bayes_simfluence.checks import Misuse, RunsWarning, named, shorten
 from bayes_simfluence.conventions import (
     COMPLETE,
     DIVERGED,
@@ -19,6 +19,7 @@ from bayes_simfluence.conventions import (
     VARIABLES,
     Curricula,
 )
+from bayes_simfluence.data.curriculum import drop
 
 __all__ = [
     "Identifiability",
@@ -28,6 +29,7 @@ __all__ = [
     "runs_from_arrays",
     "usable_runs",
     "validate_runs",
+    "without_examples",
 ]
 
 Ids = Sequence[Any] | np.ndarray
@@ -127,10 +129,30 @@ def planned_runs(
     planned = _dataset(
         {"batch": batch, "loss": loss, "status": np.full(runs, UNRECORDED, np.int8)},
         step_size=step_size,
-        ids={"run": _ids(run_ids, runs), "train": like["train"].values, "query": like["query"].values},
+        ids={
+            "run": _ids(run_ids, runs),
+            "train": like["train"].values,
+            "query": like["query"].values,
+        },
         attrs={},
     )
     return validate_runs(planned)
+
+
+def without_examples(runs: xr.Dataset, ids: Sequence[Any]) -> xr.Dataset:
+    """The same runs planned without the examples of these ids: their slots are empty.
+
+    >>> runs = runs_from_arrays(batch=[[[0, 1]]], loss=[[[0.7], [0.6]]], train_ids=["a", "b"])
+    >>> without_examples(runs, ["b"])["batch"].values.tolist()
+    [[[0, -1]]]
+    """
+    indices = named("examples to drop", ids, runs["train"].values)
+    return planned_runs(
+        runs,
+        np.stack([drop(batch, indices) for batch in runs["batch"].values]),
+        step_size=runs["step_size"].values if "step_size" in runs else None,
+        run_ids=runs["run"].values,
+    )
 
 
 def run_statuses(loss: np.ndarray) -> np.ndarray:
@@ -233,8 +255,10 @@ class Identifiability:
 def identifiability(runs: xr.Dataset) -> Identifiability:
     """Duplicate runs, never-seen examples and always-together examples of valid ``runs``.
 
-    >>> found = identifiability(runs_from_arrays(
-    ...     batch=[[[0, 1]], [[0, 1]]], loss=[[[1.0], [0.9]], [[1.0], [0.8]]], train_ids=list("abc")))
+    >>> runs = runs_from_arrays(
+    ...     batch=[[[0, 1]], [[0, 1]]], loss=[[[1.0], [0.9]], [[1.0], [0.8]]], train_ids=list("abc")
+    ... )
+    >>> found = identifiability(runs)
     >>> found.never_seen, found.always_together, found.duplicate_runs
     (('c',), (('a', 'b'),), (('0', '1'),))
     """
@@ -244,8 +268,8 @@ def identifiability(runs: xr.Dataset) -> Identifiability:
     never = tuple(train[[not share for share in shares]].tolist())
     seen = [(share, name) for share, name in zip(shares, train, strict=True) if share]
     curricula = np.sort(batch, axis=2)
-    named = zip((one.tobytes() for one in curricula), runs["run"].values.astype(str), strict=True)
-    return Identifiability(_groups(named), never, _groups(seen))
+    keyed = zip((one.tobytes() for one in curricula), runs["run"].values.astype(str), strict=True)
+    return Identifiability(_groups(keyed), never, _groups(seen))
 
 
 def _share_keys(batch: Curricula, train: int) -> list[tuple[tuple[int, int], ...]]:
@@ -289,7 +313,7 @@ def _dataset(
         attrs={"schema_version": SCHEMA_VERSION, **attrs},
     )
     for name in variables:
-        dataset[name].attrs.update(VARIABLES[name][1])
+        dataset[name].attrs.update(dict(VARIABLES[name][1]))
     return dataset
 
 

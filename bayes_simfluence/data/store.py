@@ -195,7 +195,7 @@ def write_run(
     """Write one finished run of a store made by ``create_store``; its status goes last."""
     _sweep(Path(path), run)
     try:
-        group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+        group: Any = zarr.open_group(str(path), mode="r+", use_consolidated=False)
         group["loss"][run] = loss
         group["step_size"][run] = step_size
         group["status"][run] = run_statuses(loss[None])[0]

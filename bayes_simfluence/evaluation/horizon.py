@@ -67,7 +67,7 @@ def elpd_over_runs(
     """
     runs = usable_runs(runs)
     count = min(positive_integer("folds", folds), runs.sizes["run"])
-    found = {}
+    found: dict[int, tuple[float, float]] = {}
     with (progress or Silent()).work("left-out runs", count) as meter:
         for fold, one in enumerate(jax.random.split(key, count)):
             out = np.arange(fold, runs.sizes["run"], count)

@@ -67,8 +67,8 @@ class Exact:
         runs: Recorded,
         model: Simfluence,
         *,
-        key: jax.Array,  # noqa: ARG002 - closed form
-        validation: Recorded | None,  # noqa: ARG002 - left-out runs serve instead
+        key: jax.Array,
+        validation: Recorded | None,
         progress: Progress,
     ) -> Fitted:
         """The posterior of ``model`` given ``runs``."""
@@ -127,7 +127,9 @@ def _verdict(
     others = (truth.sum(axis=0, keepdims=True) - truth) / (len(truth) - 1)
     mse_of_mean = float(np.square(others - truth).mean())
     covered = float(((truth >= band.low) & (truth <= band.high)).mean())
-    widened = np.exp(0.5 * simulator.log_widening(np.array([rows[0] + 1, rows[-1] + 1]) / len(runs.batch[0])))
+    widened = np.exp(
+        0.5 * simulator.log_widening(np.array([rows[0] + 1, rows[-1] + 1]) / len(runs.batch[0]))
+    )
     numbers = {
         "left_out_score": found.score,
         "iterations": float(found.iterations),
@@ -138,10 +140,13 @@ def _verdict(
     }
     notes = [
         f"90% bands cover {covered:.0%} of left-out points after recalibration "
-        f"({band.raw_coverage:.0%} before): sd x {widened[0]:.2f} early, x {widened[1]:.2f} at the end."
+        f"({band.raw_coverage:.0%} before): sd x {widened[0]:.2f} early, "
+        f"x {widened[1]:.2f} at the end."
     ]
     if len(truth) < 8:
-        notes.append(f"{len(truth)} runs tell little of the error's scale: the band is wide for it.")
+        notes.append(
+            f"{len(truth)} runs tell little of the error's scale: the band is wide for it."
+        )
     if not found.converged:
         return Verdict(
             False,
@@ -169,9 +174,7 @@ def _regression(runs: Recorded, form: Form, progress: Progress) -> Fitted:
         meter.advance()
         scales = [
             scales_of(values, cross, square, found.rows)
-            for values, cross, square in zip(
-                solved.values, solved.cross, found.square, strict=True
-            )
+            for values, cross, square in zip(solved.values, solved.cross, found.square, strict=True)
         ]
         ratio = np.array([one.ratio for one in scales])[:, None]
         noise = np.array([one.noise for one in scales])
@@ -182,7 +185,11 @@ def _regression(runs: Recorded, form: Form, progress: Progress) -> Fitted:
         meter.advance()
     a, b = coefficients(mean, form)
     zero = np.zeros_like(factor)
-    blocks = {"linear": factor, "additive": _stack(zero, factor), "multiplicative": _stack(factor, zero)}
+    blocks = {
+        "linear": factor,
+        "additive": _stack(zero, factor),
+        "multiplicative": _stack(factor, zero),
+    }
     simulator = AffineSimulator(a, b, factor=blocks[form.kind].astype(np.float32), noise=noise)
     still = int((found.square <= 1e-12 * found.rows).sum())
     return Fitted(

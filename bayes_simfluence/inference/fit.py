@@ -113,9 +113,6 @@ def _named(left_out: LeftOutRuns, runs: xr.Dataset) -> xr.Dataset:
         if name != "time" and value is not None
     }
     return xr.Dataset(
-        {
-            name: (dims, value.astype("float32"), {"units": "nat"})
-            for name, value in values.items()
-        },
+        {name: (dims, value.astype("float32"), {"units": "nat"}) for name, value in values.items()},
         coords={"run": runs["run"], "time": left_out.time, "query": runs["query"]},
     )

@@ -1,4 +1,4 @@
-"""Hyperparameters of the two-timescale model: the search, and what left-out runs say of the band."""
+"""Hyperparameters of the two-timescale model, and what left-out runs say of its band."""
 
 from collections.abc import Callable
 from functools import partial
@@ -97,7 +97,7 @@ def search(
     free, iterations, converged = start(hypers), 0, True
     coarse = even_rows(fitted.steps, min(COARSE, len(rows)))
     stages = [(coarse, COARSE_STEPS), (rows, FINE_STEPS)]
-    result = None
+    best = np.inf
     with double_precision(), progress.work("hyperparameters", None) as meter:
         for at, limit in stages:
             score = _objective(model, fitted, at, criterion)
@@ -108,10 +108,10 @@ def search(
             result = minimize(
                 score, free, jac=True, method="L-BFGS-B", callback=told, options={"maxiter": limit}
             )
-            free, iterations = result.x, iterations + result.nit
+            free, best, iterations = result.x, float(result.fun), iterations + result.nit
             if at is coarse:
                 converged = bool(result.success) or result.nit >= limit
-    return Searched(free, -float(result.fun), iterations, converged)
+    return Searched(free, -best, iterations, converged)
 
 
 def _objective(

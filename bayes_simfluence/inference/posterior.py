@@ -25,7 +25,9 @@ __all__ = ["Posterior", "load_posterior"]
 VERSION = 1
 """Of the file format."""
 
-SIMULATORS = {one.name: one for one in (AffineSimulator, MeanSimulator, PathSimulator)}
+SIMULATORS: dict[str, type[Simulator]] = {
+    one.name: one for one in (AffineSimulator, MeanSimulator, PathSimulator)
+}
 """The simulators that a saved posterior may hold."""
 
 
@@ -125,7 +127,6 @@ class Posterior:
             }
         )
 
-
     def save(self, path: PathLike, *, overwrite: bool = False) -> Path:
         """Write everything to one netCDF file; ``load_posterior`` reads it back.
 
@@ -141,7 +142,10 @@ class Posterior:
             "verdict": self.verdict.as_dict(),
             "settings": self.settings,
         }
-        groups = {"/": xr.Dataset(attrs=about), "simulator": xr.Dataset(dict(self.simulator.arrays()))}
+        groups = {
+            "/": xr.Dataset(attrs=about),
+            "simulator": xr.Dataset(dict(self.simulator.arrays())),
+        }
         groups["runs"] = self.runs
         if self.left_out is not None:
             groups["left_out"] = self.left_out
@@ -158,10 +162,12 @@ def load_posterior(path: PathLike) -> Posterior:
     """
     path = Path(path)
     if not path.is_file():
-        raise Misuse(str(path), got="no such file", expected="a saved posterior", do="check the path")
+        raise Misuse(
+            str(path), got="no such file", expected="a saved posterior", do="check the path"
+        )
     try:
         about = read_group(path).attrs
-        arrays = {name: one.values for name, one in read_group(path, "simulator").items()}
+        arrays = {str(name): one.values for name, one in read_group(path, "simulator").items()}
         runs = read_group(path, "runs")
         if about["posterior_version"] != VERSION:
             raise ValueError(f"version {about['posterior_version']}")

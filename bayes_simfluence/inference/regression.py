@@ -5,6 +5,7 @@ examples, so second moments are sums over pairs of examples that met in a batch;
 size rows x examples x queries is ever made.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.linalg import double_precision, symmetric_eigen
 
-__all__ = ["Eigen", "Form", "Moments", "coefficients", "eigen", "moments"]
+__all__ = ["Eigen", "Form", "Moments", "coefficients", "eigen", "moments", "ridge_weights"]
 
 
 class Form(NamedTuple):
@@ -26,12 +27,12 @@ class Form(NamedTuple):
     Attributes:
         kind: ``linear`` (a and b), ``additive`` (b), ``multiplicative`` (a).
         keep: what of the previous loss stays without any example.
-        count: weights are counts of examples instead of shares of the batch.
+        counted: weights are counts of examples instead of shares of the batch.
     """
 
     kind: Literal["linear", "additive", "multiplicative"]
     keep: float
-    count: bool
+    counted: bool
 
     @property
     def powers(self) -> tuple[int, ...]:
@@ -72,7 +73,7 @@ def moments(runs: Recorded, form: Form, *, scaled: bool) -> Moments:
     target = runs.loss[:, 1:].reshape(before.shape) - form.keep * before
     members = runs.batch.reshape(len(before), -1)
     filled = members != EMPTY_SLOT
-    weight = filled / (1.0 if form.count else np.maximum(filled.sum(axis=1, keepdims=True), 1))
+    weight = filled / (1.0 if form.counted else np.maximum(filled.sum(axis=1, keepdims=True), 1))
     size = runs.train
     row = np.arange(len(before))
     # One entry per slot, and one per pair of slots; repeated examples add up.
@@ -122,6 +123,22 @@ def eigen(found: Moments) -> Eigen:
         values, vectors = jax.jit(jax.vmap(symmetric_eigen))(jnp.asarray(found.gram))
     values, vectors = np.maximum(np.asarray(values), 0.0), np.asarray(vectors)
     return Eigen(values, vectors, np.einsum("qcv,qc->qv", vectors, found.cross))
+
+
+def ridge_weights(
+    found: Moments, penalties: Sequence[float]
+) -> Float[np.ndarray, "penalty query column"]:
+    """Minimizers of the sum of squares plus penalty times the sum of squared weights."""
+    if len(penalties) == 1:
+        ridged = found.gram + penalties[0] * np.eye(found.gram.shape[1])
+        return np.linalg.solve(ridged, found.cross[..., None])[None, ..., 0]
+    solved = eigen(found)
+    return np.stack(
+        [
+            np.einsum("qcv,qv->qc", solved.vectors, solved.cross / (solved.values + penalty))
+            for penalty in penalties
+        ]
+    )
 
 
 def coefficients(

@@ -11,7 +11,7 @@ from bayes_simfluence.checks import Misuse, choice_of, positive_integer, positiv
 from bayes_simfluence.counterfactual.rollout import AffineSimulator
 from bayes_simfluence.inference.method import Fitted, LeftOutRuns
 from bayes_simfluence.inference.recorded import Recorded
-from bayes_simfluence.inference.regression import Eigen, Form, coefficients, eigen, moments
+from bayes_simfluence.inference.regression import Form, coefficients, moments, ridge_weights
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.model.bayesian import Simfluence
 from bayes_simfluence.progress import Progress
@@ -74,21 +74,22 @@ class Ridge:
         penalties = PENALTIES if self.penalty is None else (self.penalty,)
         folds = _folds(len(runs.batch), self.folds) if by_folds or self.band else []
         with progress.work("ridge", len(folds) + 1) as meter:
-            solved = eigen(moments(runs, form, scaled=False))
+            weights = ridge_weights(moments(runs, form, scaled=False), penalties)
             meter.advance()
             if by_validation and validation is not None:
-                tried = _simulated(solved, form, penalties, validation, key)
-                penalties = (_best(penalties, tried, validation),)
+                best = _best(_simulated(weights, form, validation, key), validation)
+                penalties, weights = penalties[best : best + 1], weights[best : best + 1]
             left_out = np.zeros((len(penalties), *runs.loss.shape))
             for fold in folds:
                 rest = np.setdiff1d(np.arange(len(runs.batch)), fold)
-                without = eigen(moments(runs.take(rest), form, scaled=False))
-                left_out[:, fold] = _simulated(without, form, penalties, runs.take(fold), key)
+                without = ridge_weights(moments(runs.take(rest), form, scaled=False), penalties)
+                left_out[:, fold] = _simulated(without, form, runs.take(fold), key)
                 meter.advance()
-        penalty = _best(penalties, left_out, runs) if by_folds else penalties[0]
-        predicted = left_out[penalties.index(penalty)] if folds else None
+        best = _best(left_out, runs) if by_folds else 0
+        penalty = penalties[best]
+        predicted = left_out[best] if folds else None
         residual = runs.loss - predicted if self.band and predicted is not None else None
-        simulator = _simulator(solved, form, penalty, residual)
+        simulator = _simulator(weights[best], form, residual)
         return Fitted(
             simulator,
             _verdict(penalty, given=self.penalty is not None),
@@ -120,34 +121,25 @@ def _folds(runs: int, folds: int) -> list[np.ndarray]:
 
 
 def _simulator(
-    solved: Eigen, form: Form, penalty: float, residual: np.ndarray | None = None
+    weights: Float[np.ndarray, "query column"], form: Form, residual: np.ndarray | None = None
 ) -> AffineSimulator:
-    weights = np.einsum("qcv,qv->qc", solved.vectors, solved.cross / (solved.values + penalty))
     a, b = coefficients(weights, form)
-    return AffineSimulator(a, b, residual=residual, keep=form.keep, count=form.count)
+    return AffineSimulator(a, b, residual=residual, keep=form.keep, count=form.counted)
 
 
 def _simulated(
-    solved: Eigen, form: Form, penalties: tuple[float, ...], runs: Recorded, key: jax.Array
+    weights: Float[np.ndarray, "penalty query column"], form: Form, runs: Recorded, key: jax.Array
 ) -> Float[np.ndarray, "penalty run time query"]:
     planned = runs.plan()
-    return np.stack(
-        [
-            _simulator(solved, form, penalty).simulate(planned, key=key, draws=1).mean_loss[0, 0]
-            for penalty in penalties
-        ]
-    )
+    simulators = [_simulator(one, form) for one in weights]
+    return np.stack([one.simulate(planned, key=key, draws=1).mean_loss[0, 0] for one in simulators])
 
 
-def _best(
-    penalties: tuple[float, ...],
-    simulated: Float[np.ndarray, "penalty run time query"],
-    runs: Recorded,
-) -> float:
-    """The penalty with the lowest free-running MSE; one that blows up counts as infinite."""
+def _best(simulated: Float[np.ndarray, "penalty run time query"], runs: Recorded) -> int:
+    """Position of the lowest free-running MSE; a simulation that blows up counts as infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         errors = np.square(simulated - runs.loss[None]).mean(axis=(1, 2, 3))
-    return penalties[int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))]
+    return int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))
 
 
 def _verdict(penalty: float, *, given: bool) -> Verdict:

@@ -29,9 +29,19 @@ from bayes_simfluence.model.noise import SmoothError
 from bayes_simfluence.model.priors import ExampleFeatures, Normal
 from bayes_simfluence.model.transition import accumulation
 
-__all__ = ["KINDS", "LINKS", "PARTS", "Path", "Simfluence", "design", "hypers_of", "link_of", "loss_of",
+__all__ = [
+    "KINDS",
+    "LINKS",
+    "PARTS",
+    "Path",
+    "Simfluence",
+    "design",
+    "hypers_of",
+    "link_of",
+    "loss_of",
     "mean_effect",
-    "prior_mean"]
+    "prior_mean",
+]
 
 Kind = Literal["two-timescale", "linear", "additive", "multiplicative"]
 KINDS: tuple[Kind, ...] = ("two-timescale", "linear", "additive", "multiplicative")

@@ -54,8 +54,8 @@ class Exposure:
             step_size: relative to the largest recorded one.
         """
         momentum = jnp.asarray(self.momentum if self.momentum is not None else values["momentum"])
-        power = self.step_size_power
-        power = values["step_size_power"] if power is None else power
+        fixed = self.step_size_power
+        power = values["step_size_power"] if fixed is None else jnp.asarray(fixed)
         steps = jnp.arange(1, len(step_size) + 1)
         lag = steps[:, None] - steps[None, :]
         memory = jnp.where(lag >= 0, momentum ** jnp.maximum(lag, 0), 0.0)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from bayes_simfluence.checks import Misuse, choice_of
@@ -173,6 +174,6 @@ def _attention(
 
     query, key, value = split("query"), split("key"), split("value")
     scores = jnp.einsum("qhd,khd->hqk", query, key) / jnp.sqrt(query.shape[-1])
-    scores = jnp.where(attended[None, None, :], scores, jnp.finfo(scores.dtype).min)
+    scores = jnp.where(attended[None, None, :], scores, np.finfo(np.float32).min)
     mixed = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores, axis=-1), value)
     return mixed.reshape(hidden.shape)

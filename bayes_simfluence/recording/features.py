@@ -88,15 +88,15 @@ def _in_pieces(
 ) -> Float[np.ndarray, "example sketch"]:
     # Pieces of one size, so that one compiled program serves all: the last one overlaps.
     piece = min(PIECE, size)
-    starts = [min(start, size - piece) for start in range(0, size, piece)]
     found = np.zeros((size, 0))
-    for start in starts:
+    for done in range(0, size, piece):
+        start = min(done, size - piece)
         some = jax.tree.map(lambda leaf, at=start: leaf[at : at + piece], examples)
         values = np.asarray(sketches(some), np.float64)
         found = found if found.size else np.zeros((size, values.shape[1]))
         found[start : start + piece] = values
         if meter is not None:
-            meter.advance(min(piece, size - start))
+            meter.advance(min(piece, size - done))
     return found
 
 

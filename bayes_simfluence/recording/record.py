@@ -49,7 +49,7 @@ def record(
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """Train one run per curriculum from the task's weights and keep every query's loss at each time.
+    """Train a run per curriculum from the task's weights; keep every query's loss at each time.
 
     A step takes the mean loss over the filled slots of its batch; an empty batch has a gradient of
     zero and the optimizer still moves. Each finished run is written to ``store`` at once; a run

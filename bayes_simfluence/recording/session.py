@@ -87,8 +87,9 @@ def record_from_config(
         new_path(store, overwrite=overwrite)
     task = task_of(config.validate())
     features = None if begun else _features(task, config, progress)
-    with atomically(config_path(store)) as partial:
-        partial.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), "utf-8")
+    if not begun:
+        with atomically(config_path(store)) as partial:
+            partial.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), "utf-8")
     return record(
         task,
         curricula_of(config),

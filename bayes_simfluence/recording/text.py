@@ -67,7 +67,7 @@ def read_rows(
         )
     rows = [
         (number, _parsed(path, number, line))
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
+        for number, line in enumerate(path.read_text("utf-8").split("\n"), 1)
         if line.strip()
     ]
     if not rows:

@@ -1,7 +1,6 @@
 """Stores come back as they went in, appear whole or not at all, and refuse what they must."""
 
 import json
-import os
 import shutil
 
 import numpy as np
@@ -56,7 +55,7 @@ def test_nothing_is_written_over_unless_told(rng, tmp_path):
     xr.testing.assert_identical(s.open_runs(path), first)
     s.save_runs(second, path, overwrite=True)
     xr.testing.assert_identical(s.open_runs(path), second)
-    assert os.listdir(tmp_path) == ["runs.zarr"]
+    assert [one.name for one in tmp_path.iterdir()] == ["runs.zarr"]
 
 
 def test_append_joins_runs_and_refuses_others(rng, tmp_path):
@@ -77,12 +76,12 @@ def test_append_joins_runs_and_refuses_others(rng, tmp_path):
 
 
 def test_what_is_no_store_is_named(tmp_path):
-    with pytest.raises(Misuse, match="nothing there.*check the path"):
+    with pytest.raises(Misuse, match=r"nothing there.*check the path"):
         s.open_runs(tmp_path / "none.zarr")
     (tmp_path / "empty.zarr").mkdir()
     (tmp_path / "text.nc").write_text("no netCDF")
     for name in ("empty.zarr", "text.nc"):
-        with pytest.raises(Misuse, match="cannot be read.*restore the store"):
+        with pytest.raises(Misuse, match=r"cannot be read.*restore the store"):
             s.open_runs(tmp_path / name)
 
 
@@ -90,7 +89,7 @@ def test_a_corrupt_chunk_is_an_error_not_numbers(rng, tmp_path):
     path = s.save_runs(some_runs(rng), tmp_path / "runs.zarr")
     chunk = next(one for one in (path / "loss" / "c" / "1").rglob("*") if one.is_file())
     chunk.write_bytes(chunk.read_bytes()[:-7])
-    with pytest.raises(Misuse, match="cannot be read"):
+    with pytest.raises(Misuse, match=r"cannot be read"):
         s.open_runs(path)
 
 
@@ -99,7 +98,7 @@ def test_another_schema_version_is_refused(rng, tmp_path):
     meta = json.loads((path / "zarr.json").read_text())
     meta["attributes"]["schema_version"] = 7
     (path / "zarr.json").write_text(json.dumps(meta))
-    with pytest.raises(Misuse, match="schema_version.*got 7; expected 1"):
+    with pytest.raises(Misuse, match=r"schema_version.*got 7; expected 1"):
         s.open_runs(path)
 
 
@@ -145,7 +144,7 @@ def test_a_failure_while_writing_leaves_what_was_there(tmp_path):
     with pytest.raises(WorkFailed, match="could not be written"), atomically(path) as partial:
         partial.write_text("half")
         raise OSError(28, "No space left on device")
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["thing"]
+    assert path.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["thing"]
 
 
 def test_an_interrupted_replacement_says_where_the_old_one_is(rng, tmp_path):
@@ -157,5 +156,5 @@ def test_an_interrupted_replacement_says_where_the_old_one_is(rng, tmp_path):
 
 def test_a_folder_that_cannot_be_written_to_is_named(rng, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(Misuse, match="cannot be written to"):
+    with pytest.raises(Misuse, match=r"cannot be written to"):
         s.save_runs(some_runs(rng), tmp_path / "file" / "runs.zarr")

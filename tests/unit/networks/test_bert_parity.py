@@ -150,5 +150,5 @@ def test_another_architecture_or_activation_is_named(tmp_path):
     with pytest.raises(Misuse, match=r"hidden_act.*'swish'.*gelu"):
         bert.settings_of(checkpoint.config, checkpoint.tensors)
     checkpoint.config.model_type = "t5"
-    with pytest.raises(Misuse, match="architecture.*'t5'.*bert"):
+    with pytest.raises(Misuse, match=r"architecture.*'t5'.*bert"):
         bert.settings_of(checkpoint.config, checkpoint.tensors)

@@ -56,7 +56,9 @@ def plain_loop(task, curriculum, optimizer):
         filled = [int(one) for one in members if one >= 0]
         gradients = [jax.grad(task.loss)(params, example(task.train, one)) for one in filled]
         zero = jax.tree.map(jnp.zeros_like, params)
-        mean = jax.tree.map(lambda *parts: sum(parts) / max(len(filled), 1), zero, *gradients)
+        size = max(len(filled), 1)
+        total = jax.tree.map(lambda *parts: sum(parts), zero, *gradients)
+        mean = jax.tree.map(lambda leaf, size=size: leaf / size, total)
         updates, memory = optimizer.update(mean, memory, params)
         params = optax.apply_updates(params, updates)
         losses.append([float(task.loss(params, query)) for query in queries])

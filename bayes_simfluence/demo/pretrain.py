@@ -1,0 +1,163 @@
+"""A small BERT made on the spot: words of a few texts, random tensors, brief masked-word training.
+
+What comes out is an ordinary checkpoint folder (config, tokenizer, safetensors).
+"""
+
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from bayes_simfluence.networks import bert
+from bayes_simfluence.networks.checkpoint import Tensors, load_tokenizer, save_tensors
+from bayes_simfluence.progress import Progress
+
+__all__ = ["pretrained_checkpoint"]
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+LAYERS, HIDDEN, INNER, HEADS, LONGEST = 2, 64, 128, 4, 24
+STEPS, SEGMENT, BATCH, RATE, MASKED = 200, 50, 32, 1e-3, 0.2
+
+
+def pretrained_checkpoint(
+    texts: Sequence[str], folder: Path, *, key: jax.Array, progress: Progress
+) -> Path:
+    """Write a small BERT that has learned to fill in masked words of ``texts``."""
+    folder.mkdir(parents=True)
+    _write_tokenizer(texts, folder)
+    config = _write_config(folder)
+    tokenizer = load_tokenizer(folder)
+    encoded = tokenizer(
+        list(texts), padding="max_length", truncation=True, max_length=LONGEST, return_tensors="np"
+    )
+    tokens = jnp.asarray(encoded["input_ids"], jnp.int32)
+    attended = jnp.asarray(encoded["attention_mask"], bool)
+    start_key, train_key = jax.random.split(key)
+    tensors = _random_tensors(config["vocab_size"], start_key)
+    from transformers import BertConfig
+
+    settings = bert.settings_of(BertConfig(**config), tensors)
+    tensors = _trained(tensors, settings, tokens, attended, key=train_key, progress=progress)
+    save_tensors(tensors, folder)
+    return folder
+
+
+def _write_tokenizer(texts: Sequence[str], folder: Path) -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word for text in texts for word in _words(text)})
+    letters = [*string.ascii_lowercase, *(f"##{one}" for one in string.ascii_lowercase)]
+    vocabulary = list(dict.fromkeys([*SPECIAL, *words, *letters]))
+    codes = {word: code for code, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordPiece(codes, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[(one, codes[one]) for one in ("[CLS]", "[SEP]")],
+    )
+    special = zip(("pad", "unk", "cls", "sep", "mask"), SPECIAL, strict=True)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{f"{name}_token": token for name, token in special}
+    ).save_pretrained(folder)
+
+
+def _words(text: str) -> list[str]:
+    from tokenizers import pre_tokenizers
+
+    return [word for word, _ in pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text.lower())]
+
+
+def _write_config(folder: Path) -> dict[str, int]:
+    from transformers import BertConfig
+
+    settings = {
+        "vocab_size": len(load_tokenizer(folder)),
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "intermediate_size": INNER,
+        "max_position_embeddings": LONGEST,
+    }
+    BertConfig(**settings).save_pretrained(folder)
+    return settings
+
+
+def _random_tensors(vocabulary: int, key: jax.Array) -> Tensors:
+    shapes = {
+        "embeddings.word_embeddings.weight": (vocabulary, HIDDEN),
+        "embeddings.position_embeddings.weight": (LONGEST, HIDDEN),
+        "embeddings.token_type_embeddings.weight": (2, HIDDEN),
+    }
+    for layer in range(LAYERS):
+        inside = f"encoder.layer.{layer}"
+        for name in ("query", "key", "value"):
+            shapes[f"{inside}.attention.self.{name}.weight"] = (HIDDEN, HIDDEN)
+        shapes[f"{inside}.attention.output.dense.weight"] = (HIDDEN, HIDDEN)
+        shapes[f"{inside}.intermediate.dense.weight"] = (INNER, HIDDEN)
+        shapes[f"{inside}.output.dense.weight"] = (HIDDEN, INNER)
+    keys = jax.random.split(key, len(shapes))
+    tensors = {
+        name: 0.05 * jax.random.normal(one, shape)
+        for one, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    for name, shape in shapes.items():
+        if "encoder" in name:
+            tensors[name.replace(".weight", ".bias")] = jnp.zeros(shape[0])
+    norms = ["embeddings.LayerNorm"]
+    for layer in range(LAYERS):
+        norms += [
+            f"encoder.layer.{layer}.{one}.LayerNorm" for one in ("attention.output", "output")
+        ]
+    for norm in norms:
+        tensors[f"{norm}.weight"], tensors[f"{norm}.bias"] = jnp.ones(HIDDEN), jnp.zeros(HIDDEN)
+    return tensors
+
+
+def _trained(
+    tensors: Tensors,
+    settings: bert.BertSettings,
+    tokens: Int[Array, "text token"],
+    attended: Bool[Array, "text token"],
+    *,
+    key: jax.Array,
+    progress: Progress,
+) -> Tensors:
+    """Masked-word training with output weights tied to the word embeddings (Devlin et al. 2019)."""
+    optimizer = optax.adamw(optax.cosine_decay_schedule(RATE, STEPS), weight_decay=0.01)
+    mask = SPECIAL.index("[MASK]")
+
+    def loss(params: Tensors, chosen: Int[Array, " batch"], one: jax.Array) -> Float[Array, ""]:
+        words, seen = tokens[chosen], attended[chosen]
+        hidden_word = jax.random.bernoulli(one, MASKED, words.shape) & (words >= len(SPECIAL))
+        shown = jnp.where(hidden_word, mask, words)
+
+        def encode(words: Int[Array, " token"], seen: Bool[Array, " token"]) -> Array:
+            return bert.encode(params, settings, words, jnp.zeros_like(words), seen)
+
+        states = jax.vmap(encode)(shown, seen)
+        scores = jax.nn.log_softmax(states @ params["embeddings.word_embeddings.weight"].T)
+        right = jnp.take_along_axis(scores, words[..., None], axis=-1)[..., 0]
+        return -jnp.where(hidden_word, right, 0.0).sum() / jnp.maximum(hidden_word.sum(), 1)
+
+    def step(carry: Any, one: jax.Array) -> Any:
+        params, memory = carry
+        pick, hide = jax.random.split(one)
+        chosen = jax.random.choice(pick, len(tokens), (BATCH,))
+        value, gradient = jax.value_and_grad(loss)(params, chosen, hide)
+        updates, memory = optimizer.update(gradient, memory, params)
+        return (optax.apply_updates(params, updates), memory), value
+
+    run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
+    carry = (tensors, optimizer.init(tensors))
+    with progress.work("pretrain", STEPS) as meter:
+        for keys in jax.random.split(key, (STEPS // SEGMENT, SEGMENT)):
+            carry, values = run(carry, keys)
+            meter.advance(SEGMENT, f"masked-word loss {float(values.mean()):.2f}")
+    return carry[0]

@@ -1,0 +1,198 @@
+"""Pictures of simulated runs: recorded curves, simulated means, bands."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bayes_simfluence.checks import shorten, unit_interval
+from bayes_simfluence.conventions import EFFECT_SIGN
+from bayes_simfluence.files import PathLike, atomically, new_path
+
+__all__ = ["plot_coverage", "plot_curves", "plot_effects", "plot_two", "save_figure"]
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+"""Okabe and Ito's, told apart by colour-blind readers."""
+TRUTH = "black"
+
+
+def plot_curves(
+    simulated: Mapping[str, xr.Dataset],
+    recorded: xr.Dataset | None,
+    *,
+    run: int = 0,
+    queries: Sequence[Any] | None = None,
+    probability: float = 0.90,
+) -> Figure:
+    """Loss of some queries along one run: recorded, simulated mean, central band.
+
+    Args:
+        simulated: by method, as made by ``Posterior.simulate``.
+        recorded: the true runs, when there are any.
+        run: position of the run.
+        queries: ids; the six whose recorded (else simulated) loss moves most when omitted.
+        probability: of the band.
+    """
+    unit_interval("probability", probability)
+    first = next(iter(simulated.values()))
+    chosen = list(queries) if queries is not None else _moving(recorded or first, run)
+    columns = min(3, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.6 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+    for axes, query in zip(grid.flat, chosen, strict=False):
+        for colour, (name, one) in zip(COLOURS, simulated.items(), strict=False):
+            _band(axes, one.isel(run=run).sel(query=query), colour, name, probability)
+        if recorded is not None:
+            truth = recorded["loss"].isel(run=run).sel(query=query)
+            axes.plot(truth["time"], truth, color=TRUTH, linewidth=1.2, label="recorded")
+        axes.set_title(f"query {query}", fontsize=9)
+    for axes in list(grid.flat)[len(chosen) :]:
+        axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("time (updates)")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("loss (nats)")
+    title = f"run {first['run'].values[run]}: simulated mean and {probability:.0%} band"
+    _legend(figure, grid.flat[0], title)
+    return figure
+
+
+def plot_two(
+    before: xr.Dataset,
+    after: xr.Dataset,
+    *,
+    query: Any,
+    names: tuple[str, str] = ("as recorded", "edited"),
+    recorded: tuple[xr.DataArray, xr.DataArray] | None = None,
+    probability: float = 0.90,
+) -> Figure:
+    """Loss of one query under two curricula on the same draws, and their difference.
+
+    The difference is of ``mean_loss``: the noise of a run is not part of an effect.
+
+    Args:
+        before, after: simulations of one run each, with the same key.
+        query: id of the query.
+        names: of the two curricula.
+        recorded: true losses ``(time,)`` of both runs, when both were trained.
+        probability: of the bands.
+    """
+    figure = Figure(figsize=(8.0, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for colour, name, one in zip(COLOURS, names, (before, after), strict=False):
+        _band(left, one.isel(run=0).sel(query=query), colour, name, probability, what="mean_loss")
+    left.set_ylabel("loss (nats)")
+    left.legend(fontsize=8, frameon=False)
+    left.set_title(f"query {query}", fontsize=10)
+    both = (one["mean_loss"].isel(run=0, drop=True).sel(query=query) for one in (after, before))
+    difference = next(both) - next(both)
+    _band(right, xr.Dataset({"loss": difference}), COLOURS[2], None, probability)
+    if recorded is not None:
+        for truth, style in zip(recorded, ("-", "--"), strict=True):
+            left.plot(truth["time"], truth, style, color=TRUTH, linewidth=1.0)
+        true_difference = recorded[1].values - recorded[0].values
+        right.plot(recorded[0]["time"], true_difference, color=TRUTH, label="both trained")
+        right.legend(fontsize=8, frameon=False)
+    right.axhline(0.0, color="grey", linewidth=0.8)
+    right.set_ylabel("difference (nats)")
+    right.set_title(f"difference: {names[1]}", fontsize=10)
+    for axes in (left, right):
+        axes.set_xlabel("time (updates)")
+    return figure
+
+
+def plot_effects(effects: xr.DataArray, *, top: int = 10, probability: float = 0.90) -> Figure:
+    """Effects of training examples on one query, most harmful and most helpful, with intervals.
+
+    Args:
+        effects: ``(chain, draw, train)``, nats.
+        top: examples at each end.
+        probability: of the intervals.
+    """
+    stacked = effects.stack(sample=("chain", "draw")).transpose("sample", "train")
+    mean = stacked.values.mean(axis=0)
+    order = np.argsort(mean)
+    ends = np.concatenate([order[:top], order[-top:]]) if len(order) > 2 * top else order
+    low, high = np.quantile(stacked.values[:, ends], _tails(probability), axis=0)
+    figure = Figure(figsize=(6.0, 0.22 * len(ends) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    place = np.arange(len(ends))
+    axes.hlines(place, low, high, color=COLOURS[0], linewidth=1.5)
+    axes.plot(mean[ends], place, "o", color=COLOURS[0], markersize=4)
+    axes.axvline(0.0, color=TRUTH, linewidth=0.8)
+    axes.set_yticks(place, [str(one) for one in effects["train"].values[ends]], fontsize=7)
+    axes.set_xlabel(f"effect on the loss (nats), {probability:.0%} interval\n{EFFECT_SIGN}")
+    axes.set_ylabel("training example")
+    return figure
+
+
+def plot_coverage(horizons: Mapping[str, xr.Dataset]) -> Figure:
+    """Coverage along training and a histogram of PIT values, by method (``by_horizon``)."""
+    figure = Figure(figsize=(8.0, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for colour, (name, one) in zip(COLOURS, horizons.items(), strict=False):
+        covered = one["coverage"].sel(probability=0.90)
+        left.plot(covered["time"], covered, color=colour, label=name)
+        right.hist(
+            one["pit"].values.ravel(),
+            bins=np.linspace(0.0, 1.0, 21),
+            density=True,
+            histtype="step",
+            color=colour,
+            label=name,
+        )
+    left.axhline(0.90, color=TRUTH, linewidth=0.8, linestyle="--")
+    left.set(xlabel="time (updates)", ylabel="share of points in the 90% band", ylim=(0.0, 1.02))
+    right.axhline(1.0, color=TRUTH, linewidth=0.8, linestyle="--")
+    right.set(xlabel="probability integral transform", ylabel="density")
+    left.legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+def save_figure(figure: Figure, path: PathLike, *, overwrite: bool = False) -> Path:
+    """Write a figure as PNG (or what the suffix says)."""
+    path = new_path(path, overwrite=overwrite)
+    with atomically(path) as partial:
+        figure.savefig(partial, dpi=130, format=path.suffix.lstrip(".") or "png")
+    return path
+
+
+def _band(
+    axes: Axes,
+    one: xr.Dataset,
+    colour: str,
+    name: str | None,
+    probability: float,
+    what: str = "loss",
+) -> None:
+    draws = one[what].stack(sample=("chain", "draw")).transpose("sample", "time")
+    mean = one["mean_loss" if "mean_loss" in one else what].mean(("chain", "draw"))
+    axes.plot(draws["time"], mean, color=colour, linewidth=1.2, label=name)
+    if draws.sizes["sample"] > 1:
+        low, high = np.quantile(draws.values, _tails(probability), axis=0)
+        axes.fill_between(draws["time"].values, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _tails(probability: float) -> list[float]:
+    return [(1.0 - probability) / 2.0, (1.0 + probability) / 2.0]
+
+
+def _moving(runs: xr.Dataset, run: int, count: int = 6) -> list[Any]:
+    loss = runs["loss"].isel(run=run)
+    extra = [dim for dim in loss.dims if dim not in ("time", "query")]
+    steps = loss.mean(extra).transpose("time", "query").diff("time").values
+    order = np.argsort(-np.abs(steps).sum(axis=0))[:count]
+    return list(runs["query"].values[np.sort(order)])
+
+
+def _legend(figure: Figure, axes: Axes, title: str) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.suptitle(shorten([title]), fontsize=10)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False
+    )

@@ -1,0 +1,518 @@
+"""Recording from text files: what is refused, what is merged, and one recording end to end."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import xarray as xr
+import yaml
+
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.conventions import COMPLETE, EMPTY_SLOT
+from bayes_simfluence.data.store import open_runs, open_store
+from bayes_simfluence.networks.checkpoint import load_checkpoint, save_tensors
+from bayes_simfluence.recording.config import RecordConfig
+from bayes_simfluence.recording.optimizers import optimizer_of
+from bayes_simfluence.recording.session import (
+    config_from_yaml,
+    config_path,
+    merged,
+    record_from_config,
+)
+from bayes_simfluence.recording.text import classification_task, curricula_of, read_rows, task_of
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "plot", "is", "good", "bad"]
+HIDDEN, WIDE, POSITIONS = 8, 12, 16
+
+
+def tiny_checkpoint(folder, rng):
+    """A BERT of one layer with random weights and a vocabulary of eleven words."""
+    from transformers import BertConfig
+
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=WIDE,
+        max_position_embeddings=POSITIONS,
+    ).save_pretrained(folder)
+    layer = "encoder.layer.0"
+    shapes = {
+        "embeddings.word_embeddings.weight": (len(WORDS), HIDDEN),
+        "embeddings.position_embeddings.weight": (POSITIONS, HIDDEN),
+        "embeddings.token_type_embeddings.weight": (2, HIDDEN),
+        **{
+            f"{layer}.attention.{part}.weight": (HIDDEN, HIDDEN)
+            for part in ("self.query", "self.key", "self.value", "output.dense")
+        },
+        f"{layer}.intermediate.dense.weight": (WIDE, HIDDEN),
+        f"{layer}.output.dense.weight": (HIDDEN, WIDE),
+        "pooler.dense.weight": (HIDDEN, HIDDEN),
+    }
+    biases = {
+        name.replace("weight", "bias"): shape[:1]
+        for name, shape in shapes.items()
+        if "embeddings" not in name
+    }
+    norms = (
+        "embeddings.LayerNorm",
+        f"{layer}.attention.output.LayerNorm",
+        f"{layer}.output.LayerNorm",
+    )
+    tensors = {
+        name: rng.normal(0.0, 0.3, shape).astype("f4") for name, shape in (shapes | biases).items()
+    }
+    for name in norms:
+        tensors[f"{name}.weight"] = np.ones(HIDDEN, "f4")
+        tensors[f"{name}.bias"] = np.zeros(HIDDEN, "f4")
+    tensors["embeddings.position_ids"] = np.arange(POSITIONS, dtype="i4")[None]
+    save_tensors({name: jnp.asarray(one) for name, one in tensors.items()}, folder)
+    return folder
+
+
+def write_lines(path, rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    return path
+
+
+def some_rows(count, start, *, labels=("neg", "pos")):
+    """``count`` different texts; ``start`` tells files apart."""
+    rng = np.random.default_rng(start)
+    return [
+        {
+            "id": f"{start}-{one}",
+            "text": " ".join(rng.choice(WORDS[5:], 4)),
+            "label": labels[one % len(labels)],
+        }
+        for one in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Settings of a recording of four runs of four steps, and its files."""
+    folder = tmp_path_factory.mktemp("in")
+    return RecordConfig(
+        checkpoint=str(tiny_checkpoint(folder / "tiny", np.random.default_rng(0))),
+        train=str(write_lines(folder / "train.jsonl", some_rows(12, 0))),
+        query=str(write_lines(folder / "query.jsonl", some_rows(9, 1))),
+        examples=8,
+        queries=5,
+        runs=4,
+        per_run=4,
+        batch_size=2,
+        epochs=2,
+        learning_rate=0.01,
+        features=3,
+        max_tokens=16,
+    )
+
+
+@pytest.fixture(scope="module")
+def recorded(config, tmp_path_factory):
+    """Where ``config`` was recorded, and what; tests leave it as it is."""
+    store = tmp_path_factory.mktemp("out") / "deep" / "runs.zarr"
+    return store, record_from_config(config, store)
+
+
+def changed(config, **settings):
+    return dataclasses.replace(config, **settings)
+
+
+# Files of rows
+
+
+def test_rows_are_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"text": "a b", "label": 1, "id": "x"}\r\n\n{"text": "c", "label": false, "other": 2}\n',
+        "utf-8",
+    )
+    rows = read_rows(path)
+    assert (rows.ids, rows.texts, rows.labels) == (["x", "3"], ["a b", "c"], ["1", "False"])
+    assert rows.pairs is None
+    assert rows.take([1]).ids == ["3"]
+
+
+def test_other_fields_and_pairs(tmp_path):
+    row = {"premise": "a", "claim": "b", "gold": "yes", "key": 7}
+    fields = {"text_field": "premise", "label_field": "gold", "id_field": "key"}
+    path = write_lines(tmp_path / "rows.jsonl", [row])
+    rows = read_rows(path, pair_field="claim", **fields)
+    assert (rows.ids, rows.texts, rows.pairs, rows.labels) == (["7"], ["a"], ["b"], ["yes"])
+    assert rows.take([0]) == rows
+
+
+def test_lines_end_at_line_feeds_only(tmp_path):
+    """Unicode has more ends of lines, and JSON allows them inside a text."""
+    text = "one\u2028two\u0085three"
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": text, "label": "a"}, ensure_ascii=False) + "\n", "utf-8")
+    assert read_rows(path).texts == [text]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (None, r"rows\.jsonl: got no such file"),
+        ("", "an empty file"),
+        ("\n  \n", "an empty file"),
+        (
+            '{"text": "a", "label": 1}\n{"text": "b",\n',
+            r"line 2: got .*\{\"text\": \"b\",.*one JSON",
+        ),
+        ('{"text": "a", "label": 1}\n\n[1, 2]\n', r"line 3: got '\[1, 2\]'.*one JSON object"),
+        ('{"label": 1}', "line 1: got no 'text' among fields label"),
+        ('{"text": "  ", "label": 1}', "line 1: got no 'text'"),
+        ('{"text": "a", "label": null}', r"line 1: got no 'label' .*--label-field"),
+        ('{"text": "a", "label": 1, "id": 5}\n' * 2, "field 'id': got repeated ids 5"),
+        ('{"text": "a", "label": 1, "id": 2}\n{"text": "b", "label": 1}', "repeated ids 2"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(tmp_path, content, match):
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content, "utf-8")
+    with pytest.raises(Misuse, match=match):
+        read_rows(path)
+
+
+def test_a_missing_pair_is_named(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"text": "a", "label": 1}])
+    with pytest.raises(Misuse, match=r"line 1: got no 'other' among fields text, label"):
+        read_rows(path, pair_field="other")
+
+
+# From settings to a task
+
+
+def test_more_than_the_file_holds_is_refused(config):
+    with pytest.raises(Misuse, match=r"examples: got 13; .*the 12 rows .*--examples"):
+        task_of(changed(config, examples=13))
+    with pytest.raises(Misuse, match=r"queries: got 10; .*the 9 rows .*--queries"):
+        task_of(changed(config, queries=10))
+
+
+def test_queries_that_are_trained_on_are_refused(config, tmp_path):
+    with pytest.raises(Misuse, match="the same texts as the train file"):
+        task_of(changed(config, query=config.train))
+    copy = [row | {"id": f"copy {row['id']}"} for row in some_rows(12, 0)]
+    path = write_lines(tmp_path / "copy.jsonl", copy)
+    with pytest.raises(Misuse, match="the same texts as the train file"):
+        task_of(changed(config, query=str(path)))
+
+
+def test_a_query_label_that_training_lacks_is_refused(config, tmp_path):
+    path = write_lines(tmp_path / "other.jsonl", some_rows(9, 2, labels=("neg", "odd")))
+    with pytest.raises(Misuse, match="label in the query file: got odd; expected one of neg, pos"):
+        task_of(changed(config, query=str(path)))
+
+
+def test_the_seed_draws_examples_from_the_file(config):
+    task, same = task_of(config), task_of(config)
+    other = task_of(changed(config, seed=1))
+    assert task.train_ids == same.train_ids
+    assert task.train_ids != other.train_ids
+    assert len(set(task.train_ids)) == 8
+    assert set(task.train_ids) <= {row["id"] for row in some_rows(12, 0)}
+    assert len(task.query_ids) == 5
+    assert not np.array_equal(task.params["classifier.weight"], other.params["classifier.weight"])
+
+
+def test_the_task_holds_tokens_and_labels_of_its_ids(config):
+    task = task_of(config)
+    rows = {row["id"]: row for row in some_rows(12, 0)}
+    for at, name in enumerate(task.train_ids):
+        words = [WORDS[one] for one in np.asarray(task.train["tokens"][at])]
+        expected = ["[CLS]", *rows[name]["text"].split(), "[SEP]"]
+        assert words == expected + ["[PAD]"] * (8 - len(expected))
+        assert int(task.train["label"][at]) == ["neg", "pos"].index(rows[name]["label"])
+        assert np.asarray(task.train["attended"][at]).sum() == len(expected)
+    assert task.provenance == {
+        "model": "tiny",
+        "labels": ["neg", "pos"],
+        "tuning": "full",
+        "padded_tokens": 8,
+    }
+    assert "embeddings.position_ids" not in task.params
+    assert task.validate() is task
+
+
+def test_padding_to_another_length_keeps_the_losses(config):
+    rows = read_rows(config.train)
+    checkpoint = load_checkpoint(config.checkpoint)
+    losses = []
+    for count in (4, 9):
+        longest = {"text": " ".join(["film"] * count), "label": "neg", "id": "long"}
+        more = dataclasses.replace(
+            rows,
+            ids=[*rows.ids, "long"],
+            texts=[*rows.texts, longest["text"]],
+            labels=[*rows.labels, "neg"],
+        )
+        task = classification_task(
+            checkpoint, more, rows, labels=["neg", "pos"], key=jax.random.key(0)
+        )
+        losses.append(jax.vmap(task.loss, in_axes=(None, 0))(task.params, task.query))
+        assert task.provenance["padded_tokens"] == {4: 8, 9: 16}[count]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_long_texts_are_cut_and_said(config, caplog):
+    task = task_of(changed(config, max_tokens=4))
+    assert task.train["tokens"].shape == (8, 4)
+    assert "13 of 13 texts cut to 4 tokens" in caplog.text
+
+
+def test_pairs_are_the_second_segment(config, tmp_path):
+    rows = [row | {"second": "bad film"} for row in some_rows(12, 0)]
+    train = write_lines(tmp_path / "pairs.jsonl", rows)
+    rows = [row | {"second": "good plot"} for row in some_rows(9, 1)]
+    query = write_lines(tmp_path / "query.jsonl", rows)
+    task = task_of(changed(config, train=str(train), query=str(query), pair_field="second"))
+    tokens, segments = (np.asarray(task.query[name]) for name in ("tokens", "segments"))
+    second = [WORDS[one] for one in tokens[0][segments[0] == 1]]
+    assert second == ["good", "plot", "[SEP]"]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
+def test_poolings_give_different_finite_losses(config, pooling):
+    task = task_of(changed(config, pooling=pooling))
+    losses = np.asarray(jax.vmap(task.loss, in_axes=(None, 0))(task.params, task.query))
+    assert np.isfinite(losses).all()
+    plain = task_of(changed(config, pooling="mean"))
+    others = np.asarray(jax.vmap(plain.loss, in_axes=(None, 0))(plain.params, plain.query))
+    assert np.allclose(losses, others) == (pooling == "mean")
+
+
+# Settings
+
+
+def test_curricula_are_random_subsets_in_epochs(config):
+    settings = changed(config, runs=3, per_run=5, batch_size=2, epochs=3)
+    curricula = curricula_of(settings)
+    assert curricula.shape == (3, settings.steps, 2) == (3, 9, 2)
+    np.testing.assert_array_equal(curricula, curricula_of(settings))
+    assert not np.array_equal(curricula, curricula_of(changed(settings, seed=1)))
+    for run in curricula:
+        members, times = np.unique(run[run != EMPTY_SLOT], return_counts=True)
+        assert len(members) == 5 and set(times) == {3} and members.max() < 8
+    assert len({tuple(run.ravel()) for run in curricula}) == 3
+    more = curricula_of(changed(settings, runs=3, learning_rate=0.5, optimizer="sgd"))
+    np.testing.assert_array_equal(curricula, more)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"runs": 0}, "runs: got 0; expected an integer >= 1"),
+        ({"runs": True}, "runs: got True"),
+        ({"parallel": -1}, "parallel: got -1"),
+        ({"max_tokens": 0}, "max_tokens: got 0"),
+        ({"features": -1}, "features: got -1; expected an integer >= 0"),
+        ({"warmup_steps": -1}, "warmup_steps: got -1"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"learning_rate": 0.0}, "learning_rate: got 0.0; expected a finite number > 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: got nan"),
+        ({"per_run": 300}, "per_run: got 300; expected at most examples = 200; lower per_run"),
+        ({"batch_size": 129}, "batch_size: got 129; expected at most per_run = 128"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, match):
+    with pytest.raises(Misuse, match=match):
+        RecordConfig(**settings).validate()
+    with pytest.raises(Misuse, match=match):
+        merged(settings)
+
+
+def test_settings_of_a_wrong_kind_are_refused():
+    """In a process of its own, where no checker of annotations is faster."""
+    program = """
+import sys
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.recording.session import merged
+wrong = {"runs": "eight", "seed": 1.5, "learning_rate": "2e-5", "optimizer": "lamb",
+         "schedule": "step", "pooling": None}
+for name, value in wrong.items():
+    try:
+        merged({name: value})
+    except Misuse as error:
+        sys.stdout.write(f"{error}\\n")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    said = run.stdout.splitlines()
+    assert (run.returncode, len(said)) == (0, 6), run.stderr
+    for line, start in zip(
+        said,
+        [
+            "runs: got 'eight'",
+            "seed: got 1.5",
+            "learning_rate: got '2e-5'",
+            "optimizer: got 'lamb'; expected one of adamw, adam, sgd",
+            "schedule: got 'step'; expected one of linear, cosine, constant",
+            "pooling: got None; expected one of mean, cls, pooler",
+        ],
+        strict=True,
+    ):
+        assert line.startswith(start)
+
+
+def test_the_last_layer_that_names_a_setting_decides():
+    assert merged() == RecordConfig()
+    found = merged({"runs": 8, "seed": 3}, {"runs": 16}, {})
+    assert (found.runs, found.seed, found.epochs) == (16, 3, 3)
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(Misuse, match=r"unknown names run, speed; expected names among checkpoint"):
+        merged({"run": 8}, {"speed": 1, "seed": 2})
+
+
+def test_names_are_the_settings():
+    assert RecordConfig.names() == list(RecordConfig().as_dict())
+    assert all(one.metadata["help"] for one in dataclasses.fields(RecordConfig))
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (None, "no such file; expected a YAML file; check --config"),
+        ("- runs\n- seed\n", r"got \['runs', 'seed'\].*'setting: value'"),
+        ("just words", "got just words"),
+        ("runs: [1, 2", "got while parsing"),
+    ],
+)
+def test_a_settings_file_that_cannot_be_read_is_refused(tmp_path, content, match):
+    path = tmp_path / "settings.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(Misuse, match=match):
+        config_from_yaml(path)
+
+
+def test_an_empty_settings_file_changes_nothing(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("# nothing yet\n")
+    assert merged(config_from_yaml(path)) == RecordConfig()
+
+
+def test_yaml_keeps_every_setting(tmp_path):
+    config = RecordConfig(learning_rate=3e-7, runs=5, optimizer="sgd", momentum=0.9)
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(config.as_dict()))
+    assert merged(config_from_yaml(path)) == config
+
+
+@pytest.mark.parametrize("warm", [0, 2])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_optimizers_tell_their_step_size(optimizer, schedule, warm):
+    config = RecordConfig(
+        optimizer=optimizer,
+        schedule=schedule,
+        warmup_steps=warm,
+        learning_rate=0.5,
+        examples=8,
+        per_run=8,
+        batch_size=1,
+        epochs=1,
+    )
+    made, weights = optimizer_of(config), np.ones(2, "f4")
+    state, rates = made.init(weights), []
+    for _ in range(config.steps):
+        updates, state = made.update(np.ones(2, "f4"), state, weights)
+        weights = optax.apply_updates(weights, updates)
+        rates.append(float(state.hyperparams["learning_rate"]))
+    assert np.argmax(rates) == warm
+    np.testing.assert_allclose(max(rates), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(rates[:warm], [0.0, 0.25][:warm], atol=1e-6)
+    after = np.array(rates[warm:])
+    shares = np.arange(len(after)) / len(after)
+    expected = {
+        "linear": 1.0 - shares,
+        "cosine": 0.5 * (1.0 + np.cos(np.pi * shares)),
+        "constant": np.ones(len(after)),
+    }[schedule]
+    np.testing.assert_allclose(after, 0.5 * expected, atol=1e-6)
+
+
+# End to end
+
+
+def test_a_recording_from_settings_end_to_end(config, recorded):
+    store, runs = recorded
+    assert dict(runs.sizes) == {
+        "run": 4,
+        "step": 4,
+        "slot": 2,
+        "time": 5,
+        "query": 5,
+        "train": 8,
+        "feature": 3,
+    }
+    assert set(runs["status"].values) == {COMPLETE}
+    np.testing.assert_array_equal(runs["batch"], curricula_of(config))
+    np.testing.assert_allclose(runs["step_size"][0], [0.01, 0.0075, 0.005, 0.0025], rtol=1e-5)
+    assert np.ptp(runs["loss"].values[:, 0], axis=0).max() == 0.0
+    assert np.abs(runs["loss"].values[:, -1] - runs["loss"].values[:, 0]).min() > 0.0
+    xr.testing.assert_identical(open_runs(store), runs)
+    assert runs.attrs["model"] == "tiny"
+    settings = runs.attrs["settings"]
+    assert settings["learning_rate"] == 0.01
+    assert [settings[one] for one in ("checkpoint", "train")] == ["tiny", "train.jsonl"]
+
+
+def test_settings_beside_the_store_repeat_the_recording(config, recorded, tmp_path):
+    store, runs = recorded
+    assert config_path(store) == store.parent / "runs.yaml"
+    again = merged(config_from_yaml(config_path(store)))
+    assert again == config
+    xr.testing.assert_identical(record_from_config(again, tmp_path / "again.zarr"), runs)
+
+
+def test_resuming_a_finished_recording_does_nothing(config, recorded, monkeypatch):
+    store, runs = recorded
+    before = {one: one.stat().st_mtime_ns for one in store.rglob("*") if one.is_file()}
+    monkeypatch.setattr("bayes_simfluence.recording.session.gradient_features", None)
+    xr.testing.assert_identical(record_from_config(config, store, resume=True), runs)
+    after = {one: one.stat().st_mtime_ns for one in store.rglob("*") if one.is_file()}
+    assert before == after
+
+
+def test_resuming_with_other_settings_keeps_store_and_settings(config, recorded):
+    store, runs = recorded
+    said = config_path(store).read_text()
+    with pytest.raises(Misuse, match="a recording with other settings"):
+        record_from_config(changed(config, learning_rate=0.02), store, resume=True)
+    assert config_path(store).read_text() == said
+    xr.testing.assert_identical(open_store(store), runs)
+
+
+def test_a_store_that_exists_is_replaced_only_on_request(config, recorded, tmp_path):
+    store = tmp_path / "runs.zarr"
+    shutil.copytree(recorded[0], store)
+    with pytest.raises(Misuse, match="something that exists"):
+        record_from_config(config, store)
+    xr.testing.assert_identical(open_store(store), recorded[1])
+    assert not config_path(store).exists()
+    fewer = changed(config, runs=2, features=0)
+    replaced = record_from_config(fewer, store, overwrite=True)
+    assert replaced.sizes["run"] == 2
+    assert "train_feature" not in replaced
+    assert merged(config_from_yaml(config_path(store))) == fewer
+
+
+def test_nothing_is_written_before_files_are_checked(config, tmp_path):
+    with pytest.raises(Misuse, match="no such file"):
+        record_from_config(changed(config, train="missing.jsonl"), tmp_path / "out" / "runs.zarr")
+    assert not (tmp_path / "out").exists()
