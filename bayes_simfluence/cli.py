@@ -124,10 +124,13 @@ def fit(
     from bayes_simfluence.files import new_path
     from bayes_simfluence.inference import fit as fitting
     from bayes_simfluence.inference.exact import Exact
+    from bayes_simfluence.inference.path_search import CRITERIA
     from bayes_simfluence.inference.ridge import Ridge
-    from bayes_simfluence.model.bayesian import Simfluence
+    from bayes_simfluence.model.bayesian import KINDS, Simfluence
 
     choice_of("--method", method, ["exact", "ridge"])
+    choice_of("--kind", kind, ["", *KINDS])
+    choice_of("--hyperparameters", hyperparameters, CRITERIA)
     new_path(out, overwrite=overwrite)
     recorded = _opened(runs)
     posterior = fitting.fit(
@@ -278,7 +281,8 @@ def _record_command() -> Callable[..., None]:
     ]
     for one in fields(RecordConfig):
         kind = type(one.default)
-        said = f"{one.metadata['help']} (default {one.default!r})"
+        choices = "".join(f", {choice}" for choice in one.metadata["choices"])
+        said = f"{one.metadata['help']}{choices.replace(',', ':', 1)} (default {one.default!r})"
         parameters.append(
             inspect.Parameter(
                 one.name,

@@ -43,9 +43,9 @@ MEAN = "mean trajectory, spread as band"
 BANDED = "ridge, paper's objective, residual band"
 
 
-def methods(fit: xr.Dataset, validation: xr.Dataset, test: xr.Dataset, key: jax.Array):
+def methods(fit: xr.Dataset, validation: xr.Dataset, test: xr.Dataset, key: jax.Array, times: int):
     """Every method of the table, fitted."""
-    path = bs.Simfluence()
+    path, exact = bs.Simfluence(), bs.Exact(times=times)
     yield "initial loss kept", bs.persistence(fit)
     yield MEAN, bs.mean_trajectory(fit)
     yield BANDED, bs.fit(fit, method=bs.Ridge(band=True), validation=validation, key=key)
@@ -55,16 +55,19 @@ def methods(fit: xr.Dataset, validation: xr.Dataset, test: xr.Dataset, key: jax.
         bs.fit(fit, method=bs.Ridge("centred"), validation=validation, key=key),
     )
     literal = bs.Simfluence(kind="linear")
-    yield "literal Bayes: linear, white noise, evidence", bs.fit(fit, model=literal, key=key)
-    by_evidence = bs.Exact(hyperparameters="evidence")
+    yield (
+        "literal Bayes: linear, white noise, evidence",
+        bs.fit(fit, model=literal, method=exact, key=key),
+    )
+    by_evidence = bs.Exact("evidence", times)
     yield "two-timescale, by evidence", bs.fit(fit, model=path, method=by_evidence, key=key)
     identity = bs.Simfluence(link="identity")
-    yield "two-timescale, identity link", bs.fit(fit, model=identity, key=key)
+    yield "two-timescale, identity link", bs.fit(fit, model=identity, method=exact, key=key)
     plain = bs.Simfluence(prior=Normal(features=False))
-    yield "two-timescale, no gradient features", bs.fit(fit, model=plain, key=key)
-    yield MAIN, bs.fit(fit, key=key)
+    yield "two-timescale, no gradient features", bs.fit(fit, model=plain, method=exact, key=key)
+    yield MAIN, bs.fit(fit, method=exact, key=key)
     for count in (15, 8, 5):
-        few = bs.fit(fit.isel(run=slice(0, count)), key=key)
+        few = bs.fit(fit.isel(run=slice(0, count)), method=exact, key=key)
         yield f"Simfluence() + Exact(), {count} runs fitted", few
 
 
@@ -78,7 +81,7 @@ def best_in_hindsight(fit: xr.Dataset, test: xr.Dataset, key: jax.Array) -> bs.P
     return fits[int(np.nanargmin(errors))]
 
 
-def study(seeds: list[int], limit: int | None, draws: int) -> tuple[pd.DataFrame, dict]:
+def study(seeds: list[int], limit: int | None, draws: int, times: int) -> tuple[pd.DataFrame, dict]:
     """Scores of every method over all splits, and pictures of the first."""
     runs = bs.example_runs().isel(query=slice(0, limit))
     scores, seconds, pictures = defaultdict(list), defaultdict(list), {}
@@ -88,7 +91,7 @@ def study(seeds: list[int], limit: int | None, draws: int) -> tuple[pd.DataFrame
             parts = np.split(order, [FITTED, FITTED + VALIDATED])
             fit, validation, test = (runs.isel(run=part) for part in parts)
             started = time.perf_counter()
-            for name, posterior in methods(fit, validation, test, jax.random.key(seed)):
+            for name, posterior in methods(fit, validation, test, jax.random.key(seed), times):
                 seconds[name].append(time.perf_counter() - started)
                 key = jax.random.key(1000 + seed)
                 scores[name].append(
@@ -168,11 +171,12 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=6)
     parser.add_argument("--queries", type=int, default=None, help="fewer, for a trial")
     parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--times", type=int, default=24, help="fewer, for a trial")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore", bs.FitWarning)
     seeds = list(range(options.splits))
-    table, pictures = study(seeds, options.queries, options.draws)
+    table, pictures = study(seeds, options.queries, options.draws, options.times)
     table.to_csv(options.out / "results.csv", float_format="%.6g")
     target = options.out / "results.md"
     text = target.read_text("utf-8") if target.exists() else "# Results\n\n<!-- table -->\n"

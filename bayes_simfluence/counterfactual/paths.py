@@ -10,7 +10,7 @@ draw of their deviation is ``s (w0 - X' K^-1 (X w0 + eta0))`` with ``w0``, ``eta
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -286,7 +286,9 @@ class PathSimulator:
         }
 
     @classmethod
-    def restore(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> Self:
+    def restore(
+        cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
+    ) -> "PathSimulator":
         """From ``arrays()`` and ``settings()``."""
         features = ExampleFeatures(
             jnp.asarray(arrays["train_feature"]), jnp.asarray(arrays["query_feature"])

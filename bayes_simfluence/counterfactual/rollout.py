@@ -6,7 +6,7 @@ before the first update, nothing else. Arrays inside; ``Posterior.simulate`` put
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ class Simulator(Protocol):
         """Plain values to save."""
 
     @classmethod
-    def restore(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> Self:
+    def restore(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> "Simulator":
         """The simulator of saved arrays and settings."""
 
 
@@ -185,7 +185,9 @@ class AffineSimulator:
         return {"keep": self.keep, "count": self.count}
 
     @classmethod
-    def restore(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> Self:
+    def restore(
+        cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
+    ) -> "AffineSimulator":
         """From ``arrays()`` and ``settings()``."""
         return cls(**{**arrays, **settings})
 

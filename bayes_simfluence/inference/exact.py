@@ -13,6 +13,7 @@ from bayes_simfluence.counterfactual.rollout import AffineSimulator
 from bayes_simfluence.inference.evidence import scales_of
 from bayes_simfluence.inference.method import Fitted, LeftOutRuns
 from bayes_simfluence.inference.path_search import (
+    CRITERIA,
     Band,
     Criterion,
     Searched,
@@ -49,9 +50,7 @@ class Exact:
     times: int = 24
 
     def __post_init__(self) -> None:
-        choice_of(
-            "Exact(hyperparameters=...)", self.hyperparameters, ["leave-one-run-out", "evidence"]
-        )
+        choice_of("Exact(hyperparameters=...)", self.hyperparameters, CRITERIA)
         positive_integer("Exact(times=...)", self.times)
 
     def default_model(self) -> Simfluence:

@@ -26,9 +26,10 @@ from bayes_simfluence.model.hyper import log_prior, natural_values, start
 from bayes_simfluence.model.priors import ExampleFeatures
 from bayes_simfluence.progress import Progress
 
-__all__ = ["Band", "Criterion", "Searched", "band_of", "even_rows", "search"]
+__all__ = ["CRITERIA", "Band", "Criterion", "Searched", "band_of", "even_rows", "search"]
 
 Criterion = Literal["leave-one-run-out", "evidence"]
+CRITERIA: tuple[Criterion, ...] = ("leave-one-run-out", "evidence")
 COARSE, COARSE_STEPS, FINE_STEPS = 12, 60, 8
 """Times per run and most L-BFGS iterations of the search; iterations of its polish."""
 WIDENING_KNOTS = 5

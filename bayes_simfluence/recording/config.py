@@ -1,15 +1,15 @@
 """The settings of a recording from text files: one dataclass for Python, command line and YAML."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from bayes_simfluence.checks import Misuse, choice_of, count_of, positive_integer, positive_number
 
 __all__ = ["RecordConfig"]
 
 
-def _say(help: str, default: Any) -> Any:
-    return field(default=default, metadata={"help": help})
+def _say(help: str, default: Any, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class RecordConfig:
     per_run: int = _say("examples in each run's random subset", 128)
     batch_size: int = _say("examples in a step", 4)
     epochs: int = _say("passes over the subset", 3)
-    optimizer: Literal["adamw", "adam", "sgd"] = _say("update rule", "adamw")
+    optimizer: str = _say("update rule", "adamw", ("adamw", "adam", "sgd"))
     learning_rate: float = _say("highest step size", 2e-5)
-    schedule: Literal["linear", "cosine", "constant"] = _say("decay of the step size", "linear")
+    schedule: str = _say("decay of the step size", "linear", ("linear", "cosine", "constant"))
     warmup_steps: int = _say("steps of linear warm-up", 0)
     weight_decay: float = _say("decoupled weight decay (adamw)", 0.01)
     momentum: float = _say("momentum (sgd)", 0.0)
-    pooling: Literal["mean", "cls", "pooler"] = _say("how a sequence becomes one vector", "mean")
+    pooling: str = _say("how a text becomes one vector", "mean", ("mean", "cls", "pooler"))
     max_tokens: int = _say("longer texts are cut to this many tokens", 128)
     features: int = _say("gradient features kept for the prior, 0 = none", 16)
     seed: int = _say("decides examples, queries, head and curricula", 0)
@@ -54,9 +54,9 @@ class RecordConfig:
         for name in ("features", "warmup_steps", "seed"):
             count_of(name, getattr(self, name))
         positive_number("learning_rate", self.learning_rate)
-        choice_of("optimizer", self.optimizer, ["adamw", "adam", "sgd"])
-        choice_of("schedule", self.schedule, ["linear", "cosine", "constant"])
-        choice_of("pooling", self.pooling, ["mean", "cls", "pooler"])
+        for one in fields(self):
+            if one.metadata["choices"]:
+                choice_of(one.name, getattr(self, one.name), one.metadata["choices"])
         for small, large in (("per_run", "examples"), ("batch_size", "per_run")):
             if getattr(self, small) > getattr(self, large):
                 raise Misuse(

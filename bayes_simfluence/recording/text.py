@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ def task_of(config: RecordConfig) -> Task:
         train,
         query,
         labels=sorted(set(every_train.labels)),
-        pooling=config.pooling,
+        pooling=cast(bert.Pooling, config.pooling),
         max_tokens=config.max_tokens,
         key=jax.random.fold_in(jax.random.key(config.seed), 2),
     )

@@ -1,0 +1,83 @@
+"""Documented commands run as written: the getting-started page, the README, the recording page."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(page, languages=("python", "bash")):
+    """Fenced blocks of a page, in order."""
+    text = (ROOT / page).read_text("utf-8")
+    found = re.findall(r"^```(\w+)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [(language, code) for language, code in found if language in languages]
+
+
+def run_line(line, folder):
+    """One line of a bash block, with this interpreter's own command."""
+    words = shlex.split(line)
+    assert words[0] == "bayes-simfluence", line
+    command = [sys.executable, "-W", "error", "-m", "bayes_simfluence", *words[1:]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+def run_page(page, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    names = {}
+    for language, code in blocks(page):
+        if language == "python":
+            exec(compile(code, str(page), "exec"), names)
+        else:
+            for line in code.strip().splitlines():
+                run_line(line, folder)
+    return names
+
+
+def test_getting_started(tmp_path, monkeypatch):
+    names = run_page("docs/getting-started.md", tmp_path, monkeypatch)
+    assert names["table"].loc["bayes", "mse"] < names["table"].loc["mean", "mse"]
+    made = {"runs.nc", "mine.zarr", "posterior.nc", "simulated.nc", "curves.png", "table.md"}
+    assert made <= {one.name for one in tmp_path.iterdir()}
+
+
+def test_recording_page(tmp_path, monkeypatch):
+    names = run_page("docs/recording.md", tmp_path, monkeypatch)
+    assert names["runs"].sizes["run"] == 4
+
+
+def test_the_readme_has_two_commands_that_ci_calls():
+    lines = [line for _, code in blocks("README.md", ("bash",)) for line in code.splitlines()]
+    install, tests = (line for line in lines if "python3 -m venv" in line)
+    assert install.endswith(".venv/bin/bayes-simfluence demo")
+    assert tests.endswith(".venv/bin/python -m pytest")
+    assert "grep -m1 \"pip install -e '.\\[test\\]'\" README.md" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_readme_uses_options_that_exist():
+    from typer.testing import CliRunner
+
+    from bayes_simfluence.cli import app
+
+    lines = [line for _, code in blocks("README.md", ("bash",)) for line in code.splitlines()]
+    for line in (one for one in lines if one.startswith("bayes-simfluence")):
+        verb = shlex.split(line)[1]
+        known = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"}).output
+        for option in re.findall(r"--[\w-]+", line):
+            assert option in known, (verb, option)
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{one.name}" for one in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text("utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), target

@@ -1,0 +1,75 @@
+"""The demo, at full size: what it writes and what it says."""
+
+import json
+from importlib.resources import files
+
+import jax
+import pandas as pd
+import pytest
+
+import bayes_simfluence as bs
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.demo.main import FITTED, run_demo
+from bayes_simfluence.demo.pretrain import pretrained_checkpoint
+from bayes_simfluence.networks.checkpoint import load_checkpoint, load_tokenizer
+from bayes_simfluence.progress import Silent
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return run_demo(tmp_path_factory.mktemp("demo") / "out")
+
+
+def test_it_writes_everything_it_promises(demo):
+    written = {one.name for one in demo.folder.iterdir()}
+    promised = {
+        "runs.zarr", "runs.yaml", "posterior.nc", "table.csv", "table.md", "curves.png",
+        "coverage.png", "effects.png", "counterfactual.png", "dropped.csv",
+    }  # fmt: skip
+    assert promised <= written
+    runs = bs.open_runs(demo.folder / "runs.zarr")
+    assert runs.sizes["run"] >= 16
+    assert len({batch.tobytes() for batch in runs["batch"].values}) == runs.sizes["run"]
+    assert bs.load_posterior(demo.folder / "posterior.nc").runs.sizes["run"] == FITTED
+
+
+def test_the_table_compares_the_methods(demo):
+    table = pd.read_csv(demo.folder / "table.csv", index_col="method")
+    assert list(table.index) == [
+        "bayes", "ridge (paper)", "mean trajectory", "initial loss kept",
+    ]  # fmt: skip
+    assert table.loc["bayes", "mse"] < table.loc["ridge (paper)", "mse"]
+    assert table.loc["bayes", "crps"] < table.loc["mean trajectory", "crps"]
+
+
+def test_the_counterfactual_has_a_band_and_a_truth(demo):
+    middle, low, high = demo.simulated
+    assert low < middle < high
+    assert middle < 0  # without what hurts it, the query's loss is lower
+    assert len(demo.dropped) == 10 and (demo.dropped["probability_harmful"] > 0.5).all()
+
+
+def test_it_does_not_write_into_what_exists(tmp_path):
+    with pytest.raises(Misuse, match="something that exists"):
+        run_demo(tmp_path)
+
+
+def test_the_texts_that_ship_are_clean():
+    for name, count in (("train", 320), ("query", 80)):
+        lines = (files("bayes_simfluence.demo") / f"{name}.jsonl").read_text("utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert len(rows) == count == len({row["text"] for row in rows})
+        assert sum(row["label"] == "positive" for row in rows) == count / 2
+
+
+def test_pretraining_makes_a_checkpoint_that_depends_on_its_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr("bayes_simfluence.demo.pretrain.STEPS", 50)
+    texts = ["a good day.", "a bad day.", "good food."]
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        pretrained_checkpoint(texts, tmp_path / name, key=jax.random.key(seed), progress=Silent())
+    one, again, other = (load_checkpoint(tmp_path / name) for name in ("one", "again", "other"))
+    words = "embeddings.word_embeddings.weight"
+    assert (one.tensors[words] == again.tensors[words]).all()
+    assert (one.tensors[words] != other.tensors[words]).any()
+    tokenizer = load_tokenizer(tmp_path / "one")
+    assert tokenizer.decode(tokenizer("good zebra")["input_ids"]).startswith("[CLS] good z")

@@ -1,0 +1,90 @@
+"""Pictures, tested as data."""
+
+import jax
+import numpy as np
+import pytest
+
+import bayes_simfluence as bs
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.evaluation.horizon import by_horizon
+from bayes_simfluence.report.plots import (
+    plot_coverage,
+    plot_curves,
+    plot_effects,
+    plot_two,
+    save_figure,
+)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    runs = bs.example_runs().isel(query=slice(0, 4), run=slice(0, 8))
+    model = bs.Simfluence(kind="additive")
+    return runs, bs.fit(runs.isel(run=slice(0, 6)), model=model, key=jax.random.key(0))
+
+
+def test_curves_show_truth_mean_and_band(fitted, key):
+    runs, posterior = fitted
+    held_out = runs.isel(run=slice(6, 8))
+    simulated = posterior.simulate(held_out, key=key, draws=40)
+    query = runs["query"].values[1]
+    figure = plot_curves({"bayes": simulated}, held_out, run=1, queries=[query])
+    (axes,) = figure.axes
+    mean, truth = axes.lines
+    assert (truth.get_ydata() == held_out["loss"].values[1, :, 1]).all()
+    expected = simulated["mean_loss"].values[0, :, 1, :, 1].mean(axis=0)
+    np.testing.assert_allclose(mean.get_ydata(), expected, rtol=1e-5)
+    low, high = np.quantile(simulated["loss"].values[0, :, 1, :, 1], [0.05, 0.95], axis=0)
+    edge = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert edge.min() == pytest.approx(low.min(), rel=1e-5)
+    assert edge.max() == pytest.approx(high.max(), rel=1e-5)
+    assert "nats" in axes.get_ylabel()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["bayes", "recorded"]
+
+
+def test_curves_pick_the_queries_that_move_most(fitted, key):
+    runs, posterior = fitted
+    simulated = posterior.simulate(runs, key=key, draws=3)
+    shown = [axes for axes in plot_curves({"a": simulated}, None).axes if axes.get_visible()]
+    assert len(shown) == 4
+
+
+def test_two_curricula_and_their_difference(fitted, key):
+    runs, posterior = fitted
+    query = runs["query"].values[0]
+    before = posterior.simulate(runs.isel(run=[0]), key=key, draws=30)
+    after = posterior.simulate(runs.isel(run=[1]), key=key, draws=30)
+    figure = plot_two(before, after, query=query)
+    difference = figure.axes[1].lines[0].get_ydata()
+    expected = (after["mean_loss"].values - before["mean_loss"].values)[0, :, 0, :, 0].mean(axis=0)
+    np.testing.assert_allclose(difference, expected, atol=1e-6)
+
+
+def test_effects_are_ordered_and_say_their_sign(fitted, key):
+    _, posterior = fitted
+    effects = posterior.samples(key=key, draws=30)["b"].isel(query=0)
+    axes = plot_effects(effects, top=3).axes[0]
+    shown = axes.lines[0].get_xdata()
+    mean = np.sort(effects.values[0].mean(axis=0))
+    np.testing.assert_allclose(shown, np.concatenate([mean[:3], mean[-3:]]), rtol=1e-6)
+    assert "negative = helpful" in axes.get_xlabel()
+
+
+def test_coverage_along_training(fitted, key):
+    runs, posterior = fitted
+    horizon = by_horizon(posterior, runs, key=key, draws=30)
+    left, right = plot_coverage({"a": horizon}).axes
+    np.testing.assert_array_equal(
+        left.lines[0].get_ydata(), horizon["coverage"].sel(probability=0.9).values
+    )
+    area = sum(patch.get_path().vertices[:, 1].max() > 0 for patch in right.patches)
+    assert area == 1
+
+
+def test_figures_are_not_overwritten(fitted, key, tmp_path):
+    runs, posterior = fitted
+    figure = plot_curves({"a": posterior.simulate(runs, key=key, draws=3)}, runs)
+    path = save_figure(figure, tmp_path / "a.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(Misuse, match="something that exists"):
+        save_figure(figure, path)
