@@ -29,7 +29,9 @@ def read_group(path: Path, group: str = "/") -> xr.Dataset:
     """One group of a file, in memory; texts as fixed-width strings."""
     with xr.open_dataset(path, group=group, engine=ENGINE) as opened:
         dataset = opened.load()
-    return plain(dataset).assign_attrs(_decoded(dataset.attrs))
+    dataset = plain(dataset)
+    dataset.attrs = _decoded(dataset.attrs)
+    return dataset
 
 
 def plain(dataset: xr.Dataset) -> xr.Dataset:

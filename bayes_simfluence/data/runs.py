@@ -1,7 +1,6 @@
 """Recorded runs as one ``xarray.Dataset``: made, checked, and what they cannot tell."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from warnings import warn
 
@@ -17,13 +16,10 @@ from bayes_simfluence.conventions import (
     SCHEMA_VERSION,
     UNRECORDED,
     VARIABLES,
-    Curricula,
 )
 from bayes_simfluence.data.curriculum import drop
 
 __all__ = [
-    "Identifiability",
-    "identifiability",
     "planned_runs",
     "run_statuses",
     "runs_from_arrays",
@@ -54,7 +50,7 @@ def runs_from_arrays(
         batch: indices into ``train``, ``(run, step, slot)``, -1 = empty slot.
         loss: nats, ``(run, time, query)`` with one more time than steps; time 0 is before any
             update.
-        step_size: learning rate of each step, ``(run, step)`` or ``(step,)`` for all runs.
+        step_size: learning rate of each step, ``(run, step)``, ``(step,)`` or one number.
         train_ids, query_ids, run_ids: stable ids; positions when omitted.
         train_feature, query_feature: gradient features ``(train, feature)`` and
             ``(query, feature)``, as made by ``recording.features``; the default model's prior
@@ -112,8 +108,8 @@ def planned_runs(
     Args:
         like: recorded runs; the initial losses, examples and queries are theirs.
         batch: curricula, ``(run, step, slot)`` or ``(step, slot)`` for one.
-        step_size: learning rates, ``(run, step)`` or ``(step,)``; those of the first run of
-            ``like`` when omitted and the number of steps is the same.
+        step_size: learning rates, ``(run, step)``, ``(step,)`` or one number; those of the first
+            run of ``like`` when omitted and the number of steps is the same.
 
     >>> runs = runs_from_arrays(batch=[[[0, 1], [1, -1]]], loss=[[[0.7], [0.6], [0.5]]])
     >>> planned_runs(runs, [[1, -1], [0, -1]])["loss"].values[0, :, 0].round(1).tolist()
@@ -218,77 +214,6 @@ def usable_runs(runs: xr.Dataset) -> xr.Dataset:
     return usable
 
 
-@dataclass(frozen=True)
-class Identifiability:
-    """What the curricula of some runs cannot tell apart.
-
-    Attributes:
-        duplicate_runs: groups of run ids with the same curriculum (their spread is pure noise).
-        never_seen: ids of training examples in no batch (their effect is the prior's).
-        always_together: groups of ids with the same exposure at every step (only their sum shows).
-    """
-
-    duplicate_runs: tuple[tuple[str, ...], ...]
-    never_seen: tuple[str, ...]
-    always_together: tuple[tuple[str, ...], ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.duplicate_runs or self.never_seen or self.always_together)
-
-    def sentences(self) -> tuple[str, ...]:
-        """One sentence for each kind of finding, none when all is well."""
-        said = []
-        if self.duplicate_runs:
-            groups = shorten("=".join(group) for group in self.duplicate_runs)
-            said.append(f"runs with the same curriculum: {groups}")
-        if self.never_seen:
-            said.append(
-                f"{len(self.never_seen)} examples never trained on, their effects are the prior's: "
-                + shorten(self.never_seen)
-            )
-        if self.always_together:
-            groups = shorten("+".join(group) for group in self.always_together)
-            said.append(f"examples always together, only their sum is identified: {groups}")
-        return tuple(said)
-
-
-def identifiability(runs: xr.Dataset) -> Identifiability:
-    """Duplicate runs, never-seen examples and always-together examples of valid ``runs``.
-
-    >>> runs = runs_from_arrays(
-    ...     batch=[[[0, 1]], [[0, 1]]], loss=[[[1.0], [0.9]], [[1.0], [0.8]]], train_ids=list("abc")
-    ... )
-    >>> found = identifiability(runs)
-    >>> found.never_seen, found.always_together, found.duplicate_runs
-    (('c',), (('a', 'b'),), (('0', '1'),))
-    """
-    batch = runs["batch"].values
-    train = runs["train"].values.astype(str)
-    shares = _share_keys(batch, len(train))
-    never = tuple(train[[not share for share in shares]].tolist())
-    seen = [(share, name) for share, name in zip(shares, train, strict=True) if share]
-    curricula = np.sort(batch, axis=2)
-    keyed = zip((one.tobytes() for one in curricula), runs["run"].values.astype(str), strict=True)
-    return Identifiability(_groups(keyed), never, _groups(seen))
-
-
-def _share_keys(batch: Curricula, train: int) -> list[tuple[tuple[int, int], ...]]:
-    """For each example, the (flat step, count) pairs at which it occurs."""
-    occurrences: list[dict[int, int]] = [{} for _ in range(train)]
-    for position, members in enumerate(batch.reshape(-1, batch.shape[-1])):
-        for example in members[members != EMPTY_SLOT]:
-            at = occurrences[int(example)]
-            at[position] = at.get(position, 0) + 1
-    return [tuple(one.items()) for one in occurrences]
-
-
-def _groups(pairs: Any) -> tuple[tuple[str, ...], ...]:
-    members: dict[Any, list[str]] = {}
-    for key, name in pairs:
-        members.setdefault(key, []).append(str(name))
-    return tuple(tuple(names) for names in members.values() if len(names) > 1)
-
-
 def _dataset(
     variables: dict[str, np.ndarray],
     *,
@@ -299,11 +224,11 @@ def _dataset(
     runs, steps, _ = variables["batch"].shape
     if step_size is not None:
         sizes = np.asarray(step_size, dtype=np.float32)
-        if sizes.shape not in ((steps,), (runs, steps)):
+        if sizes.shape not in ((), (steps,), (runs, steps)):
             raise Misuse(
                 "step_size",
                 got=f"shape {sizes.shape}",
-                expected=f"({runs} runs, {steps} steps) or ({steps} steps,)",
+                expected=f"({runs} runs, {steps} steps), ({steps} steps,) or one number",
                 do="give one learning rate per step",
             )
         variables = {**variables, "step_size": np.broadcast_to(sizes, (runs, steps)).copy()}

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bayes_simfluence.checks import Misuse, choice_of, positive_integer
-from bayes_simfluence.counterfactual.paths import FittedPaths, PathSimulator
+from bayes_simfluence.counterfactual.fitted import FittedPaths
+from bayes_simfluence.counterfactual.paths import PathSimulator
 from bayes_simfluence.counterfactual.rollout import AffineSimulator
 from bayes_simfluence.inference.evidence import scales_of
 from bayes_simfluence.inference.method import Fitted, LeftOutRuns

@@ -6,7 +6,8 @@ import jax
 import xarray as xr
 
 from bayes_simfluence.checks import FitFailed, FitWarning, Misuse, keyed, named
-from bayes_simfluence.data.runs import identifiability, usable_runs
+from bayes_simfluence.data.identify import identifiability
+from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.inference.exact import Exact
 from bayes_simfluence.inference.method import LeftOutRuns, Method
 from bayes_simfluence.inference.posterior import Posterior

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from scipy.optimize import minimize
 from scipy.stats import t as student_t
 
-from bayes_simfluence.counterfactual.paths import (
+from bayes_simfluence.counterfactual.fitted import (
     FittedPaths,
     designs_and_means,
     error_covariance,

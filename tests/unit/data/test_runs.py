@@ -6,8 +6,8 @@ import xarray as xr
 
 from bayes_simfluence.checks import Misuse, RunsWarning
 from bayes_simfluence.conventions import DIVERGED, VARIABLES
+from bayes_simfluence.data.identify import identifiability
 from bayes_simfluence.data.runs import (
-    identifiability,
     runs_from_arrays,
     usable_runs,
     validate_runs,

@@ -1,0 +1,126 @@
+"""The public names are the documented ones, load lazily, and agree with their lists."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bayes_simfluence as bs
+from bayes_simfluence import conventions
+
+DOCUMENTED = [
+    "Task",
+    "record",
+    "runs_from_arrays",
+    "planned_runs",
+    "open_runs",
+    "save_runs",
+    "append_runs",
+    "export_netcdf",
+    "example_runs",
+    "fit",
+    "Simfluence",
+    "Exact",
+    "Ridge",
+    "Posterior",
+    "load_posterior",
+    "persistence",
+    "mean_trajectory",
+    "compare",
+    "Misuse",
+    "WorkFailed",
+    "FitFailed",
+    "FitWarning",
+    "RunsWarning",
+]
+
+
+def type_checking_imports():
+    """Home module -> names, as the TYPE_CHECKING block tells type checkers."""
+    body = ast.parse(Path(bs.__file__).read_text("utf-8")).body
+    (block,) = [one for one in body if isinstance(one, ast.If)]
+    return {
+        one.module.removeprefix("bayes_simfluence."): tuple(name.name for name in one.names)
+        for one in block.body
+        if isinstance(one, ast.ImportFrom)
+    }
+
+
+def axes_of(docstring):
+    """Axis words of ``conventions``' table: the first column, at ``chain``, ``draw`` both."""
+    table = docstring.split("| word | meaning |")[1].split("\n\n")[0]
+    return set(re.findall(r"^\| (``.*?) +\|", table, flags=re.MULTILINE)), table
+
+
+def test_public_names_are_the_documented_ones():
+    assert bs.__all__ == DOCUMENTED
+
+
+def test_lists_of_names_agree():
+    assert type_checking_imports() == bs._HOME
+    homes = [name for names in bs._HOME.values() for name in names]
+    assert sorted(homes) == sorted(bs.__all__)
+    assert len(set(homes)) == len(homes)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_public_name_is_there_and_documented(name):
+    found = getattr(bs, name)
+    assert name in dir(bs)
+    assert found.__module__ == f"bayes_simfluence.{bs._MODULE_OF[name]}"
+    assert inspect.getdoc(found)
+    own = found.__doc__ or ""
+    assert own.strip() and not own.startswith(f"{name}("), "a docstring of its own"
+
+
+@pytest.mark.parametrize("home", bs._HOME)
+def test_a_home_lists_its_public_names(home):
+    module = __import__(f"bayes_simfluence.{home}", fromlist=["__all__"])
+    assert set(bs._HOME[home]) <= set(module.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'bayes_simfluence' has no attribute 'nonsense'"):
+        bs.nonsense  # noqa: B018
+    assert not hasattr(bs, "nonsense")
+
+
+def test_importing_loads_neither_jax_nor_anything_else_that_is_slow():
+    program = (
+        "import sys, bayes_simfluence as bs\n"
+        "assert dir(bs) and bs.__all__\n"
+        "slow = ['jax', 'numpy', 'xarray', 'zarr', 'transformers', 'matplotlib', 'scipy']\n"
+        "sys.exit(', '.join(one for one in slow if one in sys.modules) or 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_axes_of_the_variables_are_the_words_of_the_table():
+    rows, table = axes_of(conventions.__doc__)
+    words = {word for row in rows for word in re.findall(r"``(\w+)``", row)}
+    assert words == {"run", "step", "time", "train", "query", "chain", "draw"}
+    used = {dim for dims, _ in conventions.VARIABLES.values() for dim in dims}
+    assert used - words == {"slot", "feature"}
+    for name, (dims, _) in conventions.VARIABLES.items():
+        for said in re.findall(rf"``{name}\[(.*?)\]``", table):
+            assert tuple(said.split(", ")) == dims
+    assert "``batch[run, step, slot]``" in table and "``loss[run, time, query]``" in table
+
+
+def test_schema_lists_agree():
+    assert set(conventions.OPTIONAL) < set(conventions.VARIABLES)
+    assert conventions.VARIABLES["batch"][1]["empty_slot"] == conventions.EMPTY_SLOT
+    status = conventions.VARIABLES["status"][1]
+    flags = dict(zip(status["flag_meanings"].split(), status["flag_values"], strict=True))
+    assert flags == {
+        "unrecorded": conventions.UNRECORDED,
+        "complete": conventions.COMPLETE,
+        "diverged": conventions.DIVERGED,
+    }
+    for name, (_, attrs) in conventions.VARIABLES.items():
+        assert attrs["long_name"], name
