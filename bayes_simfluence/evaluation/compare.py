@@ -73,6 +73,8 @@ def compare(
     if not posteriors:
         raise Misuse("posteriors", got="none", expected="at least one", do="name one: {'a': post}")
     keyed(key)
+    positive_integer("draws", draws)
+    positive_integer("resamples", resamples)
     runs = usable_runs(runs)
     simulate_key, bootstrap_key = jax.random.split(key)
     rows = {}
@@ -97,7 +99,7 @@ def scores_by_run(
     posterior: Posterior, runs: xr.Dataset, *, key: jax.Array, draws: int
 ) -> RunScores:
     """Every run's scores under one posterior."""
-    simulated = posterior.simulate(runs, key=key, draws=positive_integer("draws", draws))
+    simulated = posterior.simulate(runs, key=key, draws=draws)
     truth = np.asarray(runs["loss"].values, float)
     stacked = simulated.stack(sample=("chain", "draw"))
     loss = stacked["loss"].transpose("run", "sample", "time", "query").values.astype(float)
@@ -111,9 +113,7 @@ def scores_by_run(
 def table_of(scores: RunScores, *, key: jax.Array, resamples: int) -> dict[str, float]:
     """Metrics of one method with their bootstrap intervals over runs."""
     runs = len(scores.final_mean)
-    chosen = np.asarray(
-        jax.random.randint(key, (positive_integer("resamples", resamples), runs), 0, runs)
-    )
+    chosen = np.asarray(jax.random.randint(key, (resamples, runs), 0, runs))
 
     def metric(name: str, which: np.ndarray) -> float:
         if name == "spearman_run":

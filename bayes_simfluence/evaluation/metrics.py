@@ -68,8 +68,8 @@ def coverage(
 ) -> Float[np.ndarray, "*point"]:
     """1 where the central interval of the draws holds the truth, else 0; NaN for one draw.
 
-    The quantiles are those whose expected coverage is exact for any number of draws
-    (Weibull's plotting positions).
+    The quantiles are Weibull's plotting positions, whose expected coverage is exact when both
+    tails fall on a draw (as for 90% of 199 draws), and close to it for a hundred or more.
     """
     if len(draws) == 1:
         return np.full(truth.shape, np.nan)
@@ -89,10 +89,15 @@ def pit(
 def log_density(
     draws: Float[np.ndarray, "draw *point"], truth: Float[np.ndarray, "*point"]
 ) -> Float[np.ndarray, "*point"]:
-    """Log density (1/nats, natural log) of the truth under a normal with the draws' moments."""
+    """Log density (1/nats, natural log) of the truth under a normal with the draws' moments.
+
+    NaN where the draws have no spread.
+    """
     if len(draws) == 1:
         return np.full(truth.shape, np.nan)
-    return norm.logpdf(truth, draws.mean(axis=0), draws.std(axis=0, ddof=1))
+    sd = draws.std(axis=0, ddof=1)
+    known = np.where(sd > 0, sd, 1.0)
+    return np.where(sd > 0, norm.logpdf(truth, draws.mean(axis=0), known), np.nan)
 
 
 def run_scores(

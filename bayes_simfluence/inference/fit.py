@@ -3,9 +3,11 @@
 from warnings import warn
 
 import jax
+import numpy as np
 import xarray as xr
 
 from bayes_simfluence.checks import FitFailed, FitWarning, Misuse, keyed, named
+from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.data.identify import identifiability
 from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.inference.exact import Exact
@@ -52,10 +54,10 @@ def fit(
     """
     keyed(key)
     method = Exact() if method is None else method
-    if not isinstance(method, Method):
+    if isinstance(method, type) or not isinstance(method, Method):
         raise Misuse(
             "method",
-            got=type(method).__name__,
+            got=getattr(method, "__name__", type(method).__name__),
             expected="an inference method such as Exact() or Ridge()",
             do="pass an instance, not a class or a name",
         )
@@ -93,7 +95,7 @@ def fit(
 
 
 def _like(validation: xr.Dataset, runs: xr.Dataset) -> xr.Dataset:
-    """The validation runs, after checking that they are of the same recording."""
+    """The validation runs with examples and queries in the order of the fitted ones."""
     for name in ("train", "query"):
         if validation.sizes[name] != runs.sizes[name]:
             raise Misuse(
@@ -102,8 +104,12 @@ def _like(validation: xr.Dataset, runs: xr.Dataset) -> xr.Dataset:
                 expected=f"the {runs.sizes[name]} ids of the fitted runs",
                 do="take both from one recording",
             )
-        named(f"validation['{name}']", validation[name].values, runs[name].values)
-    return validation
+    place = named("validation['train']", validation["train"].values, runs["train"].values)
+    order = named("queries", runs["query"].values, validation["query"].values)
+    # The last place keeps empty slots empty.
+    batch = np.append(place, EMPTY_SLOT).astype(np.int32)[validation["batch"].values]
+    moved = validation.assign(batch=(validation["batch"].dims, batch))
+    return moved.isel(query=order)
 
 
 def _named(left_out: LeftOutRuns, runs: xr.Dataset) -> xr.Dataset:

@@ -3,12 +3,13 @@
 Two-timescale (the default), for one run and one query, on the scale of the link:
 
     ``y_t = link(L_t) - link(L_0) = u_t + v_t + eta_t``
-    ``u_t = exp(growth / T) u_{t-1} + e'_t . b_t``        (what stays)
-    ``v_t = exp(-1 / (T fade_length)) v_{t-1} + e'_t . c_t``   (what fades)
+    ``u_t = exp(growth / T) u_{t-1} + sum_{s<=t} w_ts e_s . b_s``            (what stays)
+    ``v_t = exp(-1 / (T fade_length)) v_{t-1} + sum_{s<=t} w_ts e_s . c_s``   (what fades)
 
-with the smoothed exposures ``e'`` of ``exposure``, coefficients ``b_t``, ``c_t`` that vary over
-training (``coefficients``), their prior over examples (``priors``) and the run's error ``eta``
-(``noise``). The paper's model (Guu et al. 2023), centred on "nothing happens", is the other kind:
+with exposures ``e_s`` that the optimizer's memory spreads by ``w_ts`` (``exposure``), coefficients
+``b_s``, ``c_s`` that vary over training (``coefficients``), their prior over examples (``priors``)
+and the run's error ``eta`` (``noise``). The paper's model (Guu et al. 2023), centred on "nothing
+happens", is the other kind:
 
     ``L_t = (1 + e_t . a) L_{t-1} + e_t . b + eps_t``      (linear; a = 0: additive; b = 0:
                                                            multiplicative)

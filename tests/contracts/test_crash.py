@@ -1,0 +1,236 @@
+"""A recording killed at any instant loses nothing that it had finished, and resumes bit for bit."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import xarray as xr
+import zarr
+
+from bayes_simfluence.checks import Misuse, WorkFailed
+from bayes_simfluence.conventions import COMPLETE, UNRECORDED
+from bayes_simfluence.data.store import open_runs, open_store
+from bayes_simfluence.recording.features import Features
+from bayes_simfluence.recording.record import record
+from bayes_simfluence.recording.task import Task
+
+KILLS = 24
+RUNS, STEPS = 6, 12
+
+
+def small_task():
+    """Least squares with a hidden layer: 6 training examples, 4 queries."""
+    rng = np.random.default_rng(7)
+    inputs = rng.normal(size=(10, 3)).astype("f4")
+    data = {"x": inputs, "y": np.sin(inputs.sum(axis=1))}
+
+    def loss(params, example):
+        return (jnp.tanh(params["w"] @ example["x"]) @ params["v"] - example["y"]) ** 2
+
+    return Task(
+        params={
+            "w": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32),
+            "v": jnp.asarray(rng.normal(size=5), jnp.float32),
+        },
+        loss=loss,
+        train={name: jnp.asarray(one[:6]) for name, one in data.items()},
+        query={name: jnp.asarray(one[6:]) for name, one in data.items()},
+        train_ids=list("abcdef"),
+        query_ids=list("wxyz"),
+    )
+
+
+def record_small(store, **settings):
+    """The recording of this file; every call is the same one."""
+    rng = np.random.default_rng(0)
+    return record(
+        small_task(),
+        rng.integers(-1, 6, (RUNS, STEPS, 2)),
+        optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.05, 0.0, STEPS)),
+        store=store,
+        features=Features(
+            rng.normal(size=(6, 2)).astype("f4"), rng.normal(size=(4, 2)).astype("f4"), 1.0
+        ),
+        **settings,
+    )
+
+
+class Told:
+    """A progress that writes a line to file descriptor 1 each time it is told of steps."""
+
+    @contextmanager
+    def work(self, label, total):
+        os.write(1, b"recording\n")
+        yield self
+
+    def advance(self, amount=1, note=""):
+        os.write(1, b"steps\n")
+
+
+def serve():
+    """Forks a recording for each path on stdin: imports are paid once, XLA starts in the child."""
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            record_small(line.strip(), resume=True, progress=Told())
+            os.write(1, b"end\n")
+            os._exit(0)
+        os.write(1, f"pid {child}\n".encode())
+        os.waitpid(child, 0)
+        os.write(1, b"gone\n")
+
+
+class Recorder:
+    """A process that records on request, and whose recordings may be killed."""
+
+    def __init__(self):
+        settings = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+        program = (
+            f"import runpy, sys\nrunpy.run_path({str(Path(__file__).absolute())!r})['serve']()\n"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **settings},
+        )
+
+    def record(self, store, kill=None):
+        """Whether the recording came to its end before ``kill``: (times told, seconds later)."""
+        self.process.stdin.write(f"{store}\n".encode())
+        self.process.stdin.flush()
+        child = int(self._line().removeprefix("pid "))
+        lines, reached = [], None
+        os.set_blocking(self.process.stdout.fileno(), False)
+        while kill and "gone" not in lines:
+            line = self.process.stdout.readline().decode().strip()
+            lines += [line] if line else []
+            now = time.monotonic()
+            if reached is None and lines.count("steps") >= kill[0]:
+                reached = now
+            if reached is not None and now >= reached + kill[1]:
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+                break
+            time.sleep(0.0005)
+        os.set_blocking(self.process.stdout.fileno(), True)
+        while "gone" not in lines:
+            lines.append(self._line())
+        return "end" in lines
+
+    def _line(self):
+        line = self.process.stdout.readline().decode().strip()
+        if not line:
+            raise RuntimeError("the recorder ended")
+        return line
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=10)
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def recorder():
+    recorder = Recorder()
+    yield recorder
+    recorder.close()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The same recording, uninterrupted."""
+    return record_small(tmp_path_factory.mktemp("reference") / "runs.zarr")
+
+
+def finished_runs(store, reference):
+    """Number of runs marked complete, after checking that each is the reference's."""
+    try:
+        found = open_store(store)
+    except Misuse as error:
+        assert "nothing there" in str(error)
+        assert not store.exists()
+        return 0
+    done = found["status"].values == COMPLETE
+    assert set(found["status"].values) <= {COMPLETE, UNRECORDED}
+    for name in ("batch", "loss", "step_size"):
+        np.testing.assert_array_equal(found[name].values[done], reference[name].values[done])
+    for name in ("train_feature", "query_feature"):
+        np.testing.assert_array_equal(found[name], reference[name])
+    return int(done.sum())
+
+
+def assert_same_bits(found, reference):
+    xr.testing.assert_identical(found, reference)
+    for name in reference.variables:
+        assert found[name].dtype == reference[name].dtype
+        assert found[name].values.tobytes() == reference[name].values.tobytes(), name
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_random_instants_a_recording_resumes_bit_for_bit(tmp_path, reference, recorder):
+    """Half of the kills fall anywhere in the life of the process, half between the end of a run's
+    steps and a few milliseconds later, which is where it is written."""
+    rng = np.random.default_rng()
+    assert recorder.record(tmp_path / "first.zarr")
+    began = time.monotonic()
+    assert recorder.record(tmp_path / "timed.zarr")
+    whole = time.monotonic() - began
+    assert_same_bits(open_runs(tmp_path / "timed.zarr"), reference)
+    kills, stores, seen = 0, 0, set()
+    while kills < KILLS:
+        stores += 1
+        store = tmp_path / f"{stores}.zarr"
+        ended = False
+        while not ended:
+            anywhere = (0, rng.uniform(0.0, whole))
+            writing = (int(rng.integers(1, 3)), rng.uniform(0.0, 0.02))
+            instant = anywhere if kills % 2 else writing
+            ended = recorder.record(store, instant if kills < KILLS else None)
+            kills += not ended
+            seen.add(finished_runs(store, reference))
+        assert_same_bits(open_runs(store), reference)
+        assert not list(store.rglob("*.partial")), "rests of killed writers"
+        assert not list(store.parent.glob(f".{store.name}*")), "rests of killed writers"
+    assert len(seen - {0, RUNS}) >= 2, f"kills met only stores with {seen} finished runs"
+
+
+@pytest.mark.parametrize("variable", ["loss", "step_size", "status"])
+def test_a_full_disk_ends_the_work_and_resume_finishes_it(
+    tmp_path, monkeypatch, reference, variable
+):
+    store, written = tmp_path / "runs.zarr", zarr.Array.__setitem__
+
+    def full(array, selection, value):
+        if array.name.strip("/") == variable and selection == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(array, selection, value)
+
+    monkeypatch.setattr(zarr.Array, "__setitem__", full)
+    with pytest.raises(WorkFailed, match=r"run 1 .*No space left on device.*safe.*resume"):
+        record_small(store)
+    assert open_store(store)["status"].values.tolist() == [COMPLETE] + [UNRECORDED] * 5
+    assert finished_runs(store, reference) == 1
+    with pytest.warns(UserWarning, match="1 of 6 runs recorded so far"):
+        assert open_runs(store).sizes["run"] == 1
+    monkeypatch.undo()
+    assert_same_bits(record_small(store, resume=True), reference)
+
+
+def test_a_disk_full_from_the_start_leaves_no_store(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(xr.Dataset, "to_zarr", full)
+    with pytest.raises(WorkFailed, match=r"could not be written .*No space left on device"):
+        record_small(tmp_path / "runs.zarr")
+    assert list(tmp_path.iterdir()) == []

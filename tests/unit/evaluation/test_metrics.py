@@ -1,0 +1,137 @@
+"""Scores against their definitions written out, and on draws whose truth is known."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from bayes_simfluence.evaluation.metrics import (
+    COVERAGES,
+    coverage,
+    crps,
+    gaussian_crps,
+    log_density,
+    pit,
+    run_scores,
+    spearman,
+    spearman_across_runs,
+)
+
+
+def test_crps_is_the_mean_over_pairs(rng):
+    draws, truth = rng.normal(size=(9, 3, 2)), rng.normal(size=(3, 2))
+    pairs = [np.abs(one - other) for one, other in itertools.permutations(draws, 2)]
+    expected = np.abs(draws - truth).mean(axis=0) - 0.5 * np.mean(pairs, axis=0)
+    np.testing.assert_allclose(crps(draws, truth), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_crps_of_one_draw_is_the_absolute_error(rng):
+    draws, truth = rng.normal(size=(1, 4)), rng.normal(size=4)
+    np.testing.assert_allclose(crps(draws, truth), np.abs(draws[0] - truth))
+
+
+def test_crps_is_unbiased_for_the_gaussian_score(rng):
+    # 5 standard errors of the mean over points: a false alarm of 6e-7.
+    points = 20_000
+    mean, sd, truth = rng.normal(size=(3, points))
+    sd = np.exp(0.3 * sd)
+    expected = gaussian_crps(mean, sd, truth)
+    for size in (2, 20):
+        missed = crps(mean + sd * rng.normal(size=(size, points)), truth) - expected
+        assert abs(missed.mean()) < 5 * missed.std() / np.sqrt(points)
+
+
+def test_the_gaussian_score_is_the_integral():
+    # The definition: the integral of (F(x) - 1{x >= y})^2.
+    x = np.linspace(-30, 30, 600_001)
+    for mean, sd, truth in ((0.0, 1.0, 0.3), (1.0, 2.5, -2.0)):
+        inside = (scipy.stats.norm.cdf(x, mean, sd) - (x >= truth)) ** 2
+        found = gaussian_crps(*(np.array([one]) for one in (mean, sd, truth)))
+        np.testing.assert_allclose(found[0], np.trapezoid(inside, x), rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [39, 199])
+@pytest.mark.parametrize("probability", COVERAGES)
+def test_coverage_of_exchangeable_draws_is_nominal(rng, size, probability):
+    points = 10_000
+    found = coverage(rng.normal(size=(size, points)), rng.normal(size=points), probability)
+    assert set(np.unique(found)) <= {0.0, 1.0}
+    # 5 standard errors: a false alarm of 6e-7.
+    assert abs(found.mean() - probability) < 5 * np.sqrt(0.25 / points)
+    narrow = coverage(0.5 * rng.normal(size=(size, points)), rng.normal(size=points), probability)
+    assert narrow.mean() < probability - 0.1
+
+
+def test_coverage_is_between_order_statistics():
+    draws = np.arange(1.0, 20.0)[::-1, None]
+    for truth, expected in ((1.0, 1), (0.99, 0), (19.0, 1), (19.01, 0)):
+        assert coverage(draws, np.array([truth]), 0.90)[0] == expected
+    for truth, expected in ((5.0, 1), (4.99, 0), (15.0, 1), (15.01, 0)):
+        assert coverage(draws, np.array([truth]), 0.50)[0] == expected
+
+
+def test_pit_is_uniform_for_exchangeable_draws(rng):
+    found = pit(rng.normal(size=(99, 5000)), rng.normal(size=5000))
+    counts = np.bincount((found * 10).astype(int), minlength=10)
+    # A false alarm of 1e-4; the same test sees draws that are wrong.
+    assert scipy.stats.chisquare(counts).pvalue > 1e-4
+    for wrong in (0.8 * rng.normal(size=(99, 5000)), 0.2 + rng.normal(size=(99, 5000))):
+        counts = np.bincount((pit(wrong, rng.normal(size=5000)) * 10).astype(int), minlength=10)
+        assert scipy.stats.chisquare(counts).pvalue < 1e-4
+
+
+def test_pit_is_inside_and_counts_ties_half():
+    draws = np.array([[1.0], [2.0], [2.0], [3.0]])
+    for truth, below in ((0.0, 0.0), (2.0, 2.0), (2.5, 3.0), (9.0, 4.0)):
+        found = pit(draws, np.array([truth]))[0]
+        assert found == (below + 0.5) / 5 and 0 < found < 1
+
+
+def test_the_log_density_is_normal(rng):
+    draws, truth = rng.normal(size=(30, 4)), rng.normal(size=4)
+    expected = scipy.stats.norm.logpdf(truth, draws.mean(axis=0), draws.std(axis=0, ddof=1))
+    np.testing.assert_allclose(log_density(draws, truth), expected)
+
+
+def test_a_point_has_no_band(rng):
+    draws, truth = rng.normal(size=(1, 4)), rng.normal(size=4)
+    assert np.isnan(coverage(draws, truth, 0.9)).all() and np.isnan(log_density(draws, truth)).all()
+
+
+def test_spearman_is_scipys(rng):
+    for digits in (0, 1, 8):
+        first, second = np.round(rng.normal(size=(2, 25)), digits)
+        expected = scipy.stats.spearmanr(first, second).statistic
+        np.testing.assert_allclose(spearman(first, second), expected, rtol=1e-12)
+    assert np.isnan(spearman(np.ones(4), np.arange(4.0)))
+
+
+def test_spearman_across_runs_is_the_mean_over_queries_with_an_order(rng):
+    mean, truth = rng.normal(size=(2, 7, 4))
+    truth[:, 1], mean[:, 3] = 1.0, 2.0
+    kept = [scipy.stats.spearmanr(mean[:, one], truth[:, one]).statistic for one in (0, 2)]
+    np.testing.assert_allclose(spearman_across_runs(mean, truth), np.mean(kept), rtol=1e-12)
+    assert np.isnan(spearman_across_runs(mean[:, [3]], truth[:, [3]]))
+
+
+def test_the_scores_of_a_run_are_averages_after_time_zero(rng):
+    draws, mean, truth = rng.normal(size=(19, 5, 6)), *rng.normal(size=(2, 5, 6))
+    found = run_scores(draws, mean, truth)
+    np.testing.assert_allclose(found["mse"], ((mean - truth)[1:] ** 2).mean())
+    np.testing.assert_allclose(found["mae"], np.abs((mean - truth)[1:]).mean())
+    np.testing.assert_allclose(found["crps"], crps(draws, truth)[1:].mean())
+    np.testing.assert_allclose(found["elpd"], log_density(draws, truth)[1:].mean())
+    inside = coverage(draws, truth, 0.90)
+    np.testing.assert_allclose(found["coverage_90"], inside[1:].mean())
+    np.testing.assert_allclose(found["final_coverage_90"], inside[-1].mean())
+    np.testing.assert_allclose(
+        found["spearman_query"], scipy.stats.spearmanr(mean[-1], truth[-1]).statistic
+    )
+    np.testing.assert_allclose(
+        found["spearman_change"],
+        scipy.stats.spearmanr(mean[-1] - mean[0], truth[-1] - truth[0]).statistic,
+    )
+    # Time 0 is given to every method.
+    draws[:, 0] += 100.0
+    assert run_scores(draws, mean, truth) == found
