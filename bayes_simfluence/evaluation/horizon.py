@@ -32,11 +32,11 @@ def by_horizon(
     stacked = simulated["loss"].stack(sample=("chain", "draw")).isel(time=slice(1, None))
     values = stacked.transpose("sample", "run", "time", "query").values
     truth = runs["loss"].values[:, 1:]
-    covered = [coverage(values, truth, one).mean(axis=(0, 2)) for one in COVERAGES]
+    covered = coverage(values, truth).mean(axis=(1, 3))
     return xr.Dataset(
         {
             "pit": (("run", "time", "query"), pit(values, truth)),
-            "coverage": (("probability", "time"), np.stack(covered)),
+            "coverage": (("probability", "time"), covered),
         },
         coords={
             "run": runs["run"],

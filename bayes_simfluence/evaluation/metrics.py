@@ -4,6 +4,8 @@ Losses are in nats. Kernels take true losses and draws of them; time 0 is given 
 and never scored. A point method has one draw.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 from scipy.stats import norm, rankdata
@@ -64,18 +66,20 @@ def gaussian_crps(
 
 
 def coverage(
-    draws: Float[np.ndarray, "draw *point"], truth: Float[np.ndarray, "*point"], probability: float
-) -> Float[np.ndarray, "*point"]:
+    draws: Float[np.ndarray, "draw *point"],
+    truth: Float[np.ndarray, "*point"],
+    probabilities: Sequence[float] = COVERAGES,
+) -> Float[np.ndarray, "probability *point"]:
     """1 where the central interval of the draws holds the truth, else 0; NaN for one draw.
 
     The quantiles are Weibull's plotting positions, whose expected coverage is exact when both
     tails fall on a draw (as for 90% of 199 draws), and close to it for a hundred or more.
     """
     if len(draws) == 1:
-        return np.full(truth.shape, np.nan)
-    tails = [(1.0 - probability) / 2.0, (1.0 + probability) / 2.0]
-    low, high = np.quantile(draws, tails, axis=0, method="weibull")
-    return ((truth >= low) & (truth <= high)).astype(float)
+        return np.full((len(probabilities), *truth.shape), np.nan)
+    tails = [[(1.0 - one) / 2.0, (1.0 + one) / 2.0] for one in probabilities]
+    low, high = np.moveaxis(np.quantile(draws, tails, axis=0, method="weibull"), 1, 0)
+    return ((truth[None] >= low) & (truth[None] <= high)).astype(float)
 
 
 def pit(
@@ -114,7 +118,7 @@ def run_scores(
     """
     error = mean[1:] - truth[1:]
     change, true_change = mean[-1] - mean[0], truth[-1] - truth[0]
-    covers = {p: coverage(draws[:, 1:], truth[1:], p) for p in COVERAGES}
+    covers = dict(zip(COVERAGES, coverage(draws[:, 1:], truth[1:]), strict=True))
     return {
         "mse": float(np.square(error).mean()),
         "mae": float(np.abs(error).mean()),
