@@ -79,7 +79,7 @@ VARIABLES: Final[dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
     ),
     "train_feature": (
         ("train", "feature"),
-        {"long_name": "gradient features of the training examples, mean squared norm 1"},
+        {"long_name": "gradient features of the training examples, mean squared norm at most 1"},
     ),
     "query_feature": (
         ("query", "feature"),

@@ -112,8 +112,8 @@ def planned_runs(
             run of ``like`` when omitted and the number of steps is the same.
 
     >>> runs = runs_from_arrays(batch=[[[0, 1], [1, -1]]], loss=[[[0.7], [0.6], [0.5]]])
-    >>> planned_runs(runs, [[1, -1], [0, -1]])["loss"].values[0, :, 0].round(1).tolist()
-    [0.7, nan, nan]
+    >>> planned_runs(runs, [[1, -1], [0, -1]])["loss"].values[0, :, 0]
+    array([0.7, nan, nan], dtype=float32)
     """
     batch = np.asarray(batch)
     batch = _rectangular("batch", batch[None] if batch.ndim == 2 else batch, 3, np.int32)

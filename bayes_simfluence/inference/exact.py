@@ -197,13 +197,10 @@ def _regression(runs: Recorded, form: Form, progress: Progress) -> Fitted:
         factor = solved.vectors * sd[:, None, :] / found.unit[:, :, None]
         meter.advance()
     a, b = coefficients(mean, form)
-    zero = np.zeros_like(factor)
-    blocks = {
-        "linear": factor,
-        "additive": _stack(zero, factor),
-        "multiplicative": _stack(factor, zero),
-    }
-    simulator = AffineSimulator(a, b, factor=blocks[form.kind].astype(np.float32), noise=noise)
+    zero = np.zeros_like(factor) if form.kind != "linear" else factor[:, :0]
+    blocks = {"linear": (factor,), "additive": (zero, factor), "multiplicative": (factor, zero)}
+    whole = np.concatenate(blocks[form.kind], axis=1, dtype=np.float32)
+    simulator = AffineSimulator(a, b, factor=whole, noise=noise)
     still = int((found.square <= 1e-12 * found.rows).sum())
     return Fitted(
         simulator,
@@ -219,7 +216,3 @@ def _regression(runs: Recorded, form: Form, progress: Progress) -> Fitted:
             numbers={"log_evidence": float(sum(one.log_evidence for one in scales))},
         ),
     )
-
-
-def _stack(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.concatenate([a, b], axis=1)

@@ -49,8 +49,8 @@ def fit(
     >>> import jax, bayes_simfluence as bs
     >>> runs = bs.example_runs().isel(run=slice(0, 6), query=slice(0, 3))
     >>> posterior = bs.fit(runs, method=bs.Ridge(penalty=1.0), key=jax.random.key(0))
-    >>> print(posterior.verdict)
-    Point estimate at penalty 1.
+    >>> posterior.verdict.sentence
+    'Point estimate at penalty 1.'
     """
     keyed(key)
     method = Exact() if method is None else method

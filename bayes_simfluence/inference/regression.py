@@ -117,10 +117,13 @@ def moments(runs: Recorded, form: Form, *, scaled: bool) -> Moments:
     )
 
 
+_eigen = jax.jit(jax.vmap(symmetric_eigen))
+
+
 def eigen(found: Moments) -> Eigen:
     """Eigenvalues and eigenvectors of each query's gram."""
     with double_precision():
-        values, vectors = jax.jit(jax.vmap(symmetric_eigen))(jnp.asarray(found.gram))
+        values, vectors = _eigen(jnp.asarray(found.gram))
     values, vectors = np.maximum(np.asarray(values), 0.0), np.asarray(vectors)
     return Eigen(values, vectors, np.einsum("qcv,qc->qv", vectors, found.cross))
 

@@ -3,7 +3,14 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from bayes_simfluence.checks import Misuse, choice_of, count_of, positive_integer, positive_number
+from bayes_simfluence.checks import (
+    Misuse,
+    choice_of,
+    count_of,
+    positive_integer,
+    positive_number,
+    unit_interval,
+)
 
 __all__ = ["RecordConfig"]
 
@@ -54,6 +61,8 @@ class RecordConfig:
         for name in ("features", "warmup_steps", "seed"):
             count_of(name, getattr(self, name))
         positive_number("learning_rate", self.learning_rate)
+        unit_interval("momentum", self.momentum)
+        unit_interval("weight_decay", self.weight_decay)
         for one in fields(self):
             if one.metadata["choices"]:
                 choice_of(one.name, getattr(self, one.name), one.metadata["choices"])

@@ -9,11 +9,12 @@ et al. 2002) as it is made, so memory holds one gradient at a time.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int8, PyTree
 
 from bayes_simfluence.checks import keyed, positive_integer
 from bayes_simfluence.progress import Meter
@@ -30,7 +31,7 @@ class Features:
     """Gradient features of a task's examples.
 
     Attributes:
-        train: of the training examples, mean squared norm 1.
+        train: of the training examples; at full rank their mean squared norm is 1.
         query: of the queries, in the same coordinates and scale.
         kept: share of the training gradients' squared norm that the coordinates hold, in (0, 1].
     """
@@ -62,12 +63,21 @@ def gradient_features(
     rank = min(positive_integer("rank", rank), len(task.train_ids))
     length = positive_integer("sketch", sketch)
 
-    def one(example: PyTree) -> Float[Array, " sketch"]:
-        return _sketched(jax.grad(task.loss)(task.params, example), length, key)
+    signs = _signs(task.params, key)
 
-    sketches = jax.jit(lambda examples: jax.lax.map(one, examples))
+    @jax.jit
+    def sketches(
+        params: PyTree, signs: list[Array], examples: PyTree
+    ) -> Float[Array, "piece sketch"]:
+        def one(example: PyTree) -> Float[Array, " sketch"]:
+            return _sketched(jax.grad(task.loss)(params, example), signs, length)
+
+        found: Array = jax.lax.map(one, examples)
+        return found
+
+    made = partial(sketches, task.params, signs)
     train, query = (
-        _in_pieces(sketches, part, len(ids), meter)
+        _in_pieces(made, part, len(ids), meter)
         for part, ids in ((task.train, task.train_ids), (task.query, task.query_ids))
     )
     values, vectors = np.linalg.eigh(train @ train.T)
@@ -100,12 +110,23 @@ def _in_pieces(
     return found
 
 
-def _sketched(gradient: PyTree, length: int, key: jax.Array) -> Float[Array, " sketch"]:
-    leaves = jax.tree.leaves(gradient)
+def _signs(params: PyTree, key: jax.Array) -> list[Int8[Array, "..."]]:
+    leaves = jax.tree.leaves(params)
     keys = jax.random.split(key, len(leaves))
-    folded = jnp.zeros(length)
-    for leaf, one in zip(leaves, keys, strict=True):
-        signed = leaf.ravel() * jax.random.rademacher(one, (leaf.size,), leaf.dtype)
-        padded = jnp.pad(signed, (0, -leaf.size % length))
+    return [
+        jax.random.rademacher(one, (leaf.size,), jnp.int8)
+        for leaf, one in zip(leaves, keys, strict=True)
+    ]
+
+
+def _sketched(
+    gradient: PyTree, signs: list[Int8[Array, "..."]], length: int
+) -> Float[Array, " sketch"]:
+    """Signed sums of every ``length``-th coordinate, all arrays one after the other."""
+    folded, start = jnp.zeros(length), 0
+    for leaf, sign in zip(jax.tree.leaves(gradient), signs, strict=True):
+        front = start % length
+        padded = jnp.pad(leaf.ravel() * sign, (front, -(front + leaf.size) % length))
         folded = folded + padded.reshape(-1, length).sum(axis=0)
+        start += leaf.size
     return folded

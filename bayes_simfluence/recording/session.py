@@ -1,6 +1,7 @@
 """One recording from its settings: files in, a store of runs and its settings out."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def config_from_yaml(path: PathLike) -> dict[str, Any]:
     """The settings that a YAML file names.
 
     Raises:
-        Misuse: no such file, no mapping, or a name that is no setting.
+        Misuse: no such file, or no mapping in it.
     """
     if not Path(path).is_file():
         raise Misuse(str(path), got="no such file", expected="a YAML file", do="check --config")
@@ -64,7 +65,25 @@ def merged(*layers: Mapping[str, Any]) -> RecordConfig:
             expected=f"names among {shorten(RecordConfig.names(), 30)}",
             do="correct them",
         )
-    return replace(RecordConfig(), **settings).validate()
+    return replace(
+        RecordConfig(), **{name: _typed(name, one) for name, one in settings.items()}
+    ).validate()
+
+
+def _typed(name: str, value: Any) -> Any:
+    """A setting of the kind of its default; YAML reads ``2e-5`` as text and 1 as an integer."""
+    kind = type(getattr(RecordConfig(), name))
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with suppress(ValueError):
+            return float(value)
+    if type(value) is not kind:
+        raise Misuse(
+            name,
+            got=repr(value),
+            expected={int: "a whole number", float: "a number", str: "text"}[kind],
+            do=f"correct it, as in {name}: {getattr(RecordConfig(), name)!r}",
+        )
+    return value
 
 
 def record_from_config(

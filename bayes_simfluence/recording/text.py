@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.conventions import Curricula
 from bayes_simfluence.data.curriculum import random_subset_epochs
+from bayes_simfluence.files import first_line
 from bayes_simfluence.networks import bert
 from bayes_simfluence.networks.checkpoint import Checkpoint, load_checkpoint, load_tokenizer
 from bayes_simfluence.recording.config import RecordConfig
@@ -65,9 +66,15 @@ def read_rows(
         raise Misuse(
             str(path), got="no such file", expected="a file of JSON lines", do="check the path"
         )
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise Misuse(
+            str(path), got=first_line(error), expected="UTF-8 text", do="convert the file to UTF-8"
+        ) from error
     rows = [
         (number, _parsed(path, number, line))
-        for number, line in enumerate(path.read_text("utf-8").split("\n"), 1)
+        for number, line in enumerate(text.split("\n"), 1)
         if line.strip()
     ]
     if not rows:

@@ -55,20 +55,22 @@ def test_the_gaussian_score_is_the_integral():
 @pytest.mark.parametrize("probability", COVERAGES)
 def test_coverage_of_exchangeable_draws_is_nominal(rng, size, probability):
     points = 10_000
-    found = coverage(rng.normal(size=(size, points)), rng.normal(size=points), probability)
+    found = coverage(rng.normal(size=(size, points)), rng.normal(size=points), [probability])[0]
     assert set(np.unique(found)) <= {0.0, 1.0}
     # 5 standard errors: a false alarm of 6e-7.
     assert abs(found.mean() - probability) < 5 * np.sqrt(0.25 / points)
-    narrow = coverage(0.5 * rng.normal(size=(size, points)), rng.normal(size=points), probability)
+    narrow = coverage(
+        0.5 * rng.normal(size=(size, points)), rng.normal(size=points), [probability]
+    )[0]
     assert narrow.mean() < probability - 0.1
 
 
 def test_coverage_is_between_order_statistics():
     draws = np.arange(1.0, 20.0)[::-1, None]
     for truth, expected in ((1.0, 1), (0.99, 0), (19.0, 1), (19.01, 0)):
-        assert coverage(draws, np.array([truth]), 0.90)[0] == expected
+        assert coverage(draws, np.array([truth]), [0.90])[0, 0] == expected
     for truth, expected in ((5.0, 1), (4.99, 0), (15.0, 1), (15.01, 0)):
-        assert coverage(draws, np.array([truth]), 0.50)[0] == expected
+        assert coverage(draws, np.array([truth]), [0.50])[0, 0] == expected
 
 
 def test_pit_is_uniform_for_exchangeable_draws(rng):
@@ -96,7 +98,9 @@ def test_the_log_density_is_normal(rng):
 
 def test_a_point_has_no_band(rng):
     draws, truth = rng.normal(size=(1, 4)), rng.normal(size=4)
-    assert np.isnan(coverage(draws, truth, 0.9)).all() and np.isnan(log_density(draws, truth)).all()
+    assert (
+        np.isnan(coverage(draws, truth, [0.9])).all() and np.isnan(log_density(draws, truth)).all()
+    )
 
 
 def test_spearman_is_scipys(rng):
@@ -122,7 +126,7 @@ def test_the_scores_of_a_run_are_averages_after_time_zero(rng):
     np.testing.assert_allclose(found["mae"], np.abs((mean - truth)[1:]).mean())
     np.testing.assert_allclose(found["crps"], crps(draws, truth)[1:].mean())
     np.testing.assert_allclose(found["elpd"], log_density(draws, truth)[1:].mean())
-    inside = coverage(draws, truth, 0.90)
+    inside = coverage(draws, truth, [0.90])[0]
     np.testing.assert_allclose(found["coverage_90"], inside[1:].mean())
     np.testing.assert_allclose(found["final_coverage_90"], inside[-1].mean())
     np.testing.assert_allclose(

@@ -160,11 +160,6 @@ def test_settings_that_do_not_fit_are_refused(key, settings, match):
         gradient_features(one_matrix(), **{"key": key, **settings})
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="every array of the gradient is folded from coordinate 0 on, so small arrays collide "
-    "however long the sketch is; remove the mark when _sketched folds their concatenation",
-)
 def test_a_sketch_longer_than_all_arrays_of_the_gradient_is_exact(key):
     task = network(width=10)
     train, query = gradients(task)
