@@ -341,7 +341,7 @@ def test_settings_of_a_wrong_kind_are_refused():
 import sys
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.recording.session import merged
-wrong = {"runs": "eight", "seed": 1.5, "learning_rate": "2e-5", "optimizer": "lamb",
+wrong = {"runs": "eight", "seed": 1.5, "learning_rate": "fast", "optimizer": "lamb",
          "schedule": "step", "pooling": None}
 for name, value in wrong.items():
     try:
@@ -357,14 +357,19 @@ for name, value in wrong.items():
         [
             "runs: got 'eight'",
             "seed: got 1.5",
-            "learning_rate: got '2e-5'",
+            "learning_rate: got 'fast'; expected a number",
             "optimizer: got 'lamb'; expected one of adamw, adam, sgd",
             "schedule: got 'step'; expected one of linear, cosine, constant",
-            "pooling: got None; expected one of mean, cls, pooler",
+            "pooling: got None; expected text",
         ],
         strict=True,
     ):
         assert line.startswith(start)
+
+
+def test_numbers_as_yaml_reads_them():
+    assert merged({"learning_rate": "2e-5"}).learning_rate == 2e-5
+    assert isinstance(merged({"weight_decay": 0}).weight_decay, float)
 
 
 def test_the_last_layer_that_names_a_setting_decides():
