@@ -6,6 +6,7 @@ work itself failed.
 
 import inspect
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -241,6 +242,8 @@ def compare(
 
 def main() -> None:
     """Run the command line; errors become one line and an exit code."""
+    # Networks here are JAX: that PyTorch is absent is not news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     warnings.showwarning = _one_line  # type: ignore[assignment]
     try:
@@ -356,11 +359,11 @@ def _apart(methods: dict[str, Any], held_out: Any) -> None:
 
 def _table(table: Any, metrics: list[str]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from bayes_simfluence.report.tables import SHORT, best_of
 
-    shown = Table("method", *(SHORT[one] for one in metrics))
+    shown = Table(Column("method", no_wrap=True), *(SHORT[one] for one in metrics))
     best = {metric: best_of(table, metric) for metric in metrics}
     for method, row in table.iterrows():
         cells = ["" if row[one] != row[one] else f"{row[one]:.3g}" for one in metrics]
