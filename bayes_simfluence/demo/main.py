@@ -171,7 +171,7 @@ def _counterfactual(
     truth = (run.isel(run=0).sel(query=query)["loss"], actual.isel(run=0).sel(query=query)["loss"])
     figure = plot_two(before, after, query=query, names=names, recorded=truth)
     save_figure(figure, folder / "counterfactual.png")
-    save_figure(plot_effects(mine), folder / "effects.png")
+    save_figure(plot_effects(mine, unit="log-odds"), folder / "effects.png")
     change = (after["mean_loss"] - before["mean_loss"]).sel(query=query).isel(run=0, time=-1)
     low, middle, high = np.quantile(change.values, [0.05, 0.5, 0.95])
     dropped = _described(mine.sel(train=harmful), folder / "train.jsonl")

@@ -144,12 +144,14 @@ def _best(simulated: Float[np.ndarray, "penalty run time query"], runs: Recorded
 
 def _verdict(penalty: float, *, given: bool) -> Verdict:
     numbers = {"penalty": penalty}
-    edge = not given and penalty in (PENALTIES[0], PENALTIES[-1])
-    if edge:
+    if not given and penalty == PENALTIES[-1]:
         return Verdict(
             ok=False,
-            sentence=f"The best penalty, {penalty:g}, is at the end of those tried: "
-            "pass Ridge(penalty=...) beyond it, or record more runs.",
+            sentence=f"The best penalty, {penalty:g}, is the largest tried, so that curricula "
+            "explain next to nothing: record more runs.",
             numbers=numbers,
         )
+    if not given and penalty == PENALTIES[0]:
+        sentence = f"Point estimate at penalty {penalty:g}, the smallest tried: the runs need none."
+        return Verdict(ok=True, sentence=sentence, numbers=numbers)
     return Verdict(ok=True, sentence=f"Point estimate at penalty {penalty:g}.", numbers=numbers)

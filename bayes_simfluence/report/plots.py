@@ -87,14 +87,15 @@ def plot_two(
     for colour, name, one in zip(COLOURS, names, (before, after), strict=False):
         _band(left, one.isel(run=0).sel(query=query), colour, name, probability, what="mean_loss")
     left.set_ylabel("loss (nats)")
-    left.legend(fontsize=8, frameon=False)
     left.set_title(f"query {query}", fontsize=10)
     both = (one["mean_loss"].isel(run=0, drop=True).sel(query=query) for one in (after, before))
     difference = next(both) - next(both)
     _band(right, xr.Dataset({"loss": difference}), COLOURS[2], None, probability)
     if recorded is not None:
-        for truth, style in zip(recorded, ("-", "--"), strict=True):
-            left.plot(truth["time"], truth, style, color=TRUTH, linewidth=1.0)
+        for truth, style, name in zip(recorded, ("-", "--"), names, strict=True):
+            left.plot(
+                truth["time"], truth, style, color=TRUTH, linewidth=1.0, label=f"{name}, trained"
+            )
         true_difference = recorded[1].values - recorded[0].values
         right.plot(recorded[0]["time"], true_difference, color=TRUTH, label="both trained")
         right.legend(fontsize=8, frameon=False)
@@ -103,14 +104,19 @@ def plot_two(
     right.set_title(f"difference: {names[1]}", fontsize=10)
     for axes in (left, right):
         axes.set_xlabel("time (updates)")
+    left.legend(fontsize=8, frameon=False)
     return figure
 
 
-def plot_effects(effects: xr.DataArray, *, top: int = 10, probability: float = 0.90) -> Figure:
+def plot_effects(
+    effects: xr.DataArray, *, unit: str = "nats", top: int = 10, probability: float = 0.90
+) -> Figure:
     """Effects of training examples on one query, most harmful and most helpful, with intervals.
 
     Args:
-        effects: ``(chain, draw, train)``, nats.
+        effects: ``(chain, draw, train)``.
+        unit: of the effects: nats for ``b`` of the published forms, log-odds for ``staying`` and
+            ``fading`` of the two-timescale model under its default link.
         top: examples at each end.
         probability: of the intervals.
     """
@@ -126,7 +132,7 @@ def plot_effects(effects: xr.DataArray, *, top: int = 10, probability: float = 0
     axes.plot(mean[ends], place, "o", color=COLOURS[0], markersize=4)
     axes.axvline(0.0, color=TRUTH, linewidth=0.8)
     axes.set_yticks(place, [str(one) for one in effects["train"].values[ends]], fontsize=7)
-    axes.set_xlabel(f"effect on the loss (nats), {probability:.0%} interval\n{EFFECT_SIGN}")
+    axes.set_xlabel(f"effect on the loss ({unit}), {probability:.0%} interval\n{EFFECT_SIGN}")
     axes.set_ylabel("training example")
     return figure
 

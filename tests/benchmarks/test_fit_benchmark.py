@@ -11,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from sklearn.linear_model import BayesianRidge
 
 import bayes_simfluence as bs
 from bayes_simfluence.data.curriculum import exposures
@@ -25,7 +26,6 @@ def runs():
 def loop_seconds(runs):
     """Seconds of one BayesianRidge a query on the dense design ``[e L_{t-1}, e]``: the median
     query's, times their number, so that a pause of the machine does not count."""
-    linear_model = pytest.importorskip("sklearn.linear_model")
     shares = np.concatenate([exposures(one, runs.sizes["train"]) for one in runs["batch"].values])
     loss = np.asarray(runs["loss"].values, float)
     before, after = (one.reshape(len(shares), -1) for one in (loss[:, :-1], loss[:, 1:]))
@@ -34,7 +34,7 @@ def loop_seconds(runs):
         began = time.perf_counter()
         design = np.concatenate([shares * before[:, [query]], shares], axis=1)
         change = after[:, query] - before[:, query]
-        linear_model.BayesianRidge(fit_intercept=False).fit(design, change)
+        BayesianRidge(fit_intercept=False).fit(design, change)
         seconds.append(time.perf_counter() - began)
     return len(seconds) * float(np.median(seconds))
 

@@ -147,15 +147,15 @@ def test_the_band_holds_residuals_of_left_out_runs(key):
     assert np.abs(added - expected[None, None]).max(axis=(3, 4)).min(axis=2).max() < 1e-5
 
 
-def test_a_penalty_at_the_end_is_said(key):
+def test_the_largest_penalty_is_a_bad_sign(key):
     # Losses that no curriculum explains: the largest penalty wins.
     runs = recording()
     rng = np.random.default_rng(0)
     runs["loss"].values[:] = 1.0 + 0.1 * rng.normal(size=runs["loss"].shape)
     method = bs.Ridge(objective="centred")
-    with pytest.warns(FitWarning, match="at the end of those tried"):
+    with pytest.warns(FitWarning, match="the largest tried"):
         bs.fit(runs, method=method, key=key)
-    with pytest.raises(FitFailed, match="at the end of those tried"):
+    with pytest.raises(FitFailed, match="the largest tried"):
         bs.fit(runs, method=method, key=key, strict=True)
 
 
