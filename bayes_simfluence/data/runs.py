@@ -135,7 +135,7 @@ def planned_runs(
     return validate_runs(planned)
 
 
-def without_examples(runs: xr.Dataset, ids: Sequence[Any]) -> xr.Dataset:
+def without_examples(runs: xr.Dataset, ids: Ids) -> xr.Dataset:
     """The same runs planned without the examples of these ids: their slots are empty.
 
     >>> runs = runs_from_arrays(batch=[[[0, 1]]], loss=[[[0.7], [0.6]]], train_ids=["a", "b"])

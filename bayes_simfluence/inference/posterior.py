@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +200,8 @@ def _counted(draws: np.ndarray) -> dict[str, np.ndarray]:
 
 def _container(groups: dict[str, xr.Dataset]) -> Any:
     """The one place that knows the difference between ArviZ's versions."""
-    import arviz
+    if int(version("arviz").split(".")[0]) >= 1:
+        return xr.DataTree.from_dict(groups)
+    from arviz import InferenceData
 
-    if hasattr(arviz, "InferenceData"):
-        return arviz.InferenceData(**groups)
-    return xr.DataTree.from_dict(groups)
+    return InferenceData(**groups)
