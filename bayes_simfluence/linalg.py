@@ -8,6 +8,7 @@ JAX.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,9 +53,33 @@ def symmetric_eigen(
 def solve_lower(
     factor: Float[Array, "n n"], right: Float[Array, "n m"], *, transposed: bool = False
 ) -> Float[Array, "n m"]:
-    """``factor^-1 right`` (``factor^-T right`` when transposed) for a lower triangular factor."""
+    """``factor^-1 right`` (``factor^-T right`` when transposed) for a lower triangular factor.
+
+    Differentiable.
+    """
+    found: Array = _solved(transposed, factor, right)
+    return found
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _solved(transposed: bool, factor: Array, right: Array) -> Array:
     solve: Callable[[Array, Array], Array] = _solve_transposed if transposed else _solve
     return solve(factor, right)
+
+
+def _solved_forward(transposed: bool, factor: Array, right: Array) -> tuple[Array, Any]:
+    found = _solved(transposed, factor, right)
+    return found, (factor, found)
+
+
+def _solved_backward(transposed: bool, kept: Any, cotangent: Array) -> tuple[Array, Array]:
+    factor, found = kept
+    of_right = _solved(not transposed, factor, cotangent)
+    outer = found @ of_right.T if transposed else of_right @ found.T
+    return -jnp.tril(outer), of_right
+
+
+_solved.defvjp(_solved_forward, _solved_backward)
 
 
 @jax.custom_vjp

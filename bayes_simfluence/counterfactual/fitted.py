@@ -12,6 +12,7 @@ from bayes_simfluence.data.curriculum import exposures
 from bayes_simfluence.model import bayesian
 from bayes_simfluence.model.bayesian import Path, Simfluence
 from bayes_simfluence.model.hyper import Values
+from bayes_simfluence.model.noise import StudentT
 from bayes_simfluence.model.priors import ExampleFeatures
 
 __all__ = [
@@ -119,4 +120,7 @@ def error_covariance(
     model: Simfluence, values: Values, progress: Float[Array, " step"]
 ) -> Float[Array, "step step"]:
     """Covariance of a run's error, with the jitter that keeps it invertible."""
-    return model.error.covariance(values, progress) + JITTER * jnp.eye(len(progress))
+    if isinstance(model.error, StudentT):
+        raise TypeError(f"{type(model.error).__name__} has no covariance")
+    size = values.get("noise", jnp.ones(()))
+    return size**2 * model.error.covariance(values, progress) + JITTER * jnp.eye(len(progress))

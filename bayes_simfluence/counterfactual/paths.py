@@ -167,7 +167,7 @@ class PathSimulator:
         with double_precision():
             solved = self._solved(1.0)
             features = self.fitted.features
-            for part in bayesian.PARTS:
+            for part in self.model.parts:
                 functional = bayesian.mean_effect(self.model, solved.values, part, features)
                 functional = functional / solved.size
                 prior = self.model.prior.mean(
@@ -211,6 +211,7 @@ class PathSimulator:
                 small(self.freedom),
                 draws=draws,
                 knots=solved.knots,
+                parts=len(self.model.parts),
             )
         return drawn
 
@@ -282,7 +283,7 @@ def _normal_weights(
     return jnp.moveaxis(blocks, 2, 0).reshape(draws, -1)
 
 
-@partial(jax.jit, static_argnames=("draws", "knots"))
+@partial(jax.jit, static_argnames=("draws", "knots", "parts"))
 def _drawn(
     solved: tuple[Array, Array, Array],
     designs: Float[Array, "run step weight"],
@@ -294,11 +295,12 @@ def _drawn(
     *,
     draws: int,
     knots: int,
+    parts: int,
 ) -> tuple[Float[Array, "query draw run step"], Float[Array, "query draw run step"]]:
     """Deviations from the posterior mean path: of the coefficients alone, and with the error."""
     train, gain, fitted_error = solved
     runs, steps, weights = designs.shape
-    fitted_runs, parts = len(train) // len(fitted_error), len(bayesian.PARTS)
+    fitted_runs = len(train) // len(fitted_error)
     flat = designs.reshape(-1, weights)
 
     def one(inputs: tuple[Array, Array]) -> tuple[Array, Array]:

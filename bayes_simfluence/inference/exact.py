@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -23,11 +22,10 @@ from bayes_simfluence.inference.path_search import (
     even_rows,
     search,
 )
-from bayes_simfluence.inference.recorded import Recorded
+from bayes_simfluence.inference.recorded import Recorded, features_of
 from bayes_simfluence.inference.regression import Form, coefficients, eigen, moments
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.model.bayesian import Simfluence
-from bayes_simfluence.model.priors import ExampleFeatures
 from bayes_simfluence.progress import Progress
 
 __all__ = ["Exact"]
@@ -95,7 +93,7 @@ class Exact:
             if largest is None or runs.step_size is None
             else runs.step_size / largest,
             loss=runs.loss,
-            features=_features(runs, model),
+            features=features_of(runs, model),
         )
         rows = even_rows(fitted.steps, self.times)
         found = search(model, fitted, rows, self.hyperparameters, progress)
@@ -112,15 +110,6 @@ class Exact:
         )
         left_out = LeftOutRuns(rows + 1, band.predicted, band.low, band.high)
         return Fitted(simulator, _verdict(runs, rows, found, band, simulator), left_out)
-
-
-def _features(runs: Recorded, model: Simfluence) -> ExampleFeatures:
-    train, query = runs.train_feature, runs.query_feature
-    if train is None or not model.prior.features:
-        train = np.zeros((runs.train, 0))
-    if query is None or not train.shape[1]:
-        query = np.zeros((runs.loss.shape[2], 0))
-    return ExampleFeatures(jnp.asarray(train), jnp.asarray(query))
 
 
 def _verdict(

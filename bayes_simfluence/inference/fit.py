@@ -69,10 +69,10 @@ def fit(
     runs = usable_runs(runs)
     checked = None if validation is None else _like(usable_runs(validation), runs)
     found = method.fit(
-        recorded_from(runs),
+        recorded_from(runs, model.prior),
         model,
         key=key,
-        validation=None if checked is None else recorded_from(checked),
+        validation=None if checked is None else recorded_from(checked, model.prior),
         progress=progress or Silent(),
     )
     verdict = Verdict(

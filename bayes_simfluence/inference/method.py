@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bayes_simfluence.counterfactual.rollout import Simulator
+from bayes_simfluence.inference.diagnostics import SampleStats
 from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.model.bayesian import Simfluence
@@ -33,11 +34,20 @@ class LeftOutRuns(NamedTuple):
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a method returns; ``fit`` makes the ``Posterior`` of it."""
+    """What a method returns; ``fit`` makes the ``Posterior`` of it.
+
+    Attributes:
+        simulator, verdict: what was learned, and how it went.
+        left_out: fitted runs as predicted without them, where the method made such predictions.
+        stats: what a sampler says of each draw, where there was one.
+        losses: of every step of a stochastic search, where there was one.
+    """
 
     simulator: Simulator
     verdict: Verdict
     left_out: LeftOutRuns | None = None
+    stats: SampleStats | None = None
+    losses: Float[np.ndarray, " step"] | None = None
 
 
 @runtime_checkable

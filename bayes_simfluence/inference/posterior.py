@@ -15,6 +15,7 @@ from bayes_simfluence.conventions import EFFECT_SIGN
 from bayes_simfluence.counterfactual.mean import MeanSimulator
 from bayes_simfluence.counterfactual.paths import PathSimulator
 from bayes_simfluence.counterfactual.rollout import AffineSimulator, Simulator
+from bayes_simfluence.counterfactual.sampled import SampledSimulator
 from bayes_simfluence.data.netcdf import read_group, write_groups
 from bayes_simfluence.data.runs import validate_runs
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path
@@ -27,7 +28,7 @@ VERSION = 1
 """Of the file format."""
 
 SIMULATORS: dict[str, type[Simulator]] = {
-    one.name: one for one in (AffineSimulator, MeanSimulator, PathSimulator)
+    one.name: one for one in (AffineSimulator, MeanSimulator, PathSimulator, SampledSimulator)
 }
 """The simulators that a saved posterior may hold."""
 

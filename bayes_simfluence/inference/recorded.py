@@ -2,14 +2,17 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
 from bayes_simfluence.checks import named
 from bayes_simfluence.counterfactual.rollout import Planned
+from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.model.priors import ExampleFeatures, Features, Prior
 
-__all__ = ["Recorded", "planned_from", "recorded_from"]
+__all__ = ["Recorded", "features_of", "planned_from", "recorded_from"]
 
 
 class Recorded(NamedTuple):
@@ -41,13 +44,13 @@ class Recorded(NamedTuple):
         return Planned(self.batch, self.step_size, self.loss[:, 0], queries)
 
 
-def recorded_from(runs: xr.Dataset) -> Recorded:
-    """The arrays of valid, usable runs."""
+def recorded_from(runs: xr.Dataset, prior: Prior | None = None) -> Recorded:
+    """The arrays of valid, usable runs; with the embeddings of a prior that brings its own."""
 
     def optional(name: str) -> np.ndarray | None:
         return np.asarray(runs[name].values, float) if name in runs else None
 
-    return Recorded(
+    found = Recorded(
         batch=runs["batch"].values,
         loss=np.asarray(runs["loss"].values, float),
         step_size=optional("step_size"),
@@ -55,6 +58,20 @@ def recorded_from(runs: xr.Dataset) -> Recorded:
         query_feature=optional("query_feature"),
         train=runs.sizes["train"],
     )
+    if not isinstance(prior, Features):
+        return found
+    train, query = prior.resolve(runs["train"].values, runs["query"].values)
+    return found._replace(train_feature=np.asarray(train), query_feature=np.asarray(query))
+
+
+def features_of(runs: Recorded, model: Simfluence) -> ExampleFeatures:
+    """The features that a model's prior uses; without columns when it uses none."""
+    train, query = runs.train_feature, runs.query_feature
+    if train is None or not model.prior.features:
+        train = np.zeros((runs.train, 0))
+    if query is None or not train.shape[1]:
+        query = np.zeros((runs.loss.shape[2], 0))
+    return ExampleFeatures(jnp.asarray(train), jnp.asarray(query))
 
 
 def planned_from(runs: xr.Dataset, train: np.ndarray, query: np.ndarray) -> Planned:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bayes_simfluence.checks import unit_interval
+from bayes_simfluence.checks import Misuse, positive_integer, unit_interval
 from bayes_simfluence.model.hyper import Hyper, Values
 
 __all__ = ["Exposure"]
@@ -26,19 +26,46 @@ class Exposure:
     Attributes:
         momentum: ``rho`` in [0, 1); 0 = memoryless; inferred when None.
         step_size_power: 0 = ignore the step size, 1 = proportional; inferred when None.
+        order: an n-th order memory instead of the exponential one: a batch acts on this many
+            steps, its own included, with shares that are inferred; ``momentum`` is not used.
+
+    >>> Exposure.memoryless()
+    Exposure(momentum=0.0, step_size_power=0.0, order=None)
     """
 
     momentum: float | None = None
     step_size_power: float | None = None
+    order: int | None = None
 
     def __post_init__(self) -> None:
         if self.momentum is not None:
             unit_interval("Exposure(momentum=...)", self.momentum)
+        if self.order is not None:
+            positive_integer("Exposure(order=...)", self.order)
+        if self.order is not None and self.momentum is not None:
+            raise Misuse(
+                "Exposure",
+                got=f"momentum={self.momentum} and order={self.order}",
+                expected="one of them",
+                do="leave one out",
+            )
+
+    @classmethod
+    def memoryless(cls) -> "Exposure":
+        """A batch acts on its own step alone, whatever the step size: the published exposure."""
+        return cls(momentum=0.0, step_size_power=0.0)
+
+    @property
+    def is_memoryless(self) -> bool:
+        """Whether a batch acts on its own step alone."""
+        return self.momentum == 0.0 or self.order == 1
 
     def hypers(self) -> dict[str, Hyper]:
         """What is inferred."""
         free = {}
-        if self.momentum is None:
+        for lag in range(1, self.order or 1):
+            free[f"lag_{lag}"] = Hyper(0.3, 1.5, "positive", f"share of lag {lag} over lag 0's")
+        if self.momentum is None and self.order is None:
             free["momentum"] = Hyper(0.9, 1.0, "share", "decay of the update's memory per step")
         if self.step_size_power is None:
             free["step_size_power"] = Hyper(0.5, 0.5, "real", "power of the relative step size")
@@ -53,11 +80,25 @@ class Exposure:
             values: hyperparameters.
             step_size: relative to the largest recorded one.
         """
-        momentum = jnp.asarray(self.momentum if self.momentum is not None else values["momentum"])
+        memory = self._memory(values, len(step_size))
+        if self.step_size_power == 0:
+            return memory
         fixed = self.step_size_power
         power = values["step_size_power"] if fixed is None else jnp.asarray(fixed)
-        steps = jnp.arange(1, len(step_size) + 1)
-        lag = steps[:, None] - steps[None, :]
-        memory = jnp.where(lag >= 0, momentum ** jnp.maximum(lag, 0), 0.0)
-        memory = (1.0 - momentum) * memory / (1.0 - momentum**steps)[:, None]
         return (step_size + FLOOR)[:, None] ** power * memory
+
+    def _memory(self, values: Values, size: int) -> Float[Array, "step source"]:
+        """Shares of the batches in each step's update; rows sum to one."""
+        steps = jnp.arange(1, size + 1)
+        lag = steps[:, None] - steps[None, :]
+        if self.is_memoryless:
+            return jnp.eye(size)
+        if self.order is None:
+            fixed = self.momentum
+            momentum = values["momentum"] if fixed is None else jnp.asarray(fixed)
+            memory = jnp.where(lag >= 0, momentum ** jnp.maximum(lag, 0), 0.0)
+            return (1.0 - momentum) * memory / (1.0 - momentum**steps)[:, None]
+        shares = jnp.stack([jnp.ones(()), *(values[f"lag_{k}"] for k in range(1, self.order))])
+        reached = (lag >= 0) & (lag < self.order)
+        memory = jnp.where(reached, shares[jnp.clip(lag, 0, self.order - 1)], 0.0)
+        return memory / memory.sum(axis=1, keepdims=True)

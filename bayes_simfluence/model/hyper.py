@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from numpyro import distributions as dist
 
 __all__ = ["Hyper", "Values", "log_prior", "natural_values", "start"]
 
@@ -22,21 +23,43 @@ class Hyper:
     Attributes:
         centre: prior median, on the natural scale.
         spread: prior standard deviation on the unconstrained scale (log for ``positive``, log-odds
-            for ``share``, the number itself for ``real``).
-        scale: which numbers are possible: any, above zero, between zero and one.
+            for ``share``, Fisher's z for ``correlation``, the number itself for ``real``).
+        scale: which numbers are possible: any, above zero, between zero and one, between minus one
+            and one.
         meaning: what it is, in one line.
     """
 
     centre: float
     spread: float
-    scale: Literal["real", "positive", "share"]
+    scale: Literal["real", "positive", "share", "correlation"]
     meaning: str
 
     def natural(self, free: Float[Array, ""]) -> Float[Array, ""]:
         """From the unconstrained to the natural scale."""
         if self.scale == "positive":
             return jnp.exp(free)
+        if self.scale == "correlation":
+            return jnp.tanh(free)
         return jax.nn.sigmoid(free) if self.scale == "share" else free
+
+    def law(self) -> dist.Distribution:
+        """The prior on the natural scale."""
+        normal = dist.Normal(self.free_centre, self.spread)
+        moves = dist.transforms
+        onto: dict[str, list[dist.transforms.Transform]] = {
+            "real": [],
+            "positive": [moves.ExpTransform()],
+            "share": [moves.SigmoidTransform()],
+            # tanh(x) = 2 sigmoid(2 x) - 1
+            "correlation": [
+                moves.AffineTransform(0.0, 2.0),
+                moves.SigmoidTransform(),
+                moves.AffineTransform(-1.0, 2.0, domain=dist.constraints.unit_interval),
+            ],
+        }
+        if not onto[self.scale]:
+            return normal
+        return dist.TransformedDistribution(normal, onto[self.scale])
 
     @property
     def free_centre(self) -> float:
@@ -45,6 +68,8 @@ class Hyper:
             return float(np.log(self.centre))
         if self.scale == "share":
             return float(np.log(self.centre) - np.log1p(-self.centre))
+        if self.scale == "correlation":
+            return float(np.arctanh(self.centre))
         return self.centre
 
 

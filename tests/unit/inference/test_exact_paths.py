@@ -45,7 +45,7 @@ def problem():
         batch=found.batch,
         step_size=found.step_size / found.step_size.max(),
         loss=found.loss,
-        features=_features(found, Simfluence()),
+        features=features_of(found, Simfluence()),
     )
     return Simfluence(), fitted, even_rows(STEPS, TIMES)
 
@@ -211,11 +211,11 @@ def test_without_features_effects_are_independent():
 def test_features_that_are_there_may_be_left_unused():
     found = recorded_from(recording())
     used, unused = (
-        _features(found, bs.Simfluence(prior=Normal(features=one))) for one in (True, False)
+        features_of(found, bs.Simfluence(prior=Normal(features=one))) for one in (True, False)
     )
     assert used.train.shape == (200, 16) and used.query.shape == (QUERY, 16)
     assert unused.train.shape == (200, 0) and unused.query.shape == (QUERY, 0)
-    alone = _features(found._replace(query_feature=None), bs.Simfluence())
+    alone = features_of(found._replace(query_feature=None), bs.Simfluence())
     assert alone.train.shape == (200, 16) and alone.query.shape == (QUERY, 0)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.model.noise import SmoothError
+from bayes_simfluence.model.noise import Smooth
 
 VALUES = {
     "growth": 0.8,
@@ -19,7 +19,7 @@ VALUES = {
 def covariance(progress, **changes):
     with double_precision():
         values = {name: jnp.asarray(float(one)) for name, one in {**VALUES, **changes}.items()}
-        return np.asarray(SmoothError().covariance(values, jnp.asarray(progress)))
+        return np.asarray(Smooth().covariance(values, jnp.asarray(progress)))
 
 
 def walk_by_recurrence(steps, dt, growth, drift):

@@ -1,0 +1,176 @@
+"""Recorded runs and a model as a NumPyro program, ready for a sampler or a guide."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from numpyro import handlers
+
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.counterfactual.fitted import stacked_paths
+from bayes_simfluence.counterfactual.sampled import SampledSimulator
+from bayes_simfluence.inference.recorded import Recorded, features_of
+from bayes_simfluence.model.bayesian import Simfluence, link_of
+from bayes_simfluence.model.joint import Gaps, Observed, gaps_of, joint, observed_runs
+from bayes_simfluence.model.noise import Gaussian, StudentT
+
+__all__ = ["LIMIT", "Program", "program_of"]
+
+LIMIT = 1 << 30
+"""Bytes of draws that a posterior holds at most; more are thinned while they are made."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model of certain runs.
+
+    Attributes:
+        model: what is inferred.
+        observed: the runs; in double precision.
+        gaps: how losses that were not recorded are dealt with.
+        recorded: steps of a run.
+        largest_step_size: what step sizes were divided by; None when they were not recorded.
+    """
+
+    model: Simfluence
+    observed: Observed
+    gaps: Gaps
+    recorded: int
+    largest_step_size: float | None
+
+    def __call__(self, batch: int | None = None) -> Callable[[Observed], None]:
+        """The NumPyro program of the runs; ``batch`` of them at a time."""
+        model, gaps = self.model, self.gaps
+
+        def program(observed: Observed) -> None:
+            joint(model, observed, gaps, batch=batch)
+
+        return program
+
+    @property
+    def runs(self) -> int:
+        """Runs, or transitions."""
+        return len(self.observed.linked)
+
+    def keeps(self, name: str) -> bool:
+        """Whether a site is needed to simulate; the rest is what those are made of."""
+        inside = ("_own", "_local", "_global", "_slab", "_traits", "_of_features", "_of_query")
+        return not name.endswith((*inside, "_is_flat")) and "_common_to_queries" not in name
+
+    def sampled(self, values: Mapping[str, Array]) -> dict[str, Array]:
+        """Those of the values that belong to sample sites, not to what follows from them."""
+        trace = handlers.trace(handlers.seed(self._prior, 0)).get_trace()
+        own = {name for name, site in trace.items() if site["type"] == "sample"} | {"missing"}
+        return {name: one for name, one in values.items() if name in own}
+
+    def sites_of(self, values: Mapping[str, Array]) -> dict[str, Array]:
+        """Everything that ``keeps``, from draws of the sample sites (leading axis of draws)."""
+
+        def one(values: Mapping[str, Array]) -> dict[str, Array]:
+            prior = handlers.substitute(handlers.seed(self._prior, 0), dict(values))
+            return self._kept(handlers.trace(prior).get_trace(), values)
+
+        found: dict[str, Array] = jax.lax.map(jax.jit(one), dict(values), batch_size=8)
+        return found
+
+    def prior_sites(self, *, key: jax.Array, draws: int) -> dict[str, Array]:
+        """Draws from the prior of everything that ``keeps``, leading axis of draws."""
+
+        def one(key: jax.Array) -> dict[str, Array]:
+            return self._kept(handlers.trace(handlers.seed(self._prior, key)).get_trace(), {})
+
+        found: dict[str, Array] = jax.lax.map(
+            jax.jit(one), jax.random.split(key, draws), batch_size=8
+        )
+        return found
+
+    def _prior(self) -> None:
+        joint(self.model, self.observed, self.gaps, simulate=True)
+
+    def _kept(self, trace: Mapping[str, Any], values: Mapping[str, Array]) -> dict[str, Array]:
+        kept = {
+            name: site["value"].astype(jnp.float32)
+            for name, site in trace.items()
+            if site["type"] in ("sample", "deterministic") and self.keeps(name)
+        }
+        if "missing" in values:
+            kept["missing"] = values["missing"].astype(jnp.float32)
+        return kept
+
+    def by_transition(self) -> "Program":
+        """Each step as a run of its own, where a loss depends on the last one alone; else itself.
+
+        The density of independent runs of one step is that of the whole runs, so minibatches of
+        runs become minibatches of transitions.
+        """
+        error = self.model.error
+        linked = self.observed.linked
+        independent = isinstance(error, StudentT) or (
+            isinstance(error, Gaussian) and not (error.observation or error.run_effect)
+        )
+        if not (self.model.markov and independent and bool(jnp.isfinite(linked).all())):
+            return self
+        pairs = jnp.stack([linked[:, :-1], linked[:, 1:]], axis=2)
+        steps = pairs.shape[0] * pairs.shape[1]
+        paths = jax.tree.map(lambda one: one.reshape(steps, 1, *one.shape[2:]), self.observed.paths)
+        apart = self.observed._replace(paths=paths, linked=pairs.reshape(steps, 2, pairs.shape[3]))
+        gaps = gaps_of(self.model, np.asarray(apart.linked))
+        return replace(self, observed=apart, gaps=gaps)
+
+    def simulator(self, sites: Mapping[str, np.ndarray]) -> SampledSimulator:
+        """Draws, leading axes (chain, draw), as a simulator."""
+        return SampledSimulator(
+            model=self.model,
+            sites={name: value for name, value in sites.items() if self.keeps(name)},
+            reference=np.asarray(self.observed.reference),
+            features=self.observed.features,
+            recorded=self.recorded,
+            largest_step_size=self.largest_step_size,
+        )
+
+    def bytes_of_a_draw(self) -> int:
+        """Memory that one draw's sites take in single precision."""
+        _, train = self.observed.paths.exposure.shape[1:]
+        queries = self.observed.linked.shape[2]
+        knots = self.model.coefficients.count(1.0)
+        parts = len(self.model.parts) * knots if self.model.additive else 0
+        effects = queries * train * (parts + int(self.model.multiplicative))
+        return 4 * (effects + len(self.gaps.imputed) + 8 * queries + 64)
+
+
+def program_of(runs: Recorded, model: Simfluence, method: str) -> Program:
+    """The program of ``model`` for ``runs``; call in double precision.
+
+    Raises:
+        Misuse: a combination of parts that no density is known of.
+    """
+    error = model.error
+    hidden = isinstance(error, Gaussian) and error.observation and model.multiplicative
+    slopes = isinstance(error, Gaussian) and error.run_effect
+    if hidden and (slopes or not model.markov):
+        raise Misuse(
+            f"{method}: the model",
+            got="observation noise and multiplicative terms with a memory longer than one step "
+            "or a run effect",
+            expected="Gaussian(observation=True) with Exposure.memoryless() and a published kind, "
+            "or without multiplicative terms",
+            do="leave one of them out",
+        )
+    sizes = runs.step_size
+    largest = None if sizes is None else float(np.max(sizes)) or None
+    relative = (
+        np.ones(runs.batch.shape[:2]) if largest is None or sizes is None else sizes / largest
+    )
+    paths = stacked_paths(runs.batch, relative, runs.train, runs.batch.shape[1])
+    linked = np.asarray(link_of(model, jnp.asarray(runs.loss)))
+    return Program(
+        model=model,
+        observed=observed_runs(paths, linked, features_of(runs, model)),
+        gaps=gaps_of(model, linked),
+        recorded=int(runs.batch.shape[1]),
+        largest_step_size=largest,
+    )
