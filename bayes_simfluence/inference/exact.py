@@ -45,6 +45,9 @@ class Exact:
     uncertainty is in the band, which left-out runs recalibrate. For the published kinds each
     query's prior scale and noise maximize its marginal likelihood.
 
+    Of losses recorded only at some times, other ones in each run if need be, the two-timescale
+    model takes the exact marginal; all queries of a run share its times.
+
     Attributes:
         hyperparameters: the criterion of the two-timescale model.
         times: recorded times of each run that the two-timescale model conditions on, spread
