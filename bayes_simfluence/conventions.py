@@ -5,6 +5,7 @@
 | ``run`` | one recorded fine-tuning run; all runs of a recording start from the same weights |
 | ``step`` 1..T | one update; ``batch[run, step, slot]`` holds indices into ``train``, -1 = empty |
 | ``time`` 0..T | a point between updates; ``loss[run, time, query]``, time 0 = before any update |
+| not recorded | NaN in ``loss`` of a complete run: nobody looked then; never at time 0 |
 | ``train`` | a training example; its coordinate holds the examples' stable ids |
 | ``query`` | an evaluation example (the paper's z_test); its coordinate holds stable ids |
 | ``chain``, ``draw`` | posterior draws, in ArviZ order |
@@ -51,7 +52,10 @@ EMPTY_SLOT: Final = -1
 UNRECORDED: Final = 0
 COMPLETE: Final = 1
 DIVERGED: Final = 2
-"""Values of ``status[run]``: not (fully) recorded yet, usable, non-finite loss while recording."""
+"""Values of ``status[run]``: not (fully) recorded yet, usable, non-finite loss while recording.
+
+In a complete run a NaN loss means "not recorded at this time", and an infinite one is refused.
+"""
 
 EFFECT_SIGN: Final = "negative = helpful (lowers the query's loss)"
 

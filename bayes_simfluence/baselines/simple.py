@@ -2,6 +2,7 @@
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.counterfactual.mean import MeanSimulator
@@ -33,7 +34,10 @@ def persistence(runs: xr.Dataset) -> Posterior:
 def mean_trajectory(runs: xr.Dataset) -> Posterior:
     """Every run goes the way of the fitted runs' mean; their spread around it is the band.
 
-    The band holds each run's difference from the mean of the others.
+    The band holds each run's difference from the mean of the others. Where losses are missing,
+    the mean at a time is over the runs that were recorded then; times at which none was, and the
+    differences of a run between its own recorded times, are interpolated linearly, and kept
+    constant after the last.
 
     >>> import bayes_simfluence as bs
     >>> bs.mean_trajectory(bs.example_runs()).settings
@@ -47,10 +51,28 @@ def mean_trajectory(runs: xr.Dataset) -> Posterior:
         )
     loss = np.asarray(runs["loss"].values, float)
     change = loss - loss[:, :1]
-    mean = change.mean(axis=0)
+    residual = [
+        _filled(one - _mean(np.delete(change, run, axis=0))) for run, one in enumerate(change)
+    ]
     return Posterior(
-        simulator=MeanSimulator(mean, (change - mean) * count / (count - 1)),
+        simulator=MeanSimulator(_mean(change), np.stack(residual)),
         verdict=Verdict(True, f"The mean of {count} runs, with the spread between them."),
         runs=runs,
         settings={"method": "mean trajectory"},
     )
+
+
+def _mean(change: Float[np.ndarray, "run time query"]) -> Float[np.ndarray, "time query"]:
+    """Mean over the runs recorded at each time, interpolated between such times."""
+    known = np.isfinite(change)
+    total = np.where(known, change, 0.0).sum(axis=0)
+    count = known.sum(axis=0)
+    return _filled(np.where(count > 0, total / np.maximum(count, 1), np.nan))
+
+
+def _filled(path: Float[np.ndarray, "time query"]) -> Float[np.ndarray, "time query"]:
+    """Straight lines between what is known of each query, constant after the last of it."""
+    times = np.arange(len(path))
+    known = np.isfinite(path)
+    columns = zip(path.T, known.T, strict=True)
+    return np.stack([np.interp(times, times[at], one[at]) for one, at in columns], axis=1)

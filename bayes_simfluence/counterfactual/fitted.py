@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bayes_simfluence.data.curriculum import exposures
 from bayes_simfluence.model import bayesian
@@ -35,7 +35,7 @@ class FittedPaths(NamedTuple):
     Attributes:
         batch: indices into ``train``, -1 = empty slot.
         step_size: relative to the largest one.
-        loss: nats, time 0 first.
+        loss: nats, time 0 first; NaN where not recorded, at the same times for all queries.
         features: gradient features, without columns when there are none.
     """
 
@@ -48,6 +48,11 @@ class FittedPaths(NamedTuple):
     def steps(self) -> int:
         """Steps of a recorded run: the unit of training time."""
         return int(self.batch.shape[1])
+
+    @property
+    def known(self) -> Bool[np.ndarray, "run step"]:
+        """Whether the losses after each step were recorded."""
+        return np.isfinite(self.loss[:, 1:]).all(axis=2)
 
     @property
     def train(self) -> int:
@@ -103,17 +108,32 @@ def interpolated_widening(
     return np.asarray(np.interp(progress, np.linspace(0.0, 1.0, len(widening)), widening))
 
 
-def mean_size(designs: Float[Array, "run row weight"]) -> Float[Array, ""]:
-    """Root mean prior variance over points: designs are divided by that of the fitted runs."""
-    return jnp.sqrt(jnp.square(designs).sum(axis=-1).mean())
+def mean_size(
+    designs: Float[Array, "run row weight"], known: Bool[Array, "run row"] | None = None
+) -> Float[Array, ""]:
+    """Root mean prior variance over points: designs are divided by that of the fitted runs.
+
+    Over the ``known`` points alone, where some were not recorded.
+    """
+    return jnp.sqrt(jnp.square(designs).sum(axis=-1).mean(where=known))
 
 
 def fitted_covariance(
-    designs: Float[Array, "run row weight"], error: Float[Array, "row row"]
+    designs: Float[Array, "run row weight"],
+    error: Float[Array, "row row"],
+    known: Bool[Array, "run row"] | None = None,
 ) -> Float[Array, "point point"]:
-    """Covariance of all fitted points, run after run, up to the query's scale."""
+    """Covariance of all fitted points, run after run, up to the query's scale.
+
+    Points that are not ``known`` become independent of all others, with variance one: given a
+    zero as their value, they change neither a solution for the others nor a log determinant.
+    """
     flat = designs.reshape(-1, designs.shape[-1])
-    return flat @ flat.T + jnp.kron(jnp.eye(len(designs)), error)
+    whole = flat @ flat.T + jnp.kron(jnp.eye(len(designs)), error)
+    if known is None:
+        return whole
+    kept = known.reshape(-1)
+    return jnp.where(kept[:, None] & kept[None, :], whole, jnp.eye(len(kept)))
 
 
 def error_covariance(

@@ -142,14 +142,17 @@ class PathSimulator:
         designs, mean = designs_and_means(
             self.model, values, paths, features, jnp.asarray(self.rows), knots=knots
         )
-        size = mean_size(designs)
-        designs = designs / size
+        known = jnp.asarray(fitted.known[:, self.rows])
+        size = mean_size(designs, known)
+        # Without design and change, what was not recorded has no gain.
+        designs = jnp.where(known[..., None], designs / size, 0.0)
         error = error_covariance(self.model, values, paths.progress[0])[self.rows][:, self.rows]
-        factor = cholesky(fitted_covariance(designs, error))
+        factor = cholesky(fitted_covariance(designs, error, known))
         flat = designs.reshape(-1, designs.shape[-1])
         gain = solve_lower(factor, solve_lower(factor, flat), transposed=True)
         linked = link_of(self.model, jnp.asarray(fitted.loss, float))
         change = linked[:, 1:][:, self.rows] - linked[:, :1] - mean
+        change = jnp.where(known[..., None], change, 0.0)
         weights = gain.T @ change.reshape(len(flat), -1)
         return _Solved(values, knots, size, flat, gain, weights, cholesky(error))
 

@@ -6,6 +6,7 @@ from warnings import warn
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Bool
 
 from bayes_simfluence.checks import Misuse, RunsWarning, named, shorten
 from bayes_simfluence.conventions import (
@@ -43,6 +44,7 @@ def runs_from_arrays(
     query_feature: Any = None,
     attrs: Mapping[str, Any] | None = None,
     keep_diverged: bool = False,
+    missing: bool = False,
 ) -> xr.Dataset:
     """Recorded runs from plain arrays, validated.
 
@@ -58,14 +60,19 @@ def runs_from_arrays(
         attrs: provenance (model, optimizer, ...), kept with the runs.
         keep_diverged: mark runs with a NaN or infinite loss as diverged (fits leave them out)
             instead of refusing them.
+        missing: NaN means "not recorded at this time", as in a loss recorded every k steps or a
+            run that was stopped; then only infinite losses are diverged. Every loss at time 0 is
+            needed, and of every query one later loss in one run.
 
     Raises:
         Misuse: shapes that do not fit, runs of different length, indices out of range, a loss
-            that is not finite.
+            that is not finite, or under ``missing`` one that is needed.
 
     >>> runs = runs_from_arrays(batch=[[[0, 1], [1, -1]]], loss=[[[0.7], [0.6], [0.5]]])
     >>> dict(runs.sizes)
     {'run': 1, 'step': 2, 'slot': 2, 'time': 3, 'query': 1, 'train': 2}
+    >>> last = [[[0.7], [float("nan")], [0.5]]]
+    >>> runs = runs_from_arrays(batch=[[[0, 1], [1, -1]]], loss=last, missing=True)
     """
     batch = _rectangular("batch", batch, 3, np.int32)
     loss = _rectangular("loss", loss, 3, None)
@@ -82,7 +89,9 @@ def runs_from_arrays(
     variables = {
         "batch": batch,
         "loss": loss,
-        "status": run_statuses(loss) if keep_diverged else np.full(runs, COMPLETE, np.int8),
+        "status": run_statuses(loss, missing=missing)
+        if keep_diverged
+        else np.full(runs, COMPLETE, np.int8),
     }
     for name, feature in (("train_feature", train_feature), ("query_feature", query_feature)):
         if feature is not None:
@@ -97,7 +106,17 @@ def runs_from_arrays(
         },
         attrs=dict(attrs or {}),
     )
-    return validate_runs(dataset)
+    if not missing:
+        _refuse_losses(
+            dataset,
+            np.isnan(loss),
+            expected="finite losses",
+            do="pass missing=True where NaN means not recorded, leave the run out, or keep it "
+            "marked with keep_diverged=True",
+        )
+    validate_runs(dataset)
+    _later_losses(dataset)
+    return dataset
 
 
 def planned_runs(
@@ -151,17 +170,21 @@ def without_examples(runs: xr.Dataset, ids: Ids) -> xr.Dataset:
     )
 
 
-def run_statuses(loss: np.ndarray) -> np.ndarray:
-    """``COMPLETE`` or ``DIVERGED`` for each run of ``loss (run, time, query)``."""
-    finite = np.isfinite(loss).all(axis=(1, 2))
-    return np.where(finite, COMPLETE, DIVERGED).astype(np.int8)
+def run_statuses(loss: np.ndarray, *, missing: bool = False) -> np.ndarray:
+    """``COMPLETE`` or ``DIVERGED`` for each run of ``loss (run, time, query)``.
+
+    With ``missing``, NaN is a loss that was not recorded and only an infinite one diverged.
+    """
+    bad = np.isinf(loss) if missing else ~np.isfinite(loss)
+    return np.where(bad.any(axis=(1, 2)), DIVERGED, COMPLETE).astype(np.int8)
 
 
 def validate_runs(runs: xr.Dataset) -> xr.Dataset:
     """``runs`` itself when it follows the schema of ``conventions``; checked once, at the door.
 
     Raises:
-        Misuse: a variable, dimension or id is missing, repeated, out of range or not finite.
+        Misuse: a variable, dimension or id is missing, repeated or out of range; in a complete
+            run, a loss that is infinite or not recorded at time 0.
     """
     if not isinstance(runs, xr.Dataset):
         raise Misuse(
@@ -198,19 +221,28 @@ def validate_runs(runs: xr.Dataset) -> xr.Dataset:
 
 
 def usable_runs(runs: xr.Dataset) -> xr.Dataset:
-    """The completely recorded, finite runs of a valid dataset; warns of those left out.
+    """The complete runs of a valid dataset; warns of those left out.
+
+    Losses that were not recorded are NaN; a run without any after time 0 says nothing and is left
+    out too.
 
     Raises:
-        Misuse: none is usable.
+        Misuse: none is usable, or a query has no loss after time 0 in any of them.
     """
     status = validate_runs(runs)["status"].values
-    for code, word in ((DIVERGED, "diverged to a non-finite loss"), (UNRECORDED, "not recorded")):
-        left = runs["run"].values[status == code]
+    later = np.isfinite(runs["loss"].values[:, 1:]).any(axis=(1, 2))
+    for without, word in (
+        (status == DIVERGED, "diverged to a non-finite loss"),
+        (status == UNRECORDED, "not recorded"),
+        ((status == COMPLETE) & ~later, "no loss after time 0"),
+    ):
+        left = runs["run"].values[without]
         if len(left):
             warn(f"{len(left)} runs left out, {word}: {shorten(left)}", RunsWarning, stacklevel=3)
-    usable = runs.isel(run=np.flatnonzero(status == COMPLETE))
+    usable = runs.isel(run=np.flatnonzero((status == COMPLETE) & later))
     if usable.sizes["run"] == 0:
         raise Misuse("runs", got="no usable run", expected="at least one", do="record more runs")
+    _later_losses(usable)
     return usable
 
 
@@ -320,14 +352,48 @@ def _finite_where_complete(runs: xr.Dataset) -> None:
                 expected="finite features",
                 do=f"make the features again, or drop them with runs.drop_vars('{name}')",
             )
+    loss = runs["loss"].values
+    _refuse_losses(
+        runs,
+        np.isinf(loss),
+        expected="finite losses, or NaN where not recorded, in every run of status complete",
+        do="leave the run out, or keep it marked with keep_diverged=True",
+    )
     complete = runs["status"].values == COMPLETE
-    bad = ~np.isfinite(runs["loss"].values) & complete[:, None, None]
+    unknown = np.isnan(loss[complete][:, 0]).any(axis=0)
+    if unknown.any():
+        raise Misuse(
+            "runs['loss'] at time 0",
+            got=f"nothing recorded for queries {shorten(runs['query'].values[unknown])}",
+            expected="every query's loss before the first update in every run of status complete",
+            do="record it, or leave these queries or runs out with runs.isel(...)",
+        )
+
+
+def _refuse_losses(
+    runs: xr.Dataset, bad: Bool[np.ndarray, "run time query"], *, expected: str, do: str
+) -> None:
+    bad = bad & (runs["status"].values == COMPLETE)[:, None, None]
     if bad.any():
         run, time, query = np.argwhere(bad)[0]
         raise Misuse(
             "runs['loss']",
             got=f"{runs['loss'].values[bad][0]} in run {runs['run'].values[run]}, time {time}, "
             f"query {runs['query'].values[query]}",
-            expected="finite losses in every run of status complete",
-            do="leave the run out, or keep it marked with keep_diverged=True",
+            expected=expected,
+            do=do,
+        )
+
+
+def _later_losses(runs: xr.Dataset) -> None:
+    """Raise when a query's loss after time 0 is known in no complete run (and there is one)."""
+    complete = runs["status"].values == COMPLETE
+    unknown = np.isnan(runs["loss"].values[complete][:, 1:]).all(axis=(0, 1))
+    if complete.any() and unknown.any():
+        queries = shorten(runs["query"].values[unknown])
+        raise Misuse(
+            "runs['loss']",
+            got=f"nothing recorded after time 0 for queries {queries}",
+            expected="at least one later loss of every query in at least one run",
+            do="record it, or leave these queries out with runs.isel(query=...)",
         )

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.data.runs import usable_runs
-from bayes_simfluence.evaluation.metrics import run_scores, spearman_across_runs
+from bayes_simfluence.evaluation.metrics import last_known, run_scores, spearman_across_runs
 from bayes_simfluence.inference.posterior import Posterior
 from bayes_simfluence.progress import Progress, Silent
 
@@ -54,6 +54,10 @@ def compare(
     over the last. Point forecasts are means over draws of ``mean_loss``. Columns ``_low`` and
     ``_high`` hold a 90% bootstrap interval over runs; NaN where a metric does not exist (bands of
     a point, correlations across fewer than three runs).
+
+    Only recorded losses are scored. A query's final loss is then the last recorded one of each
+    run, and across runs the one at the last time that was recorded in all of them, so that runs
+    are compared at one time (a query without such a time is left out of ``spearman_run``).
 
     Args:
         posteriors: by name.
@@ -106,8 +110,17 @@ def scores_by_run(
     mean = simulated["mean_loss"].mean(("chain", "draw")).values.astype(float)
     each = [run_scores(*one) for one in zip(loss, mean, truth, strict=True)]
     scores = RunScores({name: np.array([one[name] for one in each]) for name in each[0]})
-    scores.final_mean, scores.final_truth = mean[:, -1], truth[:, -1]
+    last = last_known(np.asarray(np.isfinite(truth[:, 1:]).all(axis=0)))
+    scores.final_mean, scores.final_truth = _at(mean[:, 1:], last), _at(truth[:, 1:], last)
     return scores
+
+
+def _at(
+    loss: Float[np.ndarray, "run step query"], last: Bool[np.ndarray, "step query"]
+) -> Float[np.ndarray, "run query"]:
+    """Losses at each query's marked time; NaN where none is marked."""
+    found = np.where(last[None], loss, 0.0).sum(axis=1)
+    return np.where(last.any(axis=0), found, np.nan)
 
 
 def table_of(scores: RunScores, *, key: jax.Array, resamples: int) -> dict[str, float]:

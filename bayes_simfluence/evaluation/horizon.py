@@ -25,17 +25,21 @@ def by_horizon(
 
     Returns:
         ``pit (run, time, query)`` in (0, 1), uniform for a calibrated band, and ``coverage
-        (probability, time)``, the share of runs and queries within the central bands.
+        (probability, time)``, the share of runs and queries within the central bands; NaN where
+        nothing was recorded.
     """
     runs = usable_runs(runs)
     simulated = posterior.simulate(runs, key=key, draws=draws)
     stacked = simulated["loss"].stack(sample=("chain", "draw")).isel(time=slice(1, None))
     values = stacked.transpose("sample", "run", "time", "query").values
     truth = runs["loss"].values[:, 1:]
-    covered = coverage(values, truth).mean(axis=(1, 3))
+    known = np.isfinite(truth)
+    inside = np.where(known[None], coverage(values, truth), 0.0).sum(axis=(1, 3))
+    count = known.sum(axis=(0, 2))
+    covered = np.where(count[None] > 0, inside / np.maximum(count, 1)[None], np.nan)
     return xr.Dataset(
         {
-            "pit": (("run", "time", "query"), pit(values, truth)),
+            "pit": (("run", "time", "query"), np.where(known, pit(values, truth), np.nan)),
             "coverage": (("probability", "time"), covered),
         },
         coords={

@@ -1,13 +1,13 @@
 """How good simulated runs are: kernels on plain arrays for ONE run or ONE point, mapped outside.
 
 Losses are in nats. Kernels take true losses and draws of them; time 0 is given to every method
-and never scored. A point method has one draw.
+and never scored, nor is a time that was not recorded. A point method has one draw.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.stats import norm, rankdata
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "coverage",
     "crps",
     "gaussian_crps",
+    "last_known",
     "log_density",
     "pit",
     "run_scores",
@@ -109,26 +110,42 @@ def run_scores(
     mean: Float[np.ndarray, "time query"],
     truth: Float[np.ndarray, "time query"],
 ) -> dict[str, float]:
-    """Every score of one run that is an average over its points.
+    """Every score of one run that is an average over its recorded points.
+
+    A query's final loss is the last that was recorded in the run.
 
     Args:
         draws: predictive draws, time 0 first.
         mean: noise-free mean trajectory, time 0 first.
-        truth: recorded losses, time 0 first.
+        truth: recorded losses, time 0 first; NaN where not recorded, but not everywhere.
     """
-    error = mean[1:] - truth[1:]
-    change, true_change = mean[-1] - mean[0], truth[-1] - truth[0]
-    covers = dict(zip(COVERAGES, coverage(draws[:, 1:], truth[1:]), strict=True))
+    known = np.isfinite(truth[1:])
+    last = last_known(known)
+    start, true_start = (np.broadcast_to(one[:1], known.shape)[last] for one in (mean, truth))
+    final, true_final = mean[1:][last], truth[1:][last]
+    drawn, true = draws[:, 1:][:, known], truth[1:][known]
+    error = mean[1:][known] - true
+    covers = dict(zip(COVERAGES, coverage(drawn, true), strict=True))
     return {
         "mse": float(np.square(error).mean()),
         "mae": float(np.abs(error).mean()),
-        "spearman_query": spearman(mean[-1], truth[-1]),
-        "spearman_change": spearman(change, true_change),
-        "crps": float(crps(draws[:, 1:], truth[1:]).mean()),
+        "spearman_query": spearman(final, true_final),
+        "spearman_change": spearman(final - start, true_final - true_start),
+        "crps": float(crps(drawn, true).mean()),
         **{f"coverage_{round(100 * p)}": float(one.mean()) for p, one in covers.items()},
-        "final_coverage_90": float(covers[0.90][-1].mean()),
-        "elpd": float(log_density(draws[:, 1:], truth[1:]).mean()),
+        "final_coverage_90": float(covers[0.90][last[known]].mean()),
+        "elpd": float(log_density(drawn, true).mean()),
     }
+
+
+def last_known(known: Bool[np.ndarray, "time query"]) -> Bool[np.ndarray, "time query"]:
+    """Marks the last known time of each query that has one.
+
+    >>> last_known(np.array([[True, False], [True, False], [False, False]])).astype(int).tolist()
+    [[0, 0], [1, 0], [0, 0]]
+    """
+    later = np.cumsum(known[::-1], axis=0)[::-1]
+    return known & (later == 1)
 
 
 def spearman_across_runs(
@@ -136,7 +153,7 @@ def spearman_across_runs(
 ) -> float:
     """Rank correlation over runs of the final losses, averaged over queries (the form of LDS).
 
-    Queries without any order on either side are left out; NaN when none remains.
+    Queries without any order on either side, or with a NaN, are left out; NaN when none remains.
     """
     left, right = (rankdata(side, axis=0) - (len(side) + 1) / 2 for side in (mean, truth))
     spread = np.sqrt(np.square(left).sum(axis=0) * np.square(right).sum(axis=0))

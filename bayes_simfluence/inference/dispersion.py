@@ -20,7 +20,7 @@ LINEAR = ("_own", "_of_features", "_time", "_traits")
 
 
 def dispersion(program: Program, drawn: dict[str, jax.Array], *, key: jax.Array) -> float:
-    """Median ratio of sds over a few coefficients: below one, the guide is too narrow.
+    """Geometric mean ratio of sds of a few coefficients: below one, the guide is too narrow.
 
     With ``H`` the Hessian of the negative log posterior over coefficients at the guide's median,
     all else fixed there, a coefficient's variance is its diagonal entry of ``H^-1``: exactly, where
@@ -62,4 +62,4 @@ def dispersion(program: Program, drawn: dict[str, jax.Array], *, key: jax.Array)
     implied = np.array([float(variance(at)) for at in chosen])
     known = implied > 0
     ratios = np.asarray(spread)[np.asarray(chosen)][known] / np.sqrt(implied[known])
-    return float(np.median(ratios)) if known.any() else float("nan")
+    return float(np.exp(np.log(ratios).mean())) if known.any() else float("nan")

@@ -19,7 +19,7 @@ from bayes_simfluence.inference.path_search import (
     Criterion,
     Searched,
     band_of,
-    even_rows,
+    recorded_rows,
     search,
 )
 from bayes_simfluence.inference.recorded import Recorded, features_of
@@ -43,10 +43,13 @@ class Exact:
     uncertainty is in the band, which left-out runs recalibrate. For the published kinds each
     query's prior scale and noise maximize its marginal likelihood.
 
+    Of losses recorded only at some times, other ones in each run if need be, the two-timescale
+    model takes the exact marginal; all queries of a run share its times.
+
     Attributes:
         hyperparameters: the criterion of the two-timescale model.
-        times: times of each run that the two-timescale model conditions on, spread evenly; cost
-            grows with the cube of runs x times.
+        times: recorded times of each run that the two-timescale model conditions on, spread
+            evenly; cost grows with the cube of runs x times.
     """
 
     hyperparameters: Criterion = "leave-one-run-out"
@@ -86,6 +89,7 @@ class Exact:
                 expected="at least two, since the error of a run is learned from left-out ones",
                 do="record more runs, or fit Simfluence(kind='linear')",
             )
+        _same_times(runs)
         largest = None if runs.step_size is None else float(np.max(runs.step_size)) or None
         fitted = FittedPaths(
             batch=runs.batch,
@@ -95,7 +99,7 @@ class Exact:
             loss=runs.loss,
             features=features_of(runs, model),
         )
-        rows = even_rows(fitted.steps, self.times)
+        rows = recorded_rows(fitted.known, self.times)
         found = search(model, fitted, rows, self.hyperparameters, progress)
         band = band_of(model, fitted, rows, found.free)
         simulator = PathSimulator(
@@ -112,13 +116,26 @@ class Exact:
         return Fitted(simulator, _verdict(runs, rows, found, band, simulator), left_out)
 
 
+def _same_times(runs: Recorded) -> None:
+    """Raise unless all queries were recorded at the same times: they share one covariance."""
+    other = (runs.known != runs.known[..., :1]).any(axis=(0, 1))
+    if other.any():
+        raise Misuse(
+            "runs['loss']",
+            got=f"{other.sum()} queries recorded at other times than the first one",
+            expected="each run's losses of all queries recorded at the same times",
+            do="fit with method=NUTS() or SVI(), or fit such queries apart with runs.isel(query=)",
+        )
+
+
 def _verdict(
     runs: Recorded, rows: np.ndarray, found: Searched, band: Band, simulator: PathSimulator
 ) -> Verdict:
     truth = runs.loss[:, 1:][:, rows]
-    mse = float(np.square(band.predicted - truth).mean())
+    known = np.isfinite(truth)
+    mse = float(np.square(band.predicted - truth).mean(where=known))
     mse_of_mean = _mse_of_mean(truth - runs.loss[:, :1])
-    covered = float(((truth >= band.low) & (truth <= band.high)).mean())
+    covered = float(((truth >= band.low) & (truth <= band.high)).mean(where=known))
     widened = np.exp(
         0.5 * simulator.log_widening(np.array([rows[0] + 1, rows[-1] + 1]) / len(runs.batch[0]))
     )
@@ -164,9 +181,12 @@ def _mse_of_mean(change: Float[np.ndarray, "run row query"]) -> float:
 
     Without the factor a few noisy runs would make a rival that anything beats.
     """
-    others = (change.sum(axis=0, keepdims=True) - change) / (len(change) - 1)
+    known = np.isfinite(change)
+    change = np.where(known, change, 0.0)
+    count = np.maximum(known.sum(axis=0, keepdims=True) - 1, 1)
+    others = np.where(known, (change.sum(axis=0, keepdims=True) - change) / count, 0.0)
     factor = (others * change).sum() / max(np.square(others).sum(), np.finfo(float).tiny)
-    return float(np.square(np.clip(factor, 0.0, 1.0) * others - change).mean())
+    return float(np.square(np.clip(factor, 0.0, 1.0) * others - change).mean(where=known))
 
 
 def _regression(runs: Recorded, form: Form, progress: Progress) -> Fitted:

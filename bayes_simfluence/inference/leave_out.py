@@ -3,6 +3,8 @@
 With ``Q`` the inverse of the covariance of all points, block-diagonal ``Q_rr`` for run ``r`` and
 ``a = Q y``, the prediction of run ``r`` from all others misses by ``Q_rr^-1 a_r`` with covariance
 ``Q_rr^-1`` (Rasmussen & Williams 2006, section 5.4.2, in blocks), times the query's scale squared.
+A change that was not recorded is NaN for every query, and its point one of those that
+``fitted_covariance`` made independent: it is in no sum and no count.
 """
 
 from typing import NamedTuple
@@ -23,8 +25,8 @@ class LeftOut(NamedTuple):
     """Errors of the predictions of each run from all others.
 
     Attributes:
-        error: true minus predicted.
-        variance: of the error, up to the query's scale squared.
+        error: true minus predicted; zero where not recorded.
+        variance: of the error, up to the query's scale squared; one where not recorded.
     """
 
     error: Float[Array, "run row query"]
@@ -58,7 +60,7 @@ def left_out_score(
         return log_determinant, (pull * (inverse @ pull)).sum(axis=0)
 
     log_determinant, squares = jax.vmap(one)(blocks, pulled)
-    points = change.shape[0] * change.shape[1]
+    points = _count(change)
     return 0.5 * log_determinant.sum() / points - _log_scale(squares.sum(axis=0) / points)
 
 
@@ -67,14 +69,22 @@ def evidence_score(
 ) -> Float[Array, ""]:
     """Log marginal likelihood per point, at each query's best scale; otherwise as above."""
     inverse, log_determinant = spd_inverse(covariance)
-    flat = change.reshape(len(covariance), -1)
+    flat = _zero_filled(change).reshape(len(covariance), -1)
     squares = (flat * (inverse @ flat)).sum(axis=0)
-    points = len(covariance)
+    points = _count(change)
     return -0.5 * log_determinant / points - _log_scale(squares / points)
 
 
 def _log_scale(squared: Float[Array, " query"]) -> Float[Array, ""]:
     return 0.5 * jnp.log(squared + FLOOR).mean()
+
+
+def _count(change: Float[Array, "run row query"]) -> Float[Array, ""]:
+    return (~jnp.isnan(change[..., 0])).sum().astype(change.dtype)
+
+
+def _zero_filled(change: Float[Array, "run row query"]) -> Float[Array, "run row query"]:
+    return jnp.where(jnp.isnan(change), 0.0, change)
 
 
 def _blocks(
@@ -84,5 +94,6 @@ def _blocks(
     inverse, _ = spd_inverse(covariance)
     grid = inverse.reshape(runs, rows, runs, rows)
     blocks = jnp.stack([grid[run, :, run] for run in range(runs)])
-    pulled = (inverse @ change.reshape(-1, queries)).reshape(runs, rows, queries)
+    filled = _zero_filled(change).reshape(-1, queries)
+    pulled = (inverse @ filled).reshape(runs, rows, queries)
     return blocks, pulled

@@ -18,7 +18,7 @@ __all__ = ["Fitted", "LeftOutRuns", "Method"]
 
 
 class LeftOutRuns(NamedTuple):
-    """Simulations of fitted runs by fits without them, nats.
+    """Simulations of fitted runs by fits without them, nats; NaN where they were not recorded.
 
     Attributes:
         time: at which times.

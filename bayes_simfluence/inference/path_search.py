@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import minimize
 from scipy.stats import t as student_t
 
@@ -26,7 +26,16 @@ from bayes_simfluence.model.hyper import log_prior, natural_values, start
 from bayes_simfluence.model.priors import ExampleFeatures
 from bayes_simfluence.progress import Progress
 
-__all__ = ["CRITERIA", "Band", "Criterion", "Searched", "band_of", "even_rows", "search"]
+__all__ = [
+    "CRITERIA",
+    "Band",
+    "Criterion",
+    "Searched",
+    "band_of",
+    "even_rows",
+    "recorded_rows",
+    "search",
+]
 
 Criterion = Literal["leave-one-run-out", "evidence"]
 CRITERIA: tuple[Criterion, ...] = ("leave-one-run-out", "evidence")
@@ -59,7 +68,7 @@ class Band(NamedTuple):
         scale: sd of each query's effects, link units.
         widening: log of the factor on the variance, at knots spread evenly over training.
         freedom: degrees of freedom of the scales.
-        predicted: medians of left-out runs, nats, at the fitted times.
+        predicted: medians of left-out runs, nats, at the fitted times; NaN where not recorded.
         low, high: their 90% band after widening.
         raw_coverage: share of points in the 90% band without widening.
     """
@@ -83,6 +92,30 @@ def even_rows(steps: int, count: int) -> Int[np.ndarray, " row"]:
     return np.unique(np.round(np.arange(1, count + 1) * steps / count).astype(int)) - 1
 
 
+def recorded_rows(known: Bool[np.ndarray, "run step"], count: int) -> Int[np.ndarray, " row"]:
+    """Positions of at most ``count`` steps spread evenly over those that were recorded.
+
+    Where runs were recorded at different times, each stretch of training gives the step that was
+    recorded in most runs, of which those with few steps so far count more. A run that is left
+    with none adds its last one, beyond ``count``.
+
+    >>> recorded_rows(np.array([[False, True, False, True, False]]), 24).tolist()
+    [1, 3]
+    """
+    recorded = np.flatnonzero(known.any(axis=0))
+    ends = even_rows(len(recorded), count) + 1
+    taken, rows = np.zeros(len(known)), []
+    for stretch in np.split(recorded, ends[:-1]):
+        worth = (known[:, stretch] / (1.0 + taken)[:, None]).sum(axis=0)
+        # The last of the best, so that a whole recording gives the even rows.
+        rows.append(int(stretch[np.flatnonzero(worth == worth.max())[-1]]))
+        taken += known[:, rows[-1]]
+    for run in np.flatnonzero(known.any(axis=1)):
+        if not known[run, rows].any():
+            rows.append(int(np.flatnonzero(known[run])[-1]))
+    return np.unique(rows)
+
+
 def search(
     model: Simfluence,
     fitted: FittedPaths,
@@ -96,7 +129,7 @@ def search(
     """
     hypers = hypers_of(model, fitted.features)
     free, iterations, converged = start(hypers), 0, True
-    coarse = even_rows(fitted.steps, min(COARSE, len(rows)))
+    coarse = recorded_rows(fitted.known, min(COARSE, len(rows)))
     stages = [(coarse, COARSE_STEPS), (rows, FINE_STEPS)]
     best = np.inf
     with double_precision(), progress.work("hyperparameters", None) as meter:
@@ -120,7 +153,7 @@ def _objective(
 ) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
     paths = fitted.paths()
     change = _change(model, fitted, rows)
-    points = jnp.asarray(float(change.shape[0] * change.shape[2]))
+    points = (~jnp.isnan(change)).any(axis=1).sum().astype(float)
 
     def score(free: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = _negative_score(
@@ -148,7 +181,8 @@ def _negative_score(
     model: Simfluence,
     criterion: Criterion,
 ) -> Float[Array, ""]:
-    covariance, mean = _covariance_and_mean(model, free, paths, features, rows)
+    known = ~jnp.isnan(change[..., 0])
+    covariance, mean = _covariance_and_mean(model, free, paths, features, rows, known)
     kept = left_out_score if criterion == "leave-one-run-out" else evidence_score
     prior = log_prior(hypers_of(model, features), free)
     return -(kept(covariance, change - mean) + prior / points)
@@ -160,17 +194,19 @@ def _covariance_and_mean(
     paths: Path,
     features: ExampleFeatures,
     rows: Int[Array, " row"],
+    known: Bool[Array, "run row"],
 ) -> tuple[Float[Array, "point point"], Float[Array, "run row query"]]:
     values = natural_values(hypers_of(model, features), free)
     knots = model.coefficients.count(1.0)
     designs, mean = designs_and_means(model, values, paths, features, rows, knots=knots)
     error = error_covariance(model, values, paths.progress[0])[rows][:, rows]
-    return fitted_covariance(designs / mean_size(designs), error), mean
+    return fitted_covariance(designs / mean_size(designs, known), error, known), mean
 
 
 def _change(
     model: Simfluence, fitted: FittedPaths, rows: Int[np.ndarray, " row"]
 ) -> Float[Array, "run row query"]:
+    """Change since time 0 on the scale of the link; NaN where not recorded."""
     linked = link_of(model, jnp.asarray(fitted.loss, float))
     return linked[:, 1:][:, rows] - linked[:, :1]
 
@@ -185,25 +221,30 @@ def band_of(
 
     A query's scale is the root mean square of its standardized left-out errors; the widening is
     straight lines between knots in training progress, fitted to the log of their mean square over
-    runs and queries.
+    runs and queries, by as many runs as were recorded at a time.
     """
+    known = fitted.known[:, rows]
     with double_precision():
         change = _change(model, fitted, rows)
         covariance, mean = _covariance_and_mean(
-            model, jnp.asarray(free), fitted.paths(), fitted.features, jnp.asarray(rows)
+            model,
+            jnp.asarray(free),
+            fitted.paths(),
+            fitted.features,
+            jnp.asarray(rows),
+            jnp.asarray(known),
         )
         found = jax.jit(left_out)(covariance, change - mean)
         error, variance = np.asarray(found.error), np.asarray(found.variance)[..., None]
         linked = np.asarray(link_of(model, jnp.asarray(fitted.loss, float)))
         truth = linked[:, 1:][:, rows]
-    scale = np.sqrt(np.square(error / np.sqrt(variance)).mean(axis=(0, 1)) + 1e-12)
+    counted = np.broadcast_to(known[..., None], error.shape)
+    scale = np.sqrt(np.square(error / np.sqrt(variance)).mean(axis=(0, 1), where=counted) + 1e-12)
     z = error / (np.sqrt(variance) * scale)
     progress = (rows + 1) / fitted.steps
-    knots = min(WIDENING_KNOTS, len(rows))
-    lines = np.stack([interpolated_widening(progress, unit) for unit in np.eye(knots)], axis=1)
-    by_time = np.log(np.square(z).mean(axis=(0, 2)) + 1e-12)
-    widening = np.linalg.lstsq(lines, by_time, rcond=None)[0]
-    freedom = float(max(len(error) - 1, 3))
+    by_time = np.log(np.square(z).mean(axis=(0, 2), where=counted) + 1e-12)
+    lines, widening = _widening(progress, by_time, known.sum(axis=0))
+    freedom = float(max(known.any(axis=1).sum() - 1, 3))
     sd = scale * np.sqrt(variance * np.exp(lines @ widening)[None, :, None])
     quantile = student_t.ppf(0.95, freedom)
 
@@ -217,5 +258,21 @@ def band_of(
         predicted=nats(truth - error),
         low=nats(truth - error - quantile * sd),
         high=nats(truth - error + quantile * sd),
-        raw_coverage=float((np.abs(z) <= quantile).mean()),
+        raw_coverage=float((np.abs(z) <= quantile).mean(where=counted)),
     )
+
+
+def _widening(
+    progress: Float[np.ndarray, " row"],
+    log_square: Float[np.ndarray, " row"],
+    runs: Int[np.ndarray, " row"],
+) -> tuple[Float[np.ndarray, "row knot"], Float[np.ndarray, " knot"]]:
+    """Straight lines between knots through ``log_square``, rows weighted by their ``runs``."""
+    knots = min(WIDENING_KNOTS, len(progress))
+    lines = np.stack([interpolated_widening(progress, unit) for unit in np.eye(knots)], axis=1)
+    weight = np.sqrt(runs / runs.max())
+    # Knots without a recorded time nearby follow their neighbours.
+    level = 1e-6 * np.diff(np.eye(knots), axis=0)
+    sides = np.concatenate([lines * weight[:, None], level])
+    target = np.concatenate([log_square * weight, np.zeros(knots - 1)])
+    return lines, np.linalg.lstsq(sides, target, rcond=None)[0]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from bayes_simfluence.checks import named
 from bayes_simfluence.counterfactual.rollout import Planned
@@ -20,7 +20,7 @@ class Recorded(NamedTuple):
 
     Attributes:
         batch: indices into ``train``, -1 = empty slot.
-        loss: nats, time 0 first.
+        loss: nats, time 0 first; NaN where not recorded, never at time 0.
         step_size: learning rates; None when not recorded.
         train_feature, query_feature: gradient features; None when not recorded.
         train: number of training examples, seen or not.
@@ -32,6 +32,11 @@ class Recorded(NamedTuple):
     train_feature: Float[np.ndarray, "train feature"] | None
     query_feature: Float[np.ndarray, "query feature"] | None
     train: int
+
+    @property
+    def known(self) -> Bool[np.ndarray, "run step query"]:
+        """Whether the loss after each step was recorded."""
+        return np.isfinite(self.loss[:, 1:])
 
     def take(self, runs: Int[np.ndarray, " chosen"]) -> "Recorded":
         """Some of the runs."""

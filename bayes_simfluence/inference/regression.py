@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.sparse import csr_array
 
+from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.linalg import double_precision, symmetric_eigen
@@ -68,7 +69,12 @@ class Eigen(NamedTuple):
 
 
 def moments(runs: Recorded, form: Form, *, scaled: bool) -> Moments:
-    """Second moments of all steps of ``runs``; ``scaled`` columns have unit size."""
+    """Second moments of all steps of ``runs``; ``scaled`` columns have unit size.
+
+    Raises:
+        Misuse: losses that were not recorded.
+    """
+    _every_time(runs, form)
     before = runs.loss[:, :-1].reshape(-1, runs.loss.shape[2])
     target = runs.loss[:, 1:].reshape(before.shape) - form.keep * before
     members = runs.batch.reshape(len(before), -1)
@@ -115,6 +121,16 @@ def moments(runs: Recorded, form: Form, *, scaled: bool) -> Moments:
     return Moments(
         gram, cross, np.square(target).sum(axis=0), np.repeat(unit.T, size, axis=1), len(before)
     )
+
+
+def _every_time(runs: Recorded, form: Form) -> None:
+    if not runs.known.all():
+        raise Misuse(
+            "runs['loss']",
+            got="losses that were not recorded at some times",
+            expected=f"one at every time: kind {form.kind!r} is regressed from step to step here",
+            do="fit the default model with method=Exact(), or fit with method=NUTS() or SVI()",
+        )
 
 
 _eigen = jax.jit(jax.vmap(symmetric_eigen))

@@ -137,8 +137,9 @@ def _simulated(
 
 def _best(simulated: Float[np.ndarray, "penalty run time query"], runs: Recorded) -> int:
     """Position of the lowest free-running MSE; a simulation that blows up counts as infinite."""
+    known = np.isfinite(runs.loss)
     with np.errstate(over="ignore", invalid="ignore"):
-        errors = np.square(simulated - runs.loss[None]).mean(axis=(1, 2, 3))
+        errors = np.square(simulated[:, known] - runs.loss[known][None]).mean(axis=1)
     return int(np.argmin(np.where(np.isfinite(errors), errors, np.inf)))
 
 

@@ -49,7 +49,7 @@ def plot_curves(
             _band(axes, one.isel(run=run).sel(query=query), colour, name, probability)
         if recorded is not None:
             truth = recorded["loss"].isel(run=run).sel(query=query)
-            axes.plot(truth["time"], truth, color=TRUTH, linewidth=1.2, label="recorded")
+            _truth(axes, truth, label="recorded", linewidth=1.2)
         axes.set_title(f"query {query}", fontsize=9)
     for axes in list(grid.flat)[len(chosen) :]:
         axes.set_visible(False)
@@ -93,11 +93,12 @@ def plot_two(
     _band(right, xr.Dataset({"loss": difference}), COLOURS[2], None, probability)
     if recorded is not None:
         for truth, style, name in zip(recorded, ("-", "--"), names, strict=True):
-            left.plot(
-                truth["time"], truth, style, color=TRUTH, linewidth=1.0, label=f"{name}, trained"
-            )
-        true_difference = recorded[1].values - recorded[0].values
-        right.plot(recorded[0]["time"], true_difference, color=TRUTH, label="both trained")
+            _truth(left, truth, label=f"{name}, trained", linewidth=1.0, linestyle=style)
+        _truth(
+            right,
+            recorded[0].copy(data=recorded[1].values - recorded[0].values),
+            label="both trained",
+        )
         right.legend(fontsize=8, frameon=False)
     right.axhline(0.0, color="grey", linewidth=0.8)
     right.set_ylabel("difference (nats)")
@@ -142,10 +143,11 @@ def plot_coverage(horizons: Mapping[str, xr.Dataset]) -> Figure:
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for colour, (name, one) in zip(COLOURS, horizons.items(), strict=False):
-        covered = one["coverage"].sel(probability=0.90)
+        covered = one["coverage"].sel(probability=0.90).dropna("time")
+        values = one["pit"].values
         left.plot(covered["time"], covered, color=colour, label=name)
         right.hist(
-            one["pit"].values.ravel(),
+            values[np.isfinite(values)],
             bins=np.linspace(0.0, 1.0, 21),
             density=True,
             histtype="step",
@@ -184,6 +186,13 @@ def _band(
         axes.fill_between(draws["time"].values, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
+def _truth(axes: Axes, truth: xr.DataArray, **style: Any) -> None:
+    """Losses of a run as a line through the recorded ones, which have marks when some are not."""
+    known = truth.dropna("time")
+    mark = None if known.sizes == truth.sizes else "."
+    axes.plot(known["time"], known, color=TRUTH, marker=mark, markersize=3, **style)
+
+
 def _tails(probability: float) -> list[float]:
     return [(1.0 - probability) / 2.0, (1.0 + probability) / 2.0]
 
@@ -191,8 +200,9 @@ def _tails(probability: float) -> list[float]:
 def _moving(runs: xr.Dataset, run: int, count: int = 6) -> list[Any]:
     loss = runs["loss"].isel(run=run)
     extra = [dim for dim in loss.dims if dim not in ("time", "query")]
-    steps = loss.mean(extra).transpose("time", "query").diff("time").values
-    order = np.argsort(-np.abs(steps).sum(axis=0))[:count]
+    paths = loss.mean(extra).transpose("query", "time").values
+    moved = [np.abs(np.diff(path[np.isfinite(path)])).sum() for path in paths]
+    order = np.argsort(-np.array(moved))[:count]
     return list(runs["query"].values[np.sort(order)])
 
 

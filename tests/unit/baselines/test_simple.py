@@ -44,6 +44,44 @@ def test_the_mean_trajectory_is_the_mean_of_changes(rng, key):
     assert set(nearest.argmin(axis=2).ravel()) == {0, 1, 2, 3}
 
 
+def without(runs, known):
+    """The same runs with losses recorded only where ``known``."""
+    kept = runs.copy(deep=True)
+    kept["loss"].values[:] = np.where(known, runs["loss"].values, np.nan)
+    return kept
+
+
+def test_the_mean_is_over_recorded_runs_and_straight_between_recorded_times(rng, key):
+    runs = recording(rng)
+    known = np.ones((4, STEPS + 1, QUERY), bool)
+    known[:, [2, 3], 0] = False
+    known[1:, 4, 1] = False
+    known[2, 3:, 2] = False
+    posterior = bs.mean_trajectory(without(runs, known))
+    change = runs["loss"].values.astype(float)
+    change = change - change[:, :1]
+
+    def by_hand(change, known):
+        mean = np.zeros((STEPS + 1, QUERY))
+        for query in range(QUERY):
+            at = [time for time in range(STEPS + 1) if known[:, time, query].any()]
+            known_means = [change[known[:, time, query], time, query].mean() for time in at]
+            mean[:, query] = np.interp(range(STEPS + 1), at, known_means)
+        return mean
+
+    np.testing.assert_allclose(posterior.simulator.change, by_hand(change, known), atol=1e-6)
+    middle = posterior.simulator.change[1:5, 0]
+    np.testing.assert_allclose(np.diff(middle), np.diff(middle)[0], atol=1e-6)
+    residual = posterior.simulator.residual
+    for run in range(4):
+        others = np.delete(np.arange(4), run)
+        apart = change[run] - by_hand(change[others], known[others])
+        np.testing.assert_allclose(residual[run][known[run]], apart[known[run]], atol=1e-6)
+    np.testing.assert_allclose(residual[2, 3:, 2], residual[2, 2, 2])
+    np.testing.assert_allclose(np.diff(residual[0, 1:5, 0]), np.diff(residual[0, 1:3, 0])[0])
+    assert np.isfinite(posterior.simulate(runs, key=key, draws=9)["loss"]).all()
+
+
 def test_queries_are_found_by_name(rng, key):
     runs = recording(rng)
     for baseline in (bs.persistence, bs.mean_trajectory):

@@ -31,6 +31,12 @@ LONG = 12
 """Steps of simulated runs unless said otherwise: beyond the recorded length."""
 ROWS = np.array([1, 3, 5, 7])
 DRAWS = 4000
+ALIKE = np.tile(np.arange(STEPS) % 4 == 3, (RUNS, 1))
+"""Recorded every fourth step; rows in between are in ``ROWS`` and must change nothing."""
+UNLIKE = np.array([one.split() for one in (
+    "0 1 0 1 0 0 0 1", "1 0 1 0 1 0 1 0", "1 1 1 1 1 1 0 0", "0 0 0 0 0 1 0 0",
+)]).astype(int) > 0  # fmt: skip
+"""Recorded at other times in each run: none of ``ROWS`` in one, one alone in another."""
 FALSE_ALARM = 5.5
 """Monte Carlo errors are refused beyond this many standard errors: 4e-8 for each number."""
 
@@ -61,6 +67,13 @@ def simulator(rng, *, knots=3, features=2, link="identity", freedom=1e6, **other
     return PathSimulator(**{**settings, **others})
 
 
+def recorded_at(post, known):
+    """The same posterior from losses recorded only where ``known (run, step)``."""
+    loss = post.fitted.loss.copy()
+    loss[:, 1:][~known] = np.nan
+    return dataclasses.replace(post, fitted=post.fitted._replace(loss=loss))
+
+
 def planned(rng, steps=LONG, runs=2, query=(0, 1)):
     sizes = np.broadcast_to(np.linspace(0.5, 0.1, steps), (runs, steps)).copy()
     batch = rng.integers(0, TRAIN, (runs, steps, SLOTS))
@@ -70,6 +83,7 @@ def planned(rng, steps=LONG, runs=2, query=(0, 1)):
 def dense(post, plan):
     """Posterior of all points of one new run by conditioning one big Gaussian, per query.
 
+    Conditioned on the recorded points and nothing else, in plain NumPy.
     Returns means (step, query), covariances of the effects and of the run's error, both up to
     the query's scale squared; and the same for the two kinds of effects of single examples.
     """
@@ -99,12 +113,14 @@ def dense(post, plan):
             )
             for part in (("staying", "fading") if steps == STEPS else ())
         }
-    flat = old.reshape(-1, old.shape[-1])
+    change = fitted.loss[:, 1:][:, ROWS] - fitted.loss[:, :1] - old_mean
+    change = change.reshape(-1, QUERY)
+    points = np.flatnonzero(np.isfinite(change[:, 0]))
+    flat, change = old.reshape(-1, old.shape[-1])[points], change[points]
     size = np.sqrt((flat**2).sum(axis=1).mean())
     flat, new = flat / size, new / size
-    inside = np.kron(np.eye(RUNS), error[np.ix_(ROWS, ROWS)]) + flat @ flat.T
-    change = fitted.loss[:, 1:][:, ROWS] - fitted.loss[:, :1] - old_mean
-    change = change.reshape(len(flat), QUERY)
+    errors = np.kron(np.eye(RUNS), error[np.ix_(ROWS, ROWS)])[np.ix_(points, points)]
+    inside = errors + flat @ flat.T
 
     def conditioned(linear, mean):
         across = linear @ flat.T
@@ -131,10 +147,18 @@ def same_moments(drawn, mean, covariance):
 
 
 @pytest.mark.parametrize(
-    ("knots", "features", "steps"), [(3, 2, STEPS), (2, 0, STEPS), (3, 2, LONG)]
+    ("knots", "features", "steps", "known"),
+    [
+        (3, 2, STEPS, None),
+        (2, 0, STEPS, None),
+        (3, 2, LONG, None),
+        (3, 2, STEPS, ALIKE),
+        (3, 2, LONG, UNLIKE),
+    ],
 )
-def test_paths_are_the_dense_posterior(rng, key, knots, features, steps):
+def test_paths_are_the_dense_posterior(rng, key, knots, features, steps, known):
     post, plan = simulator(rng, knots=knots, features=features), planned(rng, steps)
+    post = post if known is None else recorded_at(post, known)
     assert isinstance(post, Simulator)
     mean, covariance, error, _ = dense(post, plan)
     found = post.simulate(plan, key=key, draws=DRAWS)
@@ -146,8 +170,9 @@ def test_paths_are_the_dense_posterior(rng, key, knots, features, steps):
             same_moments(drawn[:, 1:], centre, scale * variance)
 
 
-def test_effects_of_examples_are_the_dense_posterior(rng, key):
-    post = simulator(rng)
+@pytest.mark.parametrize("known", [ALIKE, UNLIKE, np.ones_like(ALIKE)])
+def test_effects_of_examples_are_the_dense_posterior(rng, key, known):
+    post = recorded_at(simulator(rng), known)
     _, _, _, effects = dense(post, planned(rng, STEPS))
     found = post.samples(key=key, draws=DRAWS)
     for part, (mean, covariance) in effects.items():
@@ -158,6 +183,28 @@ def test_effects_of_examples_are_the_dense_posterior(rng, key):
             same_moments(drawn[0, :, query].astype(float), mean[:, query], variance)
     assert found["growth"][1].shape == (1, DRAWS)
     np.testing.assert_array_equal(found["growth"][1], post.values["growth"])
+
+
+def test_what_is_not_recorded_is_as_if_it_had_never_been(rng, key):
+    plan, post = planned(rng), simulator(rng)
+
+    def posterior(one):
+        """Mean of the weights, and what the fit takes from their prior covariance."""
+        with double_precision():
+            solved = one._solved(1.0)
+            return np.asarray(solved.weights), np.asarray(solved.gain.T @ solved.train)
+
+    found = posterior(recorded_at(post, ALIKE))
+    never = posterior(dataclasses.replace(post, rows=np.array([3, 7])))
+    for one, other, whole in zip(found, never, posterior(post), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-10)
+        assert not np.allclose(one, whole, atol=0.01)
+    # Times that are not among the rows say nothing, recorded or not.
+    whole = post.simulate(plan, key=key, draws=DRAWS)
+    at_rows = np.tile(np.isin(np.arange(STEPS), ROWS), (RUNS, 1))
+    again = recorded_at(post, at_rows).simulate(plan, key=key, draws=DRAWS)
+    for one, other in zip(again, whole, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_the_check_of_moments_refuses_wrong_ones(rng):
@@ -268,8 +315,9 @@ def test_step_sizes_are_needed_where_the_fitted_runs_had_them(rng, key):
     np.testing.assert_array_equal(one, other)
 
 
-def test_what_is_saved_is_what_was_there(rng, key):
-    post, plan = simulator(rng), planned(rng)
+@pytest.mark.parametrize("known", [np.ones_like(ALIKE), UNLIKE])
+def test_what_is_saved_is_what_was_there(rng, key, known):
+    post, plan = recorded_at(simulator(rng), known), planned(rng)
     arrays = {name: value for name, (_, value) in post.arrays().items()}
     again = PathSimulator.restore(arrays, post.settings())
     for one, other in zip(

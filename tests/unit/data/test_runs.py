@@ -5,9 +5,10 @@ import pytest
 import xarray as xr
 
 from bayes_simfluence.checks import Misuse, RunsWarning
-from bayes_simfluence.conventions import DIVERGED, VARIABLES
+from bayes_simfluence.conventions import COMPLETE, DIVERGED, VARIABLES
 from bayes_simfluence.data.identify import identifiability
 from bayes_simfluence.data.runs import (
+    planned_runs,
     runs_from_arrays,
     usable_runs,
     validate_runs,
@@ -80,6 +81,67 @@ def test_no_usable_run_is_an_error(rng):
     runs = runs_from_arrays(**given, keep_diverged=True)
     with pytest.warns(RunsWarning), pytest.raises(Misuse, match="no usable run"):
         usable_runs(runs)
+
+
+def thinned(rng, every=2, **sizes):
+    given = arrays(rng, **sizes)
+    given["loss"][:, np.arange(given["loss"].shape[1]) % every > 0] = np.nan
+    return given
+
+
+def test_a_loss_that_was_not_recorded_is_nan_in_a_complete_run(rng):
+    given = thinned(rng)
+    with pytest.raises(Misuse, match=r"got nan in run 0, time 1, query q0.*pass missing=True"):
+        runs_from_arrays(**given)
+    runs = runs_from_arrays(**given, missing=True)
+    assert (runs["status"] == COMPLETE).all() and validate_runs(runs) is runs
+    np.testing.assert_array_equal(runs["loss"], given["loss"])
+    xr.testing.assert_identical(usable_runs(runs), runs)
+    planned = planned_runs(runs, runs["batch"].values)
+    np.testing.assert_array_equal(planned["loss"][:, 0], given["loss"][[0, 0, 0], 0])
+
+
+def test_an_infinite_loss_is_never_one_that_was_not_recorded(rng):
+    given = thinned(rng)
+    given["loss"][1, 2, 3] = -np.inf
+    with pytest.raises(Misuse, match=r"got -inf in run 1, time 2.*or NaN where not recorded"):
+        runs_from_arrays(**given, missing=True)
+    runs = runs_from_arrays(**given, missing=True, keep_diverged=True)
+    assert runs["status"].values.tolist() == [COMPLETE, DIVERGED, COMPLETE]
+    with pytest.warns(RunsWarning, match="1 runs left out, diverged"):
+        assert usable_runs(runs)["run"].values.tolist() == [0, 2]
+
+
+def test_the_losses_before_training_are_needed(rng):
+    given = thinned(rng)
+    given["loss"][1, 0, [0, 3]] = np.nan
+    match = r"time 0: got nothing recorded for queries q0, q3; expected every query's loss before"
+    with pytest.raises(Misuse, match=match):
+        runs_from_arrays(**given, missing=True)
+    # Of a diverged run nothing is needed.
+    given["loss"][1, 1] = np.inf
+    assert runs_from_arrays(**given, missing=True, keep_diverged=True)["status"][1] == DIVERGED
+
+
+def test_a_later_loss_of_every_query_is_needed_in_one_run(rng):
+    given = thinned(rng)
+    given["loss"][:2, 1:, [1, 2]] = np.nan
+    runs = runs_from_arrays(**given, missing=True)
+    match = r"nothing recorded after time 0 for queries q1, q2; expected at least one later loss"
+    with pytest.raises(Misuse, match=match + r".*isel\(query=...\)"):
+        usable_runs(runs.isel(run=[0, 1]))
+    assert usable_runs(runs.isel(run=[0, 1], query=[0, 3, 4])).sizes["query"] == 3
+    given["loss"][2, 1:, 2] = np.nan
+    with pytest.raises(Misuse, match=r"after time 0 for queries q2;"):
+        runs_from_arrays(**given, missing=True)
+
+
+def test_a_run_with_nothing_but_its_start_is_left_out(rng):
+    given = thinned(rng)
+    given["loss"][1, 1:] = np.nan
+    runs = runs_from_arrays(**given, missing=True)
+    with pytest.warns(RunsWarning, match="1 runs left out, no loss after time 0: 1"):
+        assert usable_runs(runs)["run"].values.tolist() == [0, 2]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,24 @@ def test_round_trip(rng, tmp_path, suffix):
     xr.testing.assert_identical(back, runs)
 
 
+@pytest.mark.parametrize("suffix", ["zarr", "nc"])
+def test_times_without_a_loss_survive(rng, tmp_path, suffix):
+    runs, more = some_runs(rng), some_runs(rng, names=("d",))
+    runs["loss"].values[:, 1::2] = np.nan
+    write = s.save_runs if suffix == "zarr" else s.export_netcdf
+    path = write(runs, tmp_path / f"runs.{suffix}")
+    xr.testing.assert_identical(s.open_runs(path), runs)
+    if suffix == "zarr":
+        more["loss"].values[0, 2] = np.nan
+        both = s.open_runs(s.append_runs(more, path))
+        xr.testing.assert_identical(both.isel(run=slice(0, 3)), runs)
+        np.testing.assert_array_equal(both["loss"][3:], more["loss"])
+        assert (both["status"] == 1).all()
+        runs["loss"].values[0, 0] = np.nan
+        with pytest.raises(Misuse, match="time 0: got nothing recorded"):
+            s.save_runs(runs, path, overwrite=True)
+
+
 def test_nested_provenance_survives_in_zarr(rng, tmp_path):
     runs = some_runs(rng)
     xr.testing.assert_identical(s.open_runs(s.save_runs(runs, tmp_path / "runs.zarr")), runs)

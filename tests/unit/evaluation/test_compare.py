@@ -7,6 +7,7 @@ import pytest
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.evaluation.compare import METRICS
+from bayes_simfluence.evaluation.metrics import spearman_across_runs
 from bayes_simfluence.evaluation.synthetic import linear_runs
 
 NAMES = [
@@ -126,6 +127,29 @@ def test_the_same_key_gives_the_same_table(posteriors, runs):
     ]
     assert tables[0].equals(tables[1])
     assert not tables[0].equals(tables[2])
+
+
+def test_runs_are_compared_where_they_were_recorded(posteriors, runs):
+    thinned = held_out(runs).copy(deep=True)
+    loss = thinned["loss"].values
+    loss[:, 1::2] = np.nan
+    loss[0, -3:] = np.nan
+    loss[1, 2:, 3] = np.nan
+    key, last = jax.random.key(1), loss.shape[1] - 1
+    settings = {"draws": 20, "resamples": 20}
+    table = bs.compare(posteriors, thinned, key=key, **settings)
+    assert np.isfinite(table[["mse", "mae", "crps", "spearman_query", "mse_low"]]).all(axis=None)
+    simulate_key, _ = jax.random.split(key)
+    for name, posterior in posteriors.items():
+        simulated = posterior.simulate(held_out(runs), key=simulate_key, draws=20)
+        mean = simulated["mean_loss"].values.astype(float).mean(axis=(0, 1))
+        each = [np.nanmean(np.square(one)[1:]) for one in mean - loss]
+        np.testing.assert_allclose(table.loc[name, "mse"], np.mean(each), rtol=1e-5)
+        # Across runs at the last time of all of them; the last query has none.
+        assert last % 2 == 0 and np.isnan(loss[0, last - 1]).all()
+        at = last - 4
+        expected = spearman_across_runs(mean[:, at, :3], loss[:, at, :3].astype(float))
+        np.testing.assert_allclose(table.loc[name, "spearman_run"], expected)
 
 
 def test_something_is_compared_with_counts_above_zero(posteriors, runs, key):

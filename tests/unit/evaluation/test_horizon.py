@@ -39,6 +39,35 @@ def test_calibration_has_a_value_for_every_time(runs, key):
     assert (np.diff(found["coverage"], axis=0) >= 0).all()
 
 
+def test_calibration_is_of_recorded_times(runs, key):
+    posterior, whole = bs.mean_trajectory(runs.isel(run=slice(0, 5))), runs.isel(run=[5, 6])
+    thinned = whole.copy(deep=True)
+    thinned["loss"].values[:, 1::2] = np.nan
+    thinned["loss"].values[0, 2] = np.nan
+    full, found = (by_horizon(posterior, one, key=key, draws=40) for one in (whole, thinned))
+    known = np.isfinite(thinned["loss"].values[:, 1:])
+    np.testing.assert_array_equal(found["pit"], np.where(known, full["pit"], np.nan))
+    times = runs["time"].values[1:]
+    np.testing.assert_array_equal(np.isnan(found["coverage"]).all("probability"), times % 2 == 1)
+    both = times[(times % 2 == 0) & (times > 2)]
+    np.testing.assert_allclose(found["coverage"].sel(time=both), full["coverage"].sel(time=both))
+    # At time 2 only the second run was recorded.
+    loss = posterior.simulate(whole, key=key, draws=40)["loss"].values[0, :, 1, 2]
+    low, high = np.quantile(loss, [0.05, 0.95], axis=0, method="weibull")
+    truth = whole["loss"].values[1, 2]
+    inside = ((truth >= low) & (truth <= high)).mean()
+    np.testing.assert_allclose(found["coverage"].sel(time=2, probability=0.90), inside)
+
+
+@pytest.mark.filterwarnings("ignore::bayes_simfluence.checks.FitWarning")
+def test_refits_score_what_was_recorded(runs, key):
+    thinned = runs.isel(run=slice(0, 6)).copy(deep=True)
+    thinned["loss"].values[1::2, 3:6] = np.nan
+    method = bs.Exact(times=2)
+    found = elpd_over_runs(thinned, key=key, method=method, folds=2, draws=20)
+    assert np.isfinite(found.to_numpy()).all()
+
+
 @pytest.mark.parametrize("folds", [3, 50])
 def test_every_run_is_scored_by_a_fit_without_it(runs, key, folds):
     method = bs.Ridge(penalty=0.01, objective="centred")

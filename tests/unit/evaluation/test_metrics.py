@@ -11,6 +11,7 @@ from bayes_simfluence.evaluation.metrics import (
     coverage,
     crps,
     gaussian_crps,
+    last_known,
     log_density,
     pit,
     run_scores,
@@ -139,3 +140,51 @@ def test_the_scores_of_a_run_are_averages_after_time_zero(rng):
     # Time 0 is given to every method.
     draws[:, 0] += 100.0
     assert run_scores(draws, mean, truth) == found
+
+
+def test_only_recorded_points_are_scored(rng):
+    draws, truth = rng.normal(size=(30, 6, 4)), rng.normal(size=(6, 4))
+    mean = draws.mean(axis=0)
+    mean[0] = truth[0]
+    known = rng.random((6, 4)) < 0.5
+    known[0], known[5], known[1:, 3] = True, [True, False, False, False], False
+    known[4, 1:3] = True, False
+    known[3, 2] = True
+    found = run_scores(draws, mean, np.where(known, truth, np.nan))
+    points = [(time, query) for time, query in np.argwhere(known).tolist() if time > 0]
+    error = np.array([mean[one] - truth[one] for one in points])
+    np.testing.assert_allclose(found["mse"], (error**2).mean())
+    np.testing.assert_allclose(found["mae"], np.abs(error).mean())
+
+    def mean_over(points, kernel):
+        drawn = np.stack([draws[:, time, query] for time, query in points], axis=1)
+        return kernel(drawn, np.array([truth[one] for one in points])).mean(axis=-1)
+
+    np.testing.assert_allclose(found["crps"], mean_over(points, crps))
+    np.testing.assert_allclose(found["elpd"], mean_over(points, log_density))
+    for probability, inside in zip(COVERAGES, mean_over(points, coverage), strict=True):
+        np.testing.assert_allclose(found[f"coverage_{round(100 * probability)}"], inside)
+    # The final loss is the last recorded one; the last query has none after time 0.
+    ends = [(5, 0), (4, 1), (3, 2)]
+    predicted, final = (np.array([side[one] for one in ends]) for side in (mean, truth))
+    assert found["spearman_query"] == pytest.approx(scipy.stats.spearmanr(predicted, final)[0])
+    changes = (side - truth[0, :3] for side in (predicted, final))
+    assert found["spearman_change"] == pytest.approx(scipy.stats.spearmanr(*changes)[0])
+    inside = mean_over(ends, coverage)[COVERAGES.index(0.90)]
+    np.testing.assert_allclose(found["final_coverage_90"], inside)
+
+
+def test_the_last_known_time_is_marked_once(rng):
+    known = rng.random((7, 50)) < 0.3
+    marked = last_known(known)
+    for query in range(50):
+        expected = np.flatnonzero(known[:, query])[-1:]
+        assert np.flatnonzero(marked[:, query]).tolist() == expected.tolist()
+
+
+def test_a_query_without_a_common_final_loss_is_left_out_of_the_correlation(rng):
+    mean, truth = rng.normal(size=(2, 6, 3))
+    missing = truth.copy()
+    missing[:, 1] = np.nan
+    expected = spearman_across_runs(mean[:, [0, 2]], truth[:, [0, 2]])
+    assert spearman_across_runs(mean, missing) == pytest.approx(expected)

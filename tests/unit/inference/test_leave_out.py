@@ -11,6 +11,12 @@ from bayes_simfluence.linalg import double_precision
 
 RUNS, ROWS, QUERY = 4, 3, 2
 POINTS = RUNS * ROWS
+KNOWN = {
+    "everything": np.ones((RUNS, ROWS), bool),
+    "unlike": np.array([[1, 0, 1], [0, 0, 1], [1, 1, 1], [1, 1, 0]], bool),
+    "alike": np.tile(np.array([True, False, True]), (RUNS, 1)),
+}
+"""Which points were recorded."""
 CONSTANT = -0.5 * (np.log(2 * np.pi) + 1)
 """What the scores leave out of a normal log density per point at its best scale."""
 
@@ -20,16 +26,26 @@ def covariance(rng):
     return root @ root.T + 0.3 * np.eye(POINTS)
 
 
-def refitted(whole, change):
-    """Error and its covariance of each run, by conditioning on all the others."""
+def refitted(whole, change, known):
+    """Error and its covariance of each run's recorded points, by conditioning on all others."""
     errors, covariances = [], []
+    points, flat = np.arange(POINTS).reshape(RUNS, ROWS), change.reshape(POINTS, QUERY)
     for run in range(RUNS):
-        mine = np.arange(run * ROWS, (run + 1) * ROWS)
-        rest = np.setdiff1d(np.arange(POINTS), mine)
+        mine = points[run][known[run]]
+        rest = np.setdiff1d(points[known], mine)
         across = whole[np.ix_(mine, rest)] @ np.linalg.inv(whole[np.ix_(rest, rest)])
-        errors.append(change[run] - across @ np.delete(change, run, axis=0).reshape(-1, QUERY))
+        errors.append(flat[mine] - across @ flat[rest])
         covariances.append(whole[np.ix_(mine, mine)] - across @ whole[np.ix_(rest, mine)])
-    return np.stack(errors), np.stack(covariances)
+    return errors, covariances
+
+
+def marginal(whole, change, known):
+    """What the scores are given where only some points were recorded."""
+    kept = known.ravel()
+    return (
+        np.where(kept[:, None] & kept[None, :], whole, np.eye(POINTS)),
+        np.where(known[..., None], change, np.nan),
+    )
 
 
 def evaluated(function, whole, change):
@@ -38,42 +54,49 @@ def evaluated(function, whole, change):
         return jax.tree.map(np.asarray, found)
 
 
-def test_left_out_runs_are_those_of_fits_without_them(rng):
+@pytest.mark.parametrize("known", KNOWN.values(), ids=list(KNOWN))
+def test_left_out_runs_are_those_of_fits_without_them(rng, known):
     whole, change = covariance(rng), rng.normal(size=(RUNS, ROWS, QUERY))
-    errors, covariances = refitted(whole, change)
-    found = evaluated(left_out, whole, change)
-    np.testing.assert_allclose(found.error, errors, rtol=1e-8)
-    variances = np.diagonal(covariances, axis1=1, axis2=2)
-    np.testing.assert_allclose(found.variance, variances, rtol=1e-8)
+    errors, covariances = refitted(whole, change, known)
+    found = evaluated(left_out, *marginal(whole, change, known))
+    for run in range(RUNS):
+        np.testing.assert_allclose(found.error[run, known[run]], errors[run], rtol=1e-8)
+        variance = found.variance[run, known[run]]
+        np.testing.assert_allclose(variance, np.diag(covariances[run]), rtol=1e-8)
+    np.testing.assert_array_equal(found.error[~known], 0.0)
+    np.testing.assert_allclose(found.variance[~known], 1.0)
 
 
 def by_density(errors, covariances):
     """Mean log density per point at each query's best scale, of independent blocks."""
-    densities = []
+    densities, points = [], sum(len(one) for one in errors)
     for query in range(QUERY):
-        blocks = list(zip(errors[..., query], covariances, strict=True))
+        blocks = [(one[:, query], block) for one, block in zip(errors, covariances, strict=True)]
         squares = [one @ np.linalg.solve(block, one) for one, block in blocks]
-        scale = sum(squares) / POINTS
+        scale = sum(squares) / points
         logs = [multivariate_normal.logpdf(one, cov=scale * block) for one, block in blocks]
-        densities.append(sum(logs) / POINTS)
+        densities.append(sum(logs) / points)
     return np.mean(densities)
 
 
-def test_the_score_is_the_joint_density_of_left_out_runs(rng):
+@pytest.mark.parametrize("known", KNOWN.values(), ids=list(KNOWN))
+def test_the_score_is_the_joint_density_of_left_out_runs(rng, known):
     change = rng.normal(size=(RUNS, ROWS, QUERY))
     for _ in range(2):
         whole = covariance(rng)
-        expected = by_density(*refitted(whole, change)) - CONSTANT
-        np.testing.assert_allclose(evaluated(left_out_score, whole, change), expected, rtol=1e-7)
+        expected = by_density(*refitted(whole, change, known)) - CONSTANT
+        found = evaluated(left_out_score, *marginal(whole, change, known))
+        np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
-def test_the_evidence_is_the_joint_density_of_all_runs(rng):
+@pytest.mark.parametrize("known", KNOWN.values(), ids=list(KNOWN))
+def test_the_evidence_is_the_joint_density_of_all_runs(rng, known):
     change = rng.normal(size=(RUNS, ROWS, QUERY))
     for _ in range(2):
-        whole = covariance(rng)
-        flat = change.reshape(1, POINTS, QUERY)
-        expected = by_density(flat, whole[None]) - CONSTANT
-        np.testing.assert_allclose(evaluated(evidence_score, whole, change), expected, rtol=1e-7)
+        whole, kept = covariance(rng), known.ravel()
+        expected = by_density([change[known]], [whole[np.ix_(kept, kept)]]) - CONSTANT
+        found = evaluated(evidence_score, *marginal(whole, change, known))
+        np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
 @pytest.mark.parametrize("score", [left_out_score, evidence_score])

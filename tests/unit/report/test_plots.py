@@ -3,11 +3,13 @@
 import jax
 import numpy as np
 import pytest
+import xarray as xr
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.evaluation.horizon import by_horizon
 from bayes_simfluence.report.plots import (
+    _moving,
     plot_coverage,
     plot_curves,
     plot_effects,
@@ -79,6 +81,39 @@ def test_coverage_along_training(fitted, key):
     )
     area = sum(patch.get_path().vertices[:, 1].max() > 0 for patch in right.patches)
     assert area == 1
+
+
+def test_what_was_not_recorded_is_not_drawn(fitted, key):
+    runs, posterior = fitted
+    thinned = runs.isel(run=slice(6, 8)).copy(deep=True)
+    thinned["loss"].values[:, np.arange(97) % 8 > 0] = np.nan
+    thinned["loss"].values[1, -1] = np.nan
+    loss, query = thinned["loss"], runs["query"].values[1]
+    simulated = posterior.simulate(thinned, key=key, draws=20)
+    truth = plot_curves({"a": simulated}, thinned, run=1, queries=[query]).axes[0].lines[1]
+    assert truth.get_xdata().tolist() == list(range(0, 96, 8)) and truth.get_marker() == "."
+    np.testing.assert_array_equal(truth.get_ydata(), loss.values[1, :96:8, 1])
+    assert len(plot_curves({"a": simulated}, thinned).axes) == 6
+    both = (loss.isel(run=0).sel(query=query), loss.isel(run=1).sel(query=query))
+    before, after = (simulated.isel(run=[run]) for run in (0, 1))
+    left, right = plot_two(before, after, query=query, recorded=both).axes
+    lengths = [len(line.get_xdata()) for line in left.lines if "trained" in line.get_label()]
+    assert lengths == [13, 12]
+    (trained,) = (line for line in right.lines if line.get_label() == "both trained")
+    np.testing.assert_array_equal(trained.get_ydata(), (both[1] - both[0]).values[:96:8])
+    horizon = by_horizon(posterior, thinned, key=key, draws=20)
+    line = plot_coverage({"a": horizon}).axes[0].lines[0]
+    assert line.get_xdata().tolist() == list(range(8, 97, 8))
+    assert np.isfinite(line.get_ydata()).all()
+
+
+def test_the_queries_that_move_most_are_found_between_recorded_losses():
+    loss = np.full((1, 7, 8), np.nan)
+    loss[:, ::2] = 0.5
+    loss[0, 2, 1:7] += np.arange(1, 7)
+    coordinates = {"run": [0], "time": range(7), "query": list("abcdefgh")}
+    runs = xr.Dataset({"loss": (("run", "time", "query"), loss)}, coords=coordinates)
+    assert _moving(runs, 0) == list("bcdefg")
 
 
 def test_figures_are_not_overwritten(fitted, key, tmp_path):
