@@ -28,6 +28,7 @@ from bayes_simfluence.model.hyper import Values
 from bayes_simfluence.model.joint import (
     JITTER,
     Sites,
+    Units,
     coefficients_of,
     density_of,
     gaps_of,
@@ -49,7 +50,7 @@ class SampledSimulator:
     Attributes:
         model: what was inferred.
         sites: by name, each with leading axes (chain, draw).
-        reference: see ``joint.Observed``.
+        units: of the queries' scales.
         features: embeddings of examples and queries.
         recorded: steps of a recorded run: the unit of training time.
         largest_step_size: what step sizes were divided by; None when they were not recorded.
@@ -58,7 +59,7 @@ class SampledSimulator:
     name: ClassVar[str] = "sampled"
     model: Simfluence
     sites: Mapping[str, Float[np.ndarray, "chain draw *shape"]]
-    reference: Float[np.ndarray, " query"]
+    units: Units
     features: ExampleFeatures
     recorded: int
     largest_step_size: float | None
@@ -78,7 +79,7 @@ class SampledSimulator:
             start = link_of(self.model, jnp.asarray(planned.initial, float))
             unroll = partial(_simulated, self.model, knots=self._knots(steps))
             found = unroll(
-                chosen, jnp.asarray(self.reference), self.features, paths, start,
+                chosen, self.units, self.features, paths, start,
                 jnp.asarray(planned.query), jax.random.split(key, shape[0] * shape[1]),
             )  # fmt: skip
         initial = np.broadcast_to(
@@ -98,7 +99,7 @@ class SampledSimulator:
         """
         chosen, shape = self._chosen(draws)
         with double_precision():
-            one = partial(_effects, self.model, jnp.asarray(self.reference), self.features)
+            one = partial(_effects, self.model, self.units, self.features)
             effects = jax.lax.map(one, chosen)
         named: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
         for name, value in chosen.items():
@@ -130,9 +131,7 @@ class SampledSimulator:
             gaps = gaps_of(self.model, np.asarray(linked))
 
             def one(sites: Sites) -> Array:
-                coefficients = coefficients_of(
-                    self.model, sites, jnp.asarray(self.reference), self.features
-                )
+                coefficients = coefficients_of(self.model, sites, self.units, self.features)
                 seen = linked
                 if len(gaps.imputed):
                     seen = linked.at[tuple(gaps.imputed.T)].set(sites["missing"])
@@ -177,7 +176,8 @@ class SampledSimulator:
     def arrays(self) -> Named:
         """The draws, with axes named by position."""
         named: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-            "reference": (("query",), self.reference),
+            "reference": (("query",), np.asarray(self.units.reference)),
+            "spread": ((), np.asarray(self.units.spread)),
             "train_feature": (("train", "feature"), np.asarray(self.features.train)),
             "query_feature": (("query", "query_feature"), np.asarray(self.features.query)),
         }
@@ -203,6 +203,7 @@ class SampledSimulator:
             features = ExampleFeatures(
                 jnp.asarray(arrays["train_feature"]), jnp.asarray(arrays["query_feature"])
             )
+            units = Units(jnp.asarray(arrays["reference"]), jnp.asarray(arrays["spread"]))
         return cls(
             model=Simfluence.from_dict(settings["model"]),
             sites={
@@ -210,7 +211,7 @@ class SampledSimulator:
                 for name, value in arrays.items()
                 if name.startswith("site_")
             },
-            reference=arrays["reference"],
+            units=units,
             features=features,
             recorded=settings["recorded"],
             largest_step_size=settings["largest_step_size"],
@@ -218,9 +219,9 @@ class SampledSimulator:
 
 
 def _effects(
-    model: Simfluence, reference: Array, features: ExampleFeatures, sites: Sites
+    model: Simfluence, units: Units, features: ExampleFeatures, sites: Sites
 ) -> dict[str, Float[Array, "query train"]]:
-    found = coefficients_of(model, sites, reference, features)
+    found = coefficients_of(model, sites, units, features)
     named = {part: value.mean(axis=2) for part, value in found.additive.items()}
     if found.multiplicative is not None:
         named["multiplicative"] = found.multiplicative
@@ -234,7 +235,7 @@ def _effects(
 def _simulated(
     model: Simfluence,
     draws: Sites,
-    reference: Array,
+    units: Units,
     features: ExampleFeatures,
     paths: Path,
     start: Float[Array, "run query"],
@@ -249,7 +250,7 @@ def _simulated(
         sites, key = inputs
         knot_key, error_key = jax.random.split(key)
         longer = _extended(model, sites, knots, key=knot_key)
-        found = _of_queries(coefficients_of(model, longer, reference, features), query)
+        found = _of_queries(coefficients_of(model, longer, units, features), query)
         noise = noise_of(model, sites)[query]
         factor = _walk_factor(model, sites, paths.progress[0])
         runs = jnp.arange(len(start))

@@ -7,19 +7,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 from numpyro import handlers
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.counterfactual.fitted import stacked_paths
+from bayes_simfluence.counterfactual.fitted import designs_and_means, mean_size, stacked_paths
 from bayes_simfluence.counterfactual.sampled import SampledSimulator
+from bayes_simfluence.inference.path_search import even_rows
 from bayes_simfluence.inference.recorded import Recorded, features_of
-from bayes_simfluence.model.bayesian import Simfluence, link_of
-from bayes_simfluence.model.joint import Gaps, Observed, gaps_of, joint, observed_runs
+from bayes_simfluence.model.bayesian import Path, Simfluence, hypers_of, link_of
+from bayes_simfluence.model.hyper import natural_values, start
+from bayes_simfluence.model.joint import Gaps, Observed, Units, gaps_of, joint
 from bayes_simfluence.model.noise import Gaussian, StudentT
+from bayes_simfluence.model.priors import ExampleFeatures
 
 __all__ = ["LIMIT", "Program", "program_of"]
 
+SPREAD_ROWS = 12
+"""Times of a run at which the size of effects is measured."""
 LIMIT = 1 << 30
 """Bytes of draws that a posterior holds at most; more are thinned while they are made."""
 
@@ -126,7 +131,7 @@ class Program:
         return SampledSimulator(
             model=self.model,
             sites={name: value for name, value in sites.items() if self.keeps(name)},
-            reference=np.asarray(self.observed.reference),
+            units=self.observed.units,
             features=self.observed.features,
             recorded=self.recorded,
             largest_step_size=self.largest_step_size,
@@ -167,10 +172,30 @@ def program_of(runs: Recorded, model: Simfluence, method: str) -> Program:
     )
     paths = stacked_paths(runs.batch, relative, runs.train, runs.batch.shape[1])
     linked = np.asarray(link_of(model, jnp.asarray(runs.loss)))
+    features = features_of(runs, model)
+    units = Units(_reference(linked), _spread(model, paths, features))
     return Program(
         model=model,
-        observed=observed_runs(paths, linked, features_of(runs, model)),
+        observed=Observed(paths, jnp.asarray(linked), units, features),
         gaps=gaps_of(model, linked),
         recorded=int(runs.batch.shape[1]),
         largest_step_size=largest,
     )
+
+
+def _reference(linked: Float[np.ndarray, "run time query"]) -> Array:
+    return jnp.asarray(np.maximum(np.sqrt(np.square(linked[:, 0]).mean(axis=0)), 1e-3))
+
+
+def _spread(model: Simfluence, paths: Path, features: ExampleFeatures) -> Array:
+    """Sd along the runs of effects with unit coefficients, hyperparameters at their centre."""
+    if model.published:
+        return jnp.ones(())
+    hypers = hypers_of(model, features)
+    values = natural_values(hypers, jnp.asarray(start(hypers)))
+    steps = paths.progress.shape[1]
+    rows = jnp.asarray(even_rows(steps, SPREAD_ROWS))
+    designs, _ = designs_and_means(
+        model, values, paths, features, rows, knots=model.coefficients.count(1.0)
+    )
+    return mean_size(designs)

@@ -22,6 +22,10 @@ from bayes_simfluence.linalg import double_precision, symmetric_eigen
 __all__ = ["Eigen", "Form", "Moments", "coefficients", "eigen", "moments", "ridge_weights"]
 
 
+SMALLEST_REFERENCE = 1e-3
+"""Nats that initial losses count as at least, where they are a unit."""
+
+
 class Form(NamedTuple):
     """Which recurrence is regressed.
 
@@ -48,8 +52,9 @@ class Moments(NamedTuple):
         gram: of the columns, each divided by its ``unit``.
         cross: of columns and target.
         square: of the target.
-        unit: what each column was divided by (root mean square of ``L_{t-1}``, or 1), so that one
-            penalty means the same for a and b.
+        unit: what each column was divided by (root mean square of ``L_0``, or 1), so that one
+            penalty or prior scale means the same for a and b; known before any update, so that a
+            prior does not depend on what it predicts.
         rows: number of steps.
     """
 
@@ -96,8 +101,9 @@ def moments(runs: Recorded, form: Form, *, scaled: bool) -> Moments:
     )
     unit = np.ones((len(form.powers), before.shape[1]))
     if scaled:
-        unit = np.stack([np.sqrt(np.mean(before ** (2 * power), axis=0)) for power in form.powers])
-        unit = np.maximum(unit, np.finfo(float).tiny)
+        first = runs.loss[:, 0]
+        unit = np.stack([np.sqrt(np.mean(first ** (2 * power), axis=0)) for power in form.powers])
+        unit = np.maximum(unit, SMALLEST_REFERENCE)
     by_power = {
         power: (paired @ before**power).T.reshape(-1, size, size)
         for power in {first + second for first in form.powers for second in form.powers}

@@ -41,16 +41,18 @@ __all__ = [
     "Gaps",
     "Observed",
     "Sites",
+    "Units",
     "coefficients_of",
     "density_of",
     "gaps_of",
     "joint",
     "noise_of",
-    "observed_runs",
 ]
 
 SCALE = Hyper(0.05, 1.5, "positive", "sd of the effect of a step on one example, units of the link")
-WIDE_SCALE = Hyper(0.3, 1.5, "positive", SCALE.meaning)
+WIDE_SCALE = Hyper(
+    0.5, 1.5, "positive", "sd of a run's change by its curriculum, units of the link"
+)
 NOISE = Hyper(0.01, 1.5, "positive", "sd of one step's error, units of the link")
 """Priors of what belongs to each query: for the published kinds, ``WIDE_SCALE`` for the other."""
 JITTER = 1e-8
@@ -60,29 +62,35 @@ Sites = Mapping[str, Array]
 """Values of the program's sample sites, by name."""
 
 
+class Units(NamedTuple):
+    """Fixed numbers that say what a scale means; known before any update.
+
+    Attributes:
+        reference: of each query, root mean square of its losses before the first update: the loss
+            at which multiplicative and additive effects of the published kinds are equally large.
+        spread: what a query's scale is divided by to be the sd of a coefficient. One for the
+            published kinds; for the others the sd along a run of effects with unit coefficients,
+            so that their scale is that of the loss's change.
+    """
+
+    reference: Float[Array, " query"]
+    spread: Float[Array, ""]
+
+
 class Observed(NamedTuple):
     """Recorded runs as the program sees them.
 
     Attributes:
         paths: exposures, relative step sizes and progress, with a leading axis of runs.
         linked: losses on the scale of the link, time 0 first; NaN = not recorded.
-        reference: of each query, root mean square of its losses before the first update: the loss
-            at which multiplicative and additive effects of the published kinds are equally large.
+        units: of the queries' scales.
         features: embeddings of examples and queries.
     """
 
     paths: Path
     linked: Float[Array, "run time query"]
-    reference: Float[Array, " query"]
+    units: Units
     features: ExampleFeatures
-
-
-def observed_runs(
-    paths: Path, linked: Float[np.ndarray, "run time query"], features: ExampleFeatures
-) -> Observed:
-    """The program's arrays from recorded runs, losses on the scale of the link."""
-    reference = np.sqrt(np.square(linked[:, 0]).mean(axis=0))
-    return Observed(paths, jnp.asarray(linked), jnp.asarray(np.maximum(reference, 1e-3)), features)
 
 
 class Gaps(NamedTuple):
@@ -153,7 +161,7 @@ def joint(
     sites.update(_coefficient_sites(model, values, observed))
     if simulate:
         return
-    coefficients = coefficients_of(model, sites, observed.reference, observed.features)
+    coefficients = coefficients_of(model, sites, observed.units, observed.features)
     linked = _imputed(observed.linked, gaps)
     size = len(linked)
     with numpyro.plate("runs", size, subsample_size=batch) as chosen:
@@ -206,13 +214,14 @@ def _coefficient_sites(model: Simfluence, values: Values, observed: Observed) ->
 
 
 def coefficients_of(
-    model: Simfluence, sites: Sites, reference: Float[Array, " query"], features: ExampleFeatures
+    model: Simfluence, sites: Sites, units: Units, features: ExampleFeatures
 ) -> Coefficients:
     """One draw's coefficients, in units of the link, from its sites.
 
     Unit effects with more knots than a recorded run has belong to a longer one.
     """
-    scale = sites["scale"] if model.prior.scaled else jnp.ones_like(sites["scale"])
+    whole = sites["scale"] / units.spread
+    scale = whole if model.prior.scaled else jnp.ones_like(whole)
     additive, common = {}, {}
     for part in model.parts if model.additive else ():
         unit = sites[f"{part}_unit"]
@@ -222,12 +231,12 @@ def coefficients_of(
         mean = model.prior.mean(sites, part, everyone, features)
         additive[part] = own[:, None, None] * (unit @ root.T) + mean.T[:, :, None]
         if f"{part}_time" in sites:
-            size = sites["scale"] * part_scale(sites, part) * sites[f"{part}_common"]
+            size = whole * part_scale(sites, part) * sites[f"{part}_common"]
             curve = time_curve(model, root)[:, : sites[f"{part}_time"].shape[1]]
             common[part] = size[:, None] * (sites[f"{part}_time"] @ curve.T)
     multiplicative = None
     if model.multiplicative:
-        ratio = 1.0 / reference if model.published else sites["multiplicative_scale"]
+        ratio = 1.0 / units.reference if model.published else sites["multiplicative_scale"]
         size = scale * ratio if model.prior.scaled else scale
         multiplicative = size[:, None] * sites["multiplicative_unit"][..., 0]
     return Coefficients(additive, common, multiplicative)

@@ -10,7 +10,6 @@ import pytest
 import bayes_simfluence as bs
 from bayes_simfluence.checks import FitFailed, FitWarning, Misuse
 from bayes_simfluence.counterfactual.fitted import FittedPaths, designs_and_means
-from bayes_simfluence.inference.exact import _features
 from bayes_simfluence.inference.leave_out import evidence_score, left_out, left_out_score
 from bayes_simfluence.inference.path_search import _change, _negative_score, band_of, even_rows
 from bayes_simfluence.inference.recorded import recorded_from
