@@ -31,7 +31,7 @@ ROWS = {
         "fit",
     ],
     "baselines": ["simple"],
-    "evaluation": ["metrics", "synthetic", "compare", "horizon"],
+    "evaluation": ["metrics", "ranks", "synthetic", "compare", "calibration"],
     "report": ["tables", "plots"],
 }
 """Folder -> its modules; a module imports only from rows above, or from before it in its row."""
