@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bayes_simfluence.baselines.simple import mean_trajectory, persistence
     from bayes_simfluence.checks import FitFailed, FitWarning, Misuse, RunsWarning, WorkFailed
+    from bayes_simfluence.counterfactual.bands import Credible
+    from bayes_simfluence.counterfactual.conformal import Conformal
     from bayes_simfluence.data.runs import planned_runs, runs_from_arrays
     from bayes_simfluence.data.store import (
         append_runs,
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 _HOME = {
     "baselines.simple": ("mean_trajectory", "persistence"),
     "checks": ("FitFailed", "FitWarning", "Misuse", "RunsWarning", "WorkFailed"),
+    "counterfactual.bands": ("Credible",),
+    "counterfactual.conformal": ("Conformal",),
     "data.runs": ("planned_runs", "runs_from_arrays"),
     "data.store": ("append_runs", "example_runs", "export_netcdf", "open_runs", "save_runs"),
     "evaluation.compare": ("compare",),
@@ -59,6 +63,8 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "Ridge",
     "Posterior",
     "load_posterior",
+    "Credible",
+    "Conformal",
     "persistence",
     "mean_trajectory",
     "compare",

@@ -21,8 +21,8 @@ import pandas as pd
 import xarray as xr
 
 import bayes_simfluence as bs
+from bayes_simfluence.evaluation.calibration import by_horizon
 from bayes_simfluence.evaluation.compare import METRICS, RunScores, scores_by_run
-from bayes_simfluence.evaluation.horizon import by_horizon
 from bayes_simfluence.evaluation.metrics import spearman_across_runs
 from bayes_simfluence.inference.ridge import PENALTIES
 from bayes_simfluence.model.priors import Normal

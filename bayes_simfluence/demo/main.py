@@ -13,8 +13,8 @@ from bayes_simfluence.baselines.simple import mean_trajectory, persistence
 from bayes_simfluence.data.curriculum import drop
 from bayes_simfluence.data.runs import planned_runs
 from bayes_simfluence.demo.pretrain import pretrained_checkpoint
+from bayes_simfluence.evaluation.calibration import by_horizon
 from bayes_simfluence.evaluation.compare import compare
-from bayes_simfluence.evaluation.horizon import by_horizon
 from bayes_simfluence.files import PathLike, new_path
 from bayes_simfluence.inference.exact import Exact
 from bayes_simfluence.inference.fit import fit

@@ -11,10 +11,13 @@ from jaxtyping import Bool, Float
 from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.evaluation.metrics import last_known, run_scores, spearman_across_runs
+from bayes_simfluence.inference.fit import fit
+from bayes_simfluence.inference.method import Method
 from bayes_simfluence.inference.posterior import Posterior
+from bayes_simfluence.model.bayesian import Simfluence
 from bayes_simfluence.progress import Progress, Silent
 
-__all__ = ["INTERVAL", "METRICS", "compare", "scores_by_run", "table_of"]
+__all__ = ["INTERVAL", "METRICS", "compare", "elpd_over_runs", "scores_by_run", "table_of"]
 
 METRICS = (
     "mse",
@@ -144,3 +147,39 @@ def table_of(scores: RunScores, *, key: jax.Array, resamples: int) -> dict[str, 
         low, high = np.quantile(kept, tails) if len(kept) else (np.nan, np.nan)
         row[f"{name}_low"], row[f"{name}_high"] = float(low), float(high)
     return row
+
+
+def elpd_over_runs(
+    runs: xr.Dataset,
+    *,
+    key: jax.Array,
+    model: Simfluence | None = None,
+    method: Method | None = None,
+    folds: int = 5,
+    draws: int = 200,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Expected log predictive density of runs that were left out, by refitting without them.
+
+    Points within a run are not exchangeable, so whole runs are left out, ``folds`` groups in turn
+    (as many as runs for leave-one-run-out).
+
+    Returns:
+        One row per run: ``elpd`` (natural log, mean over points) and ``mse`` (nats squared).
+    """
+    runs = usable_runs(runs)
+    count = min(positive_integer("folds", folds), runs.sizes["run"])
+    found: dict[int, tuple[float, float]] = {}
+    with (progress or Silent()).work("left-out runs", count) as meter:
+        for fold, one in enumerate(jax.random.split(key, count)):
+            out = np.arange(fold, runs.sizes["run"], count)
+            rest = np.setdiff1d(np.arange(runs.sizes["run"]), out)
+            fit_key, draw_key = jax.random.split(one)
+            posterior = fit(runs.isel(run=rest), model=model, method=method, key=fit_key)
+            scores = scores_by_run(posterior, runs.isel(run=out), key=draw_key, draws=draws)
+            found.update(zip(out, zip(scores["elpd"], scores["mse"], strict=True), strict=True))
+            meter.advance()
+    ordered = [found[run] for run in range(runs.sizes["run"])]
+    return pd.DataFrame(
+        ordered, columns=["elpd", "mse"], index=pd.Index(runs["run"].values, name="run")
+    )

@@ -12,6 +12,7 @@ import xarray as xr
 
 from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.conventions import EFFECT_SIGN
+from bayes_simfluence.counterfactual.bands import Band
 from bayes_simfluence.counterfactual.mean import MeanSimulator
 from bayes_simfluence.counterfactual.paths import PathSimulator
 from bayes_simfluence.counterfactual.rollout import AffineSimulator, Simulator
@@ -52,24 +53,35 @@ class Posterior:
     settings: dict[str, Any]
     left_out: xr.Dataset | None = None
 
-    def simulate(self, runs: xr.Dataset, *, key: jax.Array, draws: int = 200) -> xr.Dataset:
+    def simulate(
+        self, runs: xr.Dataset, *, key: jax.Array, draws: int = 200, band: Band | None = None
+    ) -> xr.Dataset:
         """Losses along any curricula, from the losses before the first update.
 
         Args:
             runs: recorded or planned (``planned_runs``); of their losses only time 0 is used.
             key: decides the draws; the same key means the same coefficients for all curricula.
             draws: number of draws; a point without a band gives one.
+            band: ``Credible(...)`` or ``Conformal(...)``; no band when omitted.
 
         Returns:
             ``mean_loss`` and ``loss``, both ``(chain, draw, run, time, query)`` in nats: without
-            and with the noise of a single run.
+            and with the noise of a single run. With ``band``, also the edges ``low`` and ``high``
+            of ``loss``, ``(run, time, query)``, whose attributes say what they are.
 
         Raises:
             Misuse: examples or queries that the fitted runs do not know, initial losses that are
-                not finite.
+                not finite, a band that cannot be made.
         """
         keyed(key)
         positive_integer("draws", draws)
+        if band is not None and (isinstance(band, type) or not isinstance(band, Band)):
+            raise Misuse(
+                "band",
+                got=getattr(band, "__name__", repr(band)),
+                expected="Credible(...) or Conformal(...)",
+                do="pass an instance",
+            )
         planned = planned_from(
             validate_runs(runs), self.runs["train"].values, self.runs["query"].values
         )
@@ -82,7 +94,7 @@ class Posterior:
             )
         found = self.simulator.simulate(planned, key=key, draws=draws)
         dims = ("chain", "draw", "run", "time", "query")
-        return xr.Dataset(
+        simulated = xr.Dataset(
             {
                 "mean_loss": (dims, found.mean_loss, _nats("loss without the noise of a run")),
                 "loss": (dims, found.loss, _nats("predicted loss, noise included")),
@@ -93,6 +105,9 @@ class Posterior:
             },
             attrs={"settings": json.dumps(self.settings)},
         )
+        if band is None:
+            return simulated
+        return simulated.assign(band.edges(simulated, self, key=key, draws=draws))
 
     def samples(self, *, key: jax.Array, draws: int = 200) -> xr.Dataset:
         """Draws of coefficients and hyperparameters, ``(chain, draw, ...)``."""

@@ -2,18 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import binom
 
 from bayes_simfluence.checks import shorten, unit_interval
 from bayes_simfluence.conventions import EFFECT_SIGN
+from bayes_simfluence.evaluation.ranks import rank_counts, rank_histogram_test
 from bayes_simfluence.files import PathLike, atomically, new_path
 
-__all__ = ["plot_coverage", "plot_curves", "plot_effects", "plot_two", "save_figure"]
+__all__ = [
+    "plot_coverage",
+    "plot_curves",
+    "plot_effects",
+    "plot_ranks",
+    "plot_two",
+    "save_figure",
+]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 """Okabe and Ito's, told apart by colour-blind readers."""
@@ -31,11 +41,12 @@ def plot_curves(
     """Loss of some queries along one run: recorded, simulated mean, central band.
 
     Args:
-        simulated: by method, as made by ``Posterior.simulate``.
+        simulated: by method, as made by ``Posterior.simulate``; with ``band=...``, that band is
+            shown.
         recorded: the true runs, when there are any.
         run: position of the run.
         queries: ids; the six whose recorded (else simulated) loss moves most when omitted.
-        probability: of the band.
+        probability: of the central interval of the draws, of simulations without a band.
     """
     unit_interval("probability", probability)
     first = next(iter(simulated.values()))
@@ -57,7 +68,8 @@ def plot_curves(
         axes.set_xlabel("time (updates)")
     for axes in grid[:, 0]:
         axes.set_ylabel("loss (nats)")
-    title = f"run {first['run'].values[run]}: simulated mean and {probability:.0%} band"
+    bands = dict.fromkeys(_band_name(one, probability) for one in simulated.values())
+    title = f"run {first['run'].values[run]}: simulated mean and {', '.join(bands)}"
     _legend(figure, grid.flat[0], title)
     return figure
 
@@ -162,6 +174,47 @@ def plot_coverage(horizons: Mapping[str, xr.Dataset]) -> Figure:
     return figure
 
 
+def plot_ranks(ranks: xr.Dataset, *, most: int = 9, probability: float = 0.95) -> Figure:
+    """Histograms of the ranks of ``sbc``, the least uniform quantities first.
+
+    The grey band holds each bar by itself with ``probability`` when the posterior is right. High at
+    both ends: the posterior is too narrow; high in the middle: too wide; high at the right: too
+    low.
+
+    Args:
+        ranks: as made by ``sbc``.
+        most: quantities shown.
+        probability: of the grey band, for each bar.
+    """
+    unit_interval("probability", probability)
+    test = rank_histogram_test(ranks)
+    shown = np.argsort(test.p_values.values, kind="stable")[:most]
+    rank = ranks["rank"].transpose("simulation", "quantity").values[:, shown]
+    draws, bins = int(ranks["rank"].attrs["draws"]), int(ranks["rank"].attrs["bins"])
+    counts = rank_counts(rank, draws, bins)
+    low, high = binom.ppf(_tails(probability), len(rank), 1.0 / bins)
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.2 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    edges = np.linspace(0, draws + 1, bins + 1) - 0.5
+    band = f"{probability:.0%} of a right posterior's bars"
+    for axes, place, heights in zip(grid.flat, shown, counts, strict=False):
+        axes.axhspan(low, high, color="lightgrey", label=band)
+        axes.axhline(len(rank) / bins, color=TRUTH, linewidth=0.8, linestyle="--")
+        axes.stairs(heights, edges, fill=True, color=COLOURS[0], alpha=0.6, label="simulations")
+        name, p_value = ranks["quantity"].values[place], float(test.p_values[place])
+        axes.set_title(f"{name} (p {p_value:.2g})", fontsize=9)
+    for axes in list(grid.flat)[len(shown) :]:
+        axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("rank of the true value")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("simulations")
+    _legend(figure, grid.flat[0], "\n".join(wrap(test.sentence, 44 * columns)))
+    return figure
+
+
 def save_figure(figure: Figure, path: PathLike, *, overwrite: bool = False) -> Path:
     """Write a figure as PNG (or what the suffix says)."""
     path = new_path(path, overwrite=overwrite)
@@ -181,9 +234,21 @@ def _band(
     draws = one[what].stack(sample=("chain", "draw")).transpose("sample", "time")
     mean = one["mean_loss" if "mean_loss" in one else what].mean(("chain", "draw"))
     axes.plot(draws["time"], mean, color=colour, linewidth=1.2, label=name)
-    if draws.sizes["sample"] > 1:
+    if what == "loss" and "low" in one:
+        low, high = one["low"].values, one["high"].values
+    elif draws.sizes["sample"] > 1:
         low, high = np.quantile(draws.values, _tails(probability), axis=0)
-        axes.fill_between(draws["time"].values, low, high, color=colour, alpha=0.2, linewidth=0)
+    else:
+        return
+    axes.fill_between(draws["time"].values, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _band_name(one: xr.Dataset, probability: float) -> str:
+    if "low" not in one:
+        return f"{probability:.0%} band"
+    about = one["low"].attrs
+    whole = "simultaneous " if about["simultaneous"] else ""
+    return f"{about['probability']:.0%} {whole}{about['kind']} band"
 
 
 def _truth(axes: Axes, truth: xr.DataArray, **style: Any) -> None:

@@ -16,7 +16,7 @@ ROWS = {
     "networks": ["checkpoint", "bert"],
     "recording": ["config", "task", "features", "optimizers", "record", "text", "session"],
     "model": ["hyper", "exposure", "transition", "coefficients", "noise", "priors", "bayesian"],
-    "counterfactual": ["rollout", "mean", "fitted", "paths"],
+    "counterfactual": ["bands", "conformal", "rollout", "mean", "fitted", "paths"],
     "inference": [
         "recorded",
         "verdict",
@@ -31,7 +31,7 @@ ROWS = {
         "fit",
     ],
     "baselines": ["simple"],
-    "evaluation": ["metrics", "synthetic", "compare", "horizon"],
+    "evaluation": ["metrics", "ranks", "synthetic", "compare", "calibration"],
     "report": ["tables", "plots"],
 }
 """Folder -> its modules; a module imports only from rows above, or from before it in its row."""

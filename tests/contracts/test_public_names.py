@@ -28,6 +28,8 @@ DOCUMENTED = [
     "Ridge",
     "Posterior",
     "load_posterior",
+    "Credible",
+    "Conformal",
     "persistence",
     "mean_trajectory",
     "compare",

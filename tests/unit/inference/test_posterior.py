@@ -123,6 +123,21 @@ def test_a_saved_posterior_simulates_the_same(posteriors, held_out, tmp_path, me
     assert [one.name for one in tmp_path.iterdir()] == ["posterior.nc"]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_a_conformal_band(posteriors, method):
+    new, calibration = whole().isel(run=slice(8, 12)), whole().isel(run=slice(4, 8))
+    bands = {"held out": bs.Conformal(calibration, 0.8)}
+    if posteriors[method].left_out is not None:
+        bands["left out"] = bs.Conformal(None, 0.8)
+    assert ("left out" in bands) == (method in ("two-timescale", "ridge band"))
+    for band in bands.values():
+        found = posteriors[method].simulate(new, key=KEY, draws=40, band=band)
+        inside = (new["loss"] >= found["low"]) & (new["loss"] <= found["high"])
+        # 0.8 on average over recordings; calibrated on the four runs of this one.
+        assert inside.isel(time=slice(1, None)).mean() > 0.4
+        assert found["low"].attrs["n_calibration"] == 4
+
+
 def test_what_is_no_posterior_is_refused(posteriors, tmp_path):
     with pytest.raises(Misuse, match=r"no such file.*check the path"):
         bs.load_posterior(tmp_path / "none.nc")

@@ -4,15 +4,17 @@ import jax
 import numpy as np
 import pytest
 import xarray as xr
+from scipy.stats import binom
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.evaluation.horizon import by_horizon
+from bayes_simfluence.evaluation.calibration import by_horizon
 from bayes_simfluence.report.plots import (
     _moving,
     plot_coverage,
     plot_curves,
     plot_effects,
+    plot_ranks,
     plot_two,
     save_figure,
 )
@@ -42,6 +44,17 @@ def test_curves_show_truth_mean_and_band(fitted, key):
     assert edge.max() == pytest.approx(high.max(), rel=1e-5)
     assert "nats" in axes.get_ylabel()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["bayes", "recorded"]
+
+
+def test_curves_show_the_band_that_was_asked_for(fitted, key):
+    runs, posterior = fitted
+    band = bs.Credible(0.5, simultaneous=True)
+    simulated = posterior.simulate(runs.isel(run=[6]), key=key, draws=40, band=band)
+    figure = plot_curves({"bayes": simulated}, None, queries=[runs["query"].values[0]])
+    edge = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert edge.min() == pytest.approx(float(simulated["low"][0, :, 0].min()), rel=1e-5)
+    assert edge.max() == pytest.approx(float(simulated["high"][0, :, 0].max()), rel=1e-5)
+    assert "50% simultaneous credible band" in figure.get_suptitle()
 
 
 def test_curves_pick_the_queries_that_move_most(fitted, key):
@@ -114,6 +127,26 @@ def test_the_queries_that_move_most_are_found_between_recorded_losses():
     coordinates = {"run": [0], "time": range(7), "query": list("abcdefgh")}
     runs = xr.Dataset({"loss": (("run", "time", "query"), loss)}, coords=coordinates)
     assert _moving(runs, 0) == list("bcdefg")
+
+
+def test_ranks_are_shown_worst_first_with_the_expected_band(rng):
+    rank = rng.integers(0, 20, (50, 4))
+    rank[:, 2] //= 4
+    ranks = xr.Dataset(
+        {"rank": (("simulation", "quantity"), rank, {"draws": 19, "bins": 5})},
+        {"quantity": list("abcd")},
+    )
+    figure = plot_ranks(ranks, most=2)
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(shown) == 2 and shown[0].get_title().startswith("c (p ")
+    bars = shown[0].patches[-1].get_data()
+    high = int((rank[:, 2] == 4).sum())
+    assert bars.values.tolist() == [50 - high, high, 0, 0, 0]
+    np.testing.assert_array_equal(bars.edges, [-0.5, 3.5, 7.5, 11.5, 15.5, 19.5])
+    lowest, highest = binom.ppf([0.025, 0.975], 50, 0.2)
+    band = shown[0].patches[0]
+    assert (band.get_y(), band.get_y() + band.get_height()) == (lowest, highest)
+    assert "too low" not in figure.get_suptitle() and "too high" in figure.get_suptitle()
 
 
 def test_figures_are_not_overwritten(fitted, key, tmp_path):

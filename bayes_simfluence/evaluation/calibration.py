@@ -1,0 +1,269 @@
+"""Calibration: ranks of true values over simulated recordings, and held-out runs along training."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+from warnings import catch_warnings, simplefilter
+
+import jax
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+
+from bayes_simfluence.checks import FitWarning, Misuse, keyed, named, positive_integer
+from bayes_simfluence.data.runs import usable_runs
+from bayes_simfluence.evaluation.metrics import COVERAGES, coverage, pit
+from bayes_simfluence.evaluation.ranks import even_bins, rank_among
+from bayes_simfluence.inference.fit import fit
+from bayes_simfluence.inference.method import Method
+from bayes_simfluence.inference.posterior import Posterior
+from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.progress import Progress, Silent
+
+__all__ = ["PriorDraw", "Quantity", "by_horizon", "sbc"]
+
+PriorDraw: TypeAlias = Callable[[jax.Array], tuple[xr.Dataset, xr.Dataset]]
+"""PRNG key -> recorded runs drawn from the model's prior, and the true values that made them, with
+the variables and dimensions of ``Posterior.samples`` less ``chain`` and ``draw``."""
+
+Quantity: TypeAlias = Callable[[xr.Dataset, xr.Dataset], xr.DataArray]
+"""(values, runs) -> one number or array of numbers. The values are the truth, or draws with
+``chain`` and ``draw``, which must be kept."""
+
+
+def sbc(
+    prior_draw: PriorDraw,
+    method: Method,
+    *,
+    key: jax.Array,
+    model: Simfluence | None = None,
+    simulations: int = 200,
+    draws: int = 99,
+    quantities: Sequence[str] | Mapping[str, Quantity] | None = None,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """Simulation-based calibration: ranks of true values among draws of their posteriors.
+
+    Truth and runs are drawn from the prior, the runs are fitted, and the truth is ranked among the
+    posterior's draws. If method and model are right every rank is equally likely (Talts et al.
+    2018, arXiv 1804.06788); ``rank_histogram_test`` tests that, ``plot_ranks`` shows it.
+
+    A method that draws independently is asked for ``draws`` draws. Of a Markov chain, which holds
+    its draws, as many are kept at even distances, so that they are nearly independent when the
+    chain has at least as many effective ones (algorithm 2 there).
+
+    Args:
+        prior_draw: makes the runs and the truth, from the very prior that ``method`` assumes.
+        method, model: what is tested, as for ``fit``.
+        key: decides everything; the first simulations are the same whatever their number.
+        simulations: fits.
+        draws: kept of each posterior; ``draws + 1`` must have a divisor in 2..10.
+        quantities: names of the true values to rank, all when omitted; or functions ``(values,
+            runs) -> array`` by name. One that looks at the runs, such as the log likelihood, sees
+            posteriors that ignore them, which the others cannot.
+        progress: told of every simulation; silent when omitted.
+
+    Returns:
+        ``rank (simulation, quantity)``, 0 to ``draws``, with attributes ``draws`` and ``bins``;
+        ``effective (simulation,)``, the effective draws of the worst quantity, at most ``draws``;
+        ``ok (simulation,)``, the verdicts. Attributes count ``failed_verdicts`` (no warning is
+        shown) and ``short_chains``, simulations with fewer than ``draws`` effective draws.
+
+    Raises:
+        Misuse: a point method, or true values that the posterior does not have.
+
+    >>> import jax, bayes_simfluence as bs
+    >>> from bayes_simfluence.evaluation.synthetic import linear_runs
+    >>> def prior_draw(key):
+    ...     runs, truth = linear_runs(key=key, runs=4, train=4, query=1, per_run=4, epochs=2)
+    ...     return runs, xr.Dataset({"b": (("query", "train"), truth.b)})
+    >>> model = bs.Simfluence(kind="linear")
+    >>> found = sbc(
+    ...     prior_draw, bs.Exact(), model=model, simulations=2, draws=19, key=jax.random.key(0)
+    ... )
+    >>> found["rank"].dims, found["quantity"].values.tolist()
+    (('simulation', 'quantity'), ['b[0, 0]', 'b[0, 1]', 'b[0, 2]', 'b[0, 3]'])
+    """
+    keyed(key)
+    positive_integer("simulations", simulations)
+    bins = even_bins(positive_integer("draws", draws), simulations)
+    if bins == 1:
+        raise Misuse(
+            "draws",
+            got=draws,
+            expected="a number such that draws + 1 splits into 2 to 10 equal bins",
+            do="pass draws=99",
+        )
+    found = []
+    with (progress or Silent()).work("simulations", simulations) as meter:
+        for number in range(simulations):
+            fit_key, sample_key, tie_key, prior_key = jax.random.split(
+                jax.random.fold_in(key, number), 4
+            )
+            runs, truth = prior_draw(prior_key)
+            posterior = _quietly_fitted(runs, model, method, fit_key)
+            pairs = _sampled(posterior, truth, quantities, draws, sample_key)
+            rank = rank_among(_evenly_kept(pairs.draws, draws), pairs.truth, key=tie_key)
+            found.append(
+                (pairs.names, rank, _effective(posterior, pairs, draws), posterior.verdict.ok)
+            )
+            meter.advance()
+    names, ranks, effectives, ok = zip(*found, strict=True)
+    about = {} if model is None else {"model": model.as_dict()}
+    variables = {
+        "rank": (np.stack(ranks), {"long_name": "draws below the true value"}),
+        "effective": (np.array(effectives), {"long_name": "effective draws, at most those kept"}),
+        "ok": (np.array(ok), {"long_name": "nothing in the fit's verdict asks for attention"}),
+    }
+    result = xr.Dataset(
+        {
+            name: (("simulation", "quantity")[: values.ndim], values, attrs)
+            for name, (values, attrs) in variables.items()
+        },
+        coords={"simulation": np.arange(simulations), "quantity": names[0]},
+        attrs={
+            "failed_verdicts": simulations - sum(ok),
+            "short_chains": int((np.array(effectives) < draws).sum()),
+            "settings": json.dumps({**about, **method.as_dict()}),
+        },
+    )
+    result["rank"].attrs.update(draws=draws, bins=bins)
+    return result
+
+
+def by_horizon(
+    posterior: Posterior, runs: xr.Dataset, *, key: jax.Array, draws: int = 400
+) -> xr.Dataset:
+    """PIT values and coverage of held-out runs at each time after the first.
+
+    Returns:
+        ``pit (run, time, query)`` in (0, 1), uniform for a calibrated band, and ``coverage
+        (probability, time)``, the share of runs and queries within the central bands; NaN where
+        nothing was recorded.
+    """
+    runs = usable_runs(runs)
+    simulated = posterior.simulate(runs, key=key, draws=draws)
+    stacked = simulated["loss"].stack(sample=("chain", "draw")).isel(time=slice(1, None))
+    values = stacked.transpose("sample", "run", "time", "query").values
+    truth = runs["loss"].values[:, 1:]
+    known = np.isfinite(truth)
+    inside = np.where(known[None], coverage(values, truth), 0.0).sum(axis=(1, 3))
+    count = known.sum(axis=(0, 2))
+    covered = np.where(count[None] > 0, inside / np.maximum(count, 1)[None], np.nan)
+    return xr.Dataset(
+        {
+            "pit": (("run", "time", "query"), np.where(known, pit(values, truth), np.nan)),
+            "coverage": (("probability", "time"), covered),
+        },
+        coords={
+            "run": runs["run"],
+            "time": runs["time"][1:],
+            "query": runs["query"],
+            "probability": list(COVERAGES),
+        },
+    )
+
+
+def _quietly_fitted(
+    runs: xr.Dataset, model: Simfluence | None, method: Method, key: jax.Array
+) -> Posterior:
+    with catch_warnings():
+        # Verdicts are counted instead.
+        simplefilter("ignore", FitWarning)
+        return fit(runs, model=model, method=method, key=key)
+
+
+class _Pairs(NamedTuple):
+    names: list[str]
+    draws: Float[np.ndarray, "chain draw quantity"]
+    truth: Float[np.ndarray, " quantity"]
+
+
+def _sampled(
+    posterior: Posterior,
+    truth: xr.Dataset,
+    quantities: Sequence[str] | Mapping[str, Quantity] | None,
+    draws: int,
+    key: jax.Array,
+) -> _Pairs:
+    """Draws and truth of every number that is ranked."""
+    held = posterior.simulator.draws
+    values = posterior.samples(key=key, draws=draws if held is None else max(draws, held))
+    if not isinstance(quantities, Mapping):
+        chosen = [str(name) for name in (truth.data_vars if quantities is None else quantities)]
+        named("true values", chosen, truth.data_vars)
+        named("true values", chosen, values.data_vars)
+        quantities = {name: _variable(name) for name in chosen}
+    names: list[str] = []
+    drawn, true = [], []
+    for name, quantity in quantities.items():
+        of_draws = quantity(values, posterior.runs).transpose("chain", "draw", ...)
+        of_truth = _like(name, quantity(truth, posterior.runs), of_draws)
+        drawn.append(of_draws.values.astype(float).reshape(*of_draws.shape[:2], -1))
+        true.append(of_truth.values.astype(float).ravel())
+        names += _labels(name, of_draws)
+    return _Pairs(names, np.concatenate(drawn, axis=2), np.concatenate(true))
+
+
+def _variable(name: str) -> Quantity:
+    return lambda values, _: values[name]
+
+
+def _like(name: str, truth: xr.DataArray, draws: xr.DataArray) -> xr.DataArray:
+    """The truth with its dimensions and ids in the order of the draws'."""
+    dims = draws.dims[2:]
+    sizes = {dim: draws.sizes[dim] for dim in dims}
+    if dict(truth.sizes) != sizes:
+        raise Misuse(
+            f"the truth of '{name}'",
+            got=f"dimensions {dict(truth.sizes)}",
+            expected=f"{sizes}, as the posterior has",
+            do="make prior_draw name the dimensions of Posterior.samples without chain and draw",
+        )
+    if not np.isfinite(truth.values).all():
+        raise Misuse(
+            f"the truth of '{name}'",
+            got="values that are not finite",
+            expected="the numbers that made the runs",
+            do="check prior_draw",
+        )
+    ids = {dim: draws[dim].values for dim in dims if dim in draws.coords and dim in truth.coords}
+    order = {
+        dim: named(f"{dim} of the truth of '{name}'", one, truth[dim].values)
+        for dim, one in ids.items()
+    }
+    return truth.isel(order).transpose(*dims)
+
+
+def _labels(name: str, draws: xr.DataArray) -> list[str]:
+    sizes = draws.shape[2:]
+    ids = [draws[dim].values for dim in draws.dims[2:]]
+    places = (
+        ", ".join(str(one[at]) for one, at in zip(ids, place, strict=True))
+        for place in np.ndindex(*sizes)
+    )
+    return [f"{name}[{place}]" if sizes else name for place in places]
+
+
+def _evenly_kept(
+    values: Float[np.ndarray, "chain held quantity"], draws: int
+) -> Float[np.ndarray, "draw quantity"]:
+    values = values.reshape(-1, values.shape[2])
+    if len(values) < draws:
+        raise Misuse(
+            "sbc(draws=...)",
+            got=f"{draws} of a posterior that has {len(values)}",
+            expected="at most the draws that the method makes",
+            do="lower draws, or take a method that draws more; a point has no ranks",
+        )
+    return values[np.linspace(0, len(values) - 1, draws).round().astype(int)]
+
+
+def _effective(posterior: Posterior, pairs: _Pairs, draws: int) -> float:
+    """Smallest bulk effective sample size (Vehtari et al. 2021), at most ``draws``."""
+    if posterior.simulator.draws is None:
+        return float(draws)
+    import arviz
+
+    found = arviz.ess(xr.Dataset({"all": (("chain", "draw", "quantity"), pairs.draws)}))
+    return min(float(draws), float(np.nanmin(found["all"].values)))
