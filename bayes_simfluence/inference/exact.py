@@ -11,8 +11,10 @@ from bayes_simfluence.checks import Misuse, choice_of, positive_integer
 from bayes_simfluence.counterfactual.fitted import FittedPaths
 from bayes_simfluence.counterfactual.paths import PathSimulator
 from bayes_simfluence.counterfactual.rollout import AffineSimulator
+from bayes_simfluence.inference.collapsed import collapsed_paths, collapsed_regression
 from bayes_simfluence.inference.evidence import scales_of
 from bayes_simfluence.inference.method import Fitted, LeftOutRuns
+from bayes_simfluence.inference.nuts import NUTS
 from bayes_simfluence.inference.path_search import (
     CRITERIA,
     Band,
@@ -36,28 +38,38 @@ MARGIN = 0.95
 
 @dataclass(frozen=True)
 class Exact:
-    """The exact posterior given hyperparameters, which are point estimates.
+    """Gaussian posteriors of coefficients in closed form, hyperparameters learned.
 
     For the two-timescale model, hyperparameters are shared by all queries and chosen by the log
     score of left-out runs or by marginal likelihood; each query's scale is closed-form and its
     uncertainty is in the band, which left-out runs recalibrate. For the published kinds each
     query's prior scale and noise maximize its marginal likelihood.
 
-    Of losses recorded only at some times, other ones in each run if need be, the two-timescale
-    model takes the exact marginal; all queries of a run share its times.
+    With ``hyperparameters="nuts"`` they are sampled instead, coefficients integrated out
+    (collapsed), and coefficients drawn exactly for each draw: the posterior of ``NUTS``, found in a
+    few dimensions. Nothing is recalibrated then.
 
     Attributes:
-        hyperparameters: the criterion of the two-timescale model.
-        times: recorded times of each run that the two-timescale model conditions on, spread
-            evenly; cost grows with the cube of runs x times.
+        hyperparameters: the criterion, or ``nuts``.
+        times: times of each run that the two-timescale model conditions on, spread evenly; cost
+            grows with the cube of runs x times.
+        sampler: settings of the sampling; ``NUTS()`` when omitted.
     """
 
     hyperparameters: Criterion = "leave-one-run-out"
     times: int = 24
+    sampler: NUTS | None = None
 
     def __post_init__(self) -> None:
         choice_of("Exact(hyperparameters=...)", self.hyperparameters, CRITERIA)
         positive_integer("Exact(times=...)", self.times)
+        if self.sampler is not None and self.hyperparameters != "nuts":
+            raise Misuse(
+                "Exact(sampler=...)",
+                got=f"a sampler with hyperparameters={self.hyperparameters!r}",
+                expected="hyperparameters='nuts'",
+                do="pass both or none",
+            )
 
     def default_model(self) -> Simfluence:
         """The two-timescale model."""
@@ -77,19 +89,19 @@ class Exact:
         progress: Progress,
     ) -> Fitted:
         """The posterior of ``model`` given ``runs``."""
-        if model.kind == "two-timescale":
-            return self._paths(runs, model, progress)
-        return _regression(runs, Form(model.kind, 1.0, False), progress)
+        sampler = self.sampler or NUTS()
+        form = _form_of(model)
+        if form is None:
+            _check_paths(runs, model)
+            if self.hyperparameters != "nuts":
+                return self._paths(runs, model, progress)
+            rows = recorded_rows(np.asarray(runs.known.any(axis=2)), self.times)
+            return collapsed_paths(runs, model, rows, sampler, key=key, progress=progress)
+        if self.hyperparameters != "nuts":
+            return _regression(runs, form, progress)
+        return collapsed_regression(runs, model, form, sampler, key=key, progress=progress)
 
     def _paths(self, runs: Recorded, model: Simfluence, progress: Progress) -> Fitted:
-        if len(runs.batch) < 2:
-            raise Misuse(
-                "runs",
-                got="one run",
-                expected="at least two, since the error of a run is learned from left-out ones",
-                do="record more runs, or fit Simfluence(kind='linear')",
-            )
-        _same_times(runs)
         largest = None if runs.step_size is None else float(np.max(runs.step_size)) or None
         fitted = FittedPaths(
             batch=runs.batch,
@@ -114,6 +126,49 @@ class Exact:
         )
         left_out = LeftOutRuns(rows + 1, band.predicted, band.low, band.high)
         return Fitted(simulator, _verdict(runs, rows, found, band, simulator), left_out)
+
+
+def _form_of(model: Simfluence) -> Form | None:
+    """The regression that a model is; None for one that is a path with smooth or own parts."""
+    if not model.published:
+        return None
+    plain = Simfluence(kind=model.kind)
+    if model != plain:
+        raise Misuse(
+            "Exact: the model",
+            got=f"kind={model.kind!r} with other parts than its own",
+            expected=f"Simfluence(kind={model.kind!r}), or kind='two-timescale' with those parts",
+            do="fit it with NUTS() or SVI(), which take every model",
+        )
+    form: Any = model.kind
+    return Form(form, 1.0, False)
+
+
+def _check_paths(runs: Recorded, model: Simfluence) -> None:
+    """Raise unless effects and error are Gaussian and all queries share one covariance."""
+    error, prior = model.error, model.prior
+    wrong = {
+        f"error={error!r}": not error.gaussian or getattr(error, "loss_power", 0.0) != 0,
+        f"prior={prior!r}": not prior.gaussian or prior.pooled,
+        "multiplicative=True": model.multiplicative,
+    }
+    for what, bad in wrong.items():
+        if bad:
+            raise Misuse(
+                "Exact: the model",
+                got=what,
+                expected="Gaussian effects and errors that do not follow the loss: priors.Normal "
+                "or priors.Features without pooling, noise.Smooth, AR1 or Gaussian",
+                do="fit it with NUTS() or SVI(), which take every model",
+            )
+    if len(runs.batch) < 2:
+        raise Misuse(
+            "runs",
+            got="one run",
+            expected="at least two, since the error of a run is learned from left-out ones",
+            do="record more runs, or fit Simfluence(kind='linear')",
+        )
+    _same_times(runs)
 
 
 def _same_times(runs: Recorded) -> None:

@@ -37,8 +37,8 @@ __all__ = [
     "search",
 ]
 
-Criterion = Literal["leave-one-run-out", "evidence"]
-CRITERIA: tuple[Criterion, ...] = ("leave-one-run-out", "evidence")
+Criterion = Literal["leave-one-run-out", "evidence", "nuts"]
+CRITERIA: tuple[Criterion, ...] = ("leave-one-run-out", "evidence", "nuts")
 COARSE, COARSE_STEPS, FINE_STEPS = 12, 60, 8
 """Times per run and most L-BFGS iterations of the search; iterations of its polish."""
 WIDENING_KNOTS = 5
