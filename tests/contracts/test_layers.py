@@ -16,7 +16,7 @@ ROWS = {
     "networks": ["checkpoint", "bert"],
     "recording": ["config", "task", "features", "optimizers", "record", "text", "session"],
     "model": ["hyper", "exposure", "transition", "coefficients", "noise", "priors", "bayesian"],
-    "counterfactual": ["rollout", "mean", "fitted", "paths"],
+    "counterfactual": ["density", "rollout", "mean", "fitted", "path_draws", "paths"],
     "inference": [
         "recorded",
         "verdict",
