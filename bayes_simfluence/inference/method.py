@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+import xarray as xr
 from jaxtyping import Float
 
 from bayes_simfluence.counterfactual.rollout import Simulator
@@ -33,11 +34,18 @@ class LeftOutRuns(NamedTuple):
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a method returns; ``fit`` makes the ``Posterior`` of it."""
+    """What a method returns; ``fit`` makes the ``Posterior`` of it.
+
+    Attributes:
+        simulator, verdict: of the fit.
+        left_out: simulations of fitted runs by fits without them.
+        sample_stats: of a sampler's draws, variables ``(chain, draw)`` with ArviZ's names.
+    """
 
     simulator: Simulator
     verdict: Verdict
     left_out: LeftOutRuns | None = None
+    sample_stats: xr.Dataset | None = None
 
 
 @runtime_checkable

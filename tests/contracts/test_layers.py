@@ -18,6 +18,7 @@ ROWS = {
     "model": ["hyper", "exposure", "transition", "coefficients", "noise", "priors", "bayesian"],
     "counterfactual": ["density", "rollout", "mean", "fitted", "path_draws", "paths"],
     "inference": [
+        "containers",
         "recorded",
         "verdict",
         "method",
@@ -31,7 +32,7 @@ ROWS = {
         "fit",
     ],
     "baselines": ["simple"],
-    "evaluation": ["metrics", "synthetic", "compare", "horizon"],
+    "evaluation": ["metrics", "synthetic", "compare", "horizon", "whole_runs"],
     "report": ["tables", "plots"],
 }
 """Folder -> its modules; a module imports only from rows above, or from before it in its row."""
