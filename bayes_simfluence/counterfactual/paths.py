@@ -29,7 +29,7 @@ from bayes_simfluence.counterfactual.fitted import (
     stacked_paths,
 )
 from bayes_simfluence.counterfactual.path_draws import drawn_paths, drawn_weights
-from bayes_simfluence.counterfactual.rollout import Named, Planned, Simulated
+from bayes_simfluence.counterfactual.rollout import CHUNK, Named, Planned, Simulated
 from bayes_simfluence.linalg import cholesky, double_precision, solve_lower
 from bayes_simfluence.model import bayesian
 from bayes_simfluence.model.bayesian import Simfluence, hypers_of, link_of, loss_of
@@ -89,16 +89,16 @@ class PathSimulator:
         deviations = self._deviations(
             solved, designs, error, spread, planned.query, key=key, draws=draws
         )
-        initial = np.broadcast_to(
-            planned.initial.astype(np.float32)[None, :, None],
-            (draws, len(planned.batch), 1, len(planned.query)),
-        )
-        start = np.asarray(centre, np.float32)[None]
+        start, runs = np.asarray(centre, np.float32)[None], len(planned.batch)
 
         def in_nats(deviation: Array) -> np.ndarray:
-            linked = np.moveaxis(np.asarray(deviation), 0, -1) + start
-            later = np.asarray(loss_of(self.model, jnp.asarray(linked)))
-            return np.concatenate([initial, later], axis=2)[None]
+            found = np.empty((1, draws, runs, len(rows) + 1, len(planned.query)), np.float32)
+            found[:, :, :, 0] = planned.initial
+            for first in range(0, draws, CHUNK):
+                some = slice(first, first + CHUNK)
+                linked = np.moveaxis(np.asarray(deviation)[:, some], 0, -1) + start
+                found[0, some, :, 1:] = loss_of(self.model, jnp.asarray(linked))
+            return found
 
         return Simulated(*(in_nats(one) for one in deviations))
 

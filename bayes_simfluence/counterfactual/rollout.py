@@ -19,7 +19,7 @@ from bayes_simfluence.data.curriculum import exposures
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.transition import affine_path
 
-__all__ = ["AffineSimulator", "Named", "Planned", "Simulated", "Simulator", "resampled"]
+__all__ = ["CHUNK", "AffineSimulator", "Named", "Planned", "Simulated", "Simulator", "resampled"]
 
 Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
 """Arrays with the names of their dimensions."""
