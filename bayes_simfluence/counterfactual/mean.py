@@ -51,6 +51,17 @@ class MeanSimulator:
         """The one trajectory there is."""
         return {"change": (("chain", "draw", "time", "query"), self.change[None, None])}
 
+    def log_likelihood(
+        self,
+        planned: Planned,
+        loss: Float[np.ndarray, "run time query"],
+        *,
+        key: jax.Array,
+        draws: int,
+    ) -> None:
+        """Residual paths have no density."""
+        return None
+
     def arrays(self) -> Named:
         """Mean change and residuals."""
         return {

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import Misuse
+from bayes_simfluence.counterfactual.density import correlated_log_density, whitening
 from bayes_simfluence.counterfactual.fitted import (
     FittedPaths,
     designs_and_means,
@@ -27,10 +28,11 @@ from bayes_simfluence.counterfactual.fitted import (
     mean_size,
     stacked_paths,
 )
-from bayes_simfluence.counterfactual.rollout import Named, Planned, Simulated
+from bayes_simfluence.counterfactual.path_draws import drawn_paths, drawn_weights
+from bayes_simfluence.counterfactual.rollout import CHUNK, Named, Planned, Simulated
 from bayes_simfluence.linalg import cholesky, double_precision, solve_lower
 from bayes_simfluence.model import bayesian
-from bayes_simfluence.model.bayesian import Simfluence, hypers_of, link_of, loss_of
+from bayes_simfluence.model.bayesian import Simfluence, hypers_of, link_of, log_slope, loss_of
 from bayes_simfluence.model.hyper import Values, natural_values
 from bayes_simfluence.model.priors import ExampleFeatures
 
@@ -80,42 +82,87 @@ class PathSimulator:
 
     def simulate(self, planned: Planned, *, key: jax.Array, draws: int) -> Simulated:
         """Draws of weights, scales and run errors, independent between queries."""
-        steps = planned.batch.shape[1]
         with double_precision():
-            solved = self._solved(steps / self.fitted.steps)
-            paths = stacked_paths(
-                planned.batch, self._step_size(planned), self.fitted.train, self.fitted.steps
-            )
-            designs, mean = designs_and_means(
-                self.model,
-                solved.values,
-                paths,
-                self.fitted.features,
-                jnp.arange(steps),
-                knots=solved.knots,
-            )
-            designs = designs / solved.size
-            error = cholesky(error_covariance(self.model, solved.values, paths.progress[0]))
-            linked = link_of(self.model, jnp.asarray(planned.initial, float))
-            known = jnp.einsum("rtw,wq->rtq", designs, solved.weights[:, planned.query])
-            centre = linked[:, None] + mean[..., planned.query] + known
-            widened = np.exp(0.5 * self.log_widening(np.asarray(paths.progress[0])))
-        spread = self.scale[planned.query][:, None] * widened[None]
+            rows = np.arange(planned.batch.shape[1])
+            solved, designs, centre, covariance, spread = self._centred(planned, rows)
+            error = cholesky(covariance)
         deviations = self._deviations(
             solved, designs, error, spread, planned.query, key=key, draws=draws
         )
-        initial = np.broadcast_to(
-            planned.initial.astype(np.float32)[None, :, None],
-            (draws, len(planned.batch), 1, len(planned.query)),
-        )
-        start = np.asarray(centre, np.float32)[None]
+        start, runs = np.asarray(centre, np.float32)[None], len(planned.batch)
 
         def in_nats(deviation: Array) -> np.ndarray:
-            linked = np.moveaxis(np.asarray(deviation), 0, -1) + start
-            later = np.asarray(loss_of(self.model, jnp.asarray(linked)))
-            return np.concatenate([initial, later], axis=2)[None]
+            found = np.empty((1, draws, runs, len(rows) + 1, len(planned.query)), np.float32)
+            found[:, :, :, 0] = planned.initial
+            for first in range(0, draws, CHUNK):
+                some = slice(first, first + CHUNK)
+                linked = np.moveaxis(np.asarray(deviation)[:, some], 0, -1) + start
+                found[0, some, :, 1:] = loss_of(self.model, jnp.asarray(linked))
+            return found
 
         return Simulated(*(in_nats(one) for one in deviations))
+
+    def _centred(self, planned: Planned, rows: Int[np.ndarray, " row"]) -> "_Centred":
+        """Planned runs after the steps ``rows``: where draws deviate from, and by how much."""
+        solved = self._solved(planned.batch.shape[1] / self.fitted.steps)
+        paths = stacked_paths(
+            planned.batch, self._step_size(planned), self.fitted.train, self.fitted.steps
+        )
+        designs, mean = designs_and_means(
+            self.model,
+            solved.values,
+            paths,
+            self.fitted.features,
+            jnp.asarray(rows),
+            knots=solved.knots,
+        )
+        designs = designs / solved.size
+        linked = link_of(self.model, jnp.asarray(planned.initial, float))
+        known = jnp.einsum("rtw,wq->rtq", designs, solved.weights[:, planned.query])
+        centre = linked[:, None] + mean[..., planned.query] + known
+        progress = paths.progress[0]
+        error = error_covariance(self.model, solved.values, progress)[rows][:, rows]
+        widened = np.exp(0.5 * self.log_widening(np.asarray(progress[rows])))
+        spread = self.scale[planned.query][:, None] * widened[None]
+        return _Centred(solved, designs, centre, error, spread)
+
+    def log_likelihood(
+        self,
+        planned: Planned,
+        loss: Float[np.ndarray, "run time query"],
+        *,
+        key: jax.Array,
+        draws: int,
+    ) -> Float[np.ndarray, "chain draw run step query"]:
+        """Of the steps ``rows``, which the fit conditioned on; NaN at all others.
+
+        The error is smooth: between those times it was never looked at, and a density there would
+        be that of steps which the model says nothing about. One query at a time, so that beyond
+        the result memory holds one query's draws.
+        """
+        steps = planned.batch.shape[1]
+        rows = self.rows[self.rows < steps]
+        found = np.full((1, draws, *loss[:, 1:].shape), np.nan, np.float32)
+        with double_precision():
+            solved, designs, centre, error, spread = self._centred(planned, rows)
+            seen = jnp.asarray(loss[:, 1:][:, rows], float)
+            change = link_of(self.model, seen) - centre
+            slope = log_slope(self.model, seen)
+            roots, pattern = whitening(error, np.isfinite(np.asarray(change)))
+        small = solved.small()
+        for at, query in enumerate(planned.query):
+            with jax.enable_x64(False):
+                drawn = drawn_weights(
+                    small, jnp.int32(query), key, jnp.float32(self.freedom),
+                    draws=draws, knots=solved.knots, parts=len(self.model.parts),
+                )  # fmt: skip
+            with double_precision():
+                sd = jnp.asarray(drawn.scale, float)[:, None] * spread[at][None]
+                path = jnp.einsum("rtw,dw->drt", designs, jnp.asarray(drawn.deviation, float))
+                deviation = change[..., at][None] - path * sd[:, None]
+                density = correlated_log_density(deviation, roots[pattern[:, at]], sd)
+                found[0][:, :, rows, at] = density + slope[..., at][None]
+        return found
 
     def log_widening(self, progress: Float[np.ndarray, " step"]) -> Float[np.ndarray, " step"]:
         """Log factor on the variance; constant beyond the recorded length."""
@@ -204,8 +251,8 @@ class PathSimulator:
         # Single precision is enough for deviations, and twice as fast.
         with jax.enable_x64(False):
             small = partial(jnp.asarray, dtype=jnp.float32)
-            drawn: tuple[Array, Array] = _drawn(
-                (small(solved.train), small(solved.gain), small(solved.error_factor)),
+            drawn: tuple[Array, Array] = drawn_paths(
+                solved.small(),
                 small(designs),
                 small(error),
                 small(spread),
@@ -270,57 +317,17 @@ class _Solved(NamedTuple):
     weights: Float[Array, "weight query"]
     error_factor: Float[Array, "row row"]
 
-
-def _normal_weights(
-    key: jax.Array, draws: int, parts: int, knots: int, sources: int
-) -> Float[Array, "draw weight"]:
-    # A key for each part and knot: a longer run adds knots and leaves the others' draws alone.
-    def of_part(part: Array) -> Array:
-        def of_knot(knot: Array) -> Array:
-            own = jax.random.fold_in(jax.random.fold_in(key, part), knot)
-            return jax.random.normal(own, (draws, sources))
-
-        return jax.vmap(of_knot)(jnp.arange(knots))
-
-    blocks = jax.vmap(of_part)(jnp.arange(parts))
-    return jnp.moveaxis(blocks, 2, 0).reshape(draws, -1)
+    def small(self) -> tuple[Array, Array, Array]:
+        """What draws of the weights need, in single precision."""
+        train, gain, factor = (
+            jnp.asarray(one, jnp.float32) for one in (self.train, self.gain, self.error_factor)
+        )
+        return train, gain, factor
 
 
-@partial(jax.jit, static_argnames=("draws", "knots", "parts"))
-def _drawn(
-    solved: tuple[Array, Array, Array],
-    designs: Float[Array, "run step weight"],
-    new_error: Float[Array, "step step"],
-    spread: Float[Array, "query step"],
-    query: Int[Array, " query"],
-    key: jax.Array,
-    freedom: Float[Array, ""],
-    *,
-    draws: int,
-    knots: int,
-    parts: int,
-) -> tuple[Float[Array, "query draw run step"], Float[Array, "query draw run step"]]:
-    """Deviations from the posterior mean path: of the coefficients alone, and with the error."""
-    train, gain, fitted_error = solved
-    runs, steps, weights = designs.shape
-    fitted_runs = len(train) // len(fitted_error)
-    flat = designs.reshape(-1, weights)
-
-    def one(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        number, wide = inputs
-        mine = jax.random.fold_in(key, number)
-        weight_key, fitted_key, new_key, scale_key = jax.random.split(mine, 4)
-        prior = _normal_weights(weight_key, draws, parts, knots, weights // parts // knots)
-        errors = jax.random.normal(fitted_key, (draws, fitted_runs, len(fitted_error)))
-        errors = (errors @ fitted_error.T).reshape(draws, -1)
-        deviation = prior - (prior @ train.T + errors) @ gain
-        # Scaled inverse chi-square scales make the band Student-t.
-        chi_square = 2.0 * jax.random.gamma(scale_key, 0.5 * freedom, (draws,))
-        scale = jnp.sqrt(freedom / chi_square)[:, None, None] * wide[None, None]
-        mean = (deviation @ flat.T).reshape(draws, runs, steps) * scale
-        run_keys = jax.vmap(lambda run: jax.random.fold_in(new_key, run))(jnp.arange(runs))
-        white = jax.vmap(lambda run: jax.random.normal(run, (draws, steps)))(run_keys)
-        return mean, mean + jnp.moveaxis(white @ new_error.T, 0, 1) * scale
-
-    drawn: tuple[Array, Array] = jax.lax.map(one, (query, spread))
-    return drawn
+class _Centred(NamedTuple):
+    solved: _Solved
+    designs: Float[Array, "run row weight"]
+    centre: Float[Array, "run row query"]
+    error: Float[Array, "row row"]
+    spread: Float[np.ndarray, "query row"]

@@ -4,7 +4,7 @@ A simulator is free-running: of the run to be simulated it sees the curriculum a
 before the first update, nothing else. Arrays inside; ``Posterior.simulate`` puts names on them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -14,10 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.conventions import Curriculum
+from bayes_simfluence.counterfactual.density import one_step_log_density
 from bayes_simfluence.data.curriculum import exposures
+from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.transition import affine_path
 
-__all__ = ["AffineSimulator", "Named", "Planned", "Simulated", "Simulator", "resampled"]
+__all__ = ["CHUNK", "AffineSimulator", "Named", "Planned", "Simulated", "Simulator", "resampled"]
 
 Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
 """Arrays with the names of their dimensions."""
@@ -72,6 +74,21 @@ class Simulator(Protocol):
     def samples(self, *, key: jax.Array, draws: int) -> Named:
         """Draws of what was inferred: name -> (dimensions from chain, draw on, values)."""
 
+    def log_likelihood(
+        self,
+        planned: Planned,
+        loss: Float[np.ndarray, "run time query"],
+        *,
+        key: jax.Array,
+        draws: int,
+    ) -> Float[np.ndarray, "chain draw run step query"] | None:
+        """Log density (natural log, per nat) of each loss given its run's earlier ones.
+
+        Given the coefficients that ``samples(key=key, draws=draws)`` has in the same draw, so that
+        the sum over steps is the log density of the run. NaN where the loss is NaN (not recorded)
+        and at steps that the simulator has no density for; None when it has none at all.
+        """
+
     def arrays(self) -> Named:
         """What to save: name -> (dimensions, values)."""
 
@@ -123,18 +140,24 @@ class AffineSimulator:
             [_weights(batch, self.a.shape[1], self.count) for batch in planned.batch], jnp.float32
         )
         initial = jnp.asarray(planned.initial, jnp.float32)
-        coefficients_key, noise_key = jax.random.split(key)
+        _, noise_key = jax.random.split(key)
         pieces = []
-        for start in range(0, draws, CHUNK):
-            size = min(CHUNK, draws - start)
-            keys = (jax.random.fold_in(one, start) for one in (coefficients_key, noise_key))
-            a, b = self._coefficients(planned.query, next(keys), size)
-            steps = self._step_noise(planned, next(keys), size)
+        for start, a, b in self._chunks(planned.query, key, draws):
+            steps = self._step_noise(planned, jax.random.fold_in(noise_key, start), len(a))
             pieces.append(_rolled_out(weights, a, b, steps, initial, jnp.float32(self.keep)))
         mean, loss = (np.concatenate(parts)[None] for parts in zip(*pieces, strict=True))
         if self.residual is not None:
             loss = loss + resampled(self.residual, planned, key=noise_key, draws=draws)[None]
         return Simulated(mean, loss)
+
+    def _chunks(
+        self, query: Int[np.ndarray, " query"], key: jax.Array, draws: int
+    ) -> Iterator[tuple[int, Array, Array]]:
+        """The key's draws of the coefficients: where a chunk starts, its ``a``, its ``b``."""
+        coefficients_key, _ = jax.random.split(key)
+        for start in range(0, draws, CHUNK):
+            own = jax.random.fold_in(coefficients_key, start)
+            yield start, *self._coefficients(query, own, min(CHUNK, draws - start))
 
     def _coefficients(
         self, query: Int[np.ndarray, " query"], key: jax.Array, draws: int
@@ -163,10 +186,41 @@ class AffineSimulator:
 
     def samples(self, *, key: jax.Array, draws: int) -> Named:
         """``a`` (unitless) and ``b`` (nats): one draw of a point, else as many as asked."""
-        draws = self.draws or draws
-        found = self._coefficients(np.arange(len(self.a)), key, draws)
+        chunks = self._chunks(np.arange(len(self.a)), key, self.draws or draws)
+        found = (np.concatenate(parts)[None] for parts in list(zip(*chunks, strict=True))[1:])
         dims = ("chain", "draw", "query", "train")
-        return {name: (dims, np.asarray(one)[None]) for name, one in zip("ab", found, strict=True)}
+        return {name: (dims, one) for name, one in zip("ab", found, strict=True)}
+
+    def log_likelihood(
+        self,
+        planned: Planned,
+        loss: Float[np.ndarray, "run time query"],
+        *,
+        key: jax.Array,
+        draws: int,
+    ) -> Float[np.ndarray, "chain draw run step query"] | None:
+        """Of every step, where the noise is white; over a gap in the record, of several steps.
+
+        A point without noise has no density, and residual paths have none.
+        """
+        if self.noise is None or self.residual is not None:
+            return None
+        later = loss[:, 1:]
+        found = np.empty((1, draws, *later.shape), np.float32)
+        train = self.a.shape[1]
+        shares = [_weights(batch, train, self.count) for batch in planned.batch]
+        for start, a, b in self._chunks(planned.query, key, draws):
+            # Losses hardly move within a step: differences need double precision.
+            with double_precision():
+                weights, a, b = (jnp.asarray(one, float) for one in (np.stack(shares), a, b))
+                found[0, start : start + len(a)] = one_step_log_density(
+                    self.keep + jnp.einsum("rsn,dqn->drsq", weights, a),
+                    jnp.einsum("rsn,dqn->drsq", weights, b),
+                    jnp.asarray(self.noise[planned.query], float),
+                    jnp.asarray(planned.initial, float),
+                    jnp.asarray(later, float),
+                )
+        return found
 
     def arrays(self) -> Named:
         """Coefficients, factor, noise and residuals, where there are any."""

@@ -75,7 +75,7 @@ def collapsed_regression(
     units = np.asarray(weights).reshape(chains, draws, *weights.shape[1:], 1)
     sites = {**drawn.sites, **_units_by_site(units, form)}
     verdict = sampler_verdict(drawn.sites, drawn.stats, thin)
-    return Fitted(program.simulator(sites), verdict, stats=drawn.stats)
+    return Fitted(program.simulator(sites), verdict, sample_stats=drawn.stats.dataset())
 
 
 def _of_scales(data: Regression) -> None:
@@ -172,7 +172,9 @@ def collapsed_paths(
         for name in found[0]
     }
     verdict = sampler_verdict(drawn.sites, drawn.stats, thin)
-    return Fitted(program.simulator({**drawn.sites, **whole}), verdict, stats=drawn.stats)
+    return Fitted(
+        program.simulator({**drawn.sites, **whole}), verdict, sample_stats=drawn.stats.dataset()
+    )
 
 
 def _of_hypers(program: Program, points: Points) -> None:

@@ -91,6 +91,7 @@ def fit(
         runs=runs,
         settings={"model": model.as_dict(), **method.as_dict()},
         left_out=None if found.left_out is None else _named(found.left_out, runs),
+        sample_stats=found.sample_stats,
     )
 
 

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+import xarray as xr
 from jaxtyping import Float
 
 from bayes_simfluence.counterfactual.rollout import Simulator
-from bayes_simfluence.inference.diagnostics import SampleStats
 from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.model.bayesian import Simfluence
@@ -39,14 +39,14 @@ class Fitted:
     Attributes:
         simulator, verdict: what was learned, and how it went.
         left_out: fitted runs as predicted without them, where the method made such predictions.
-        stats: what a sampler says of each draw, where there was one.
+        sample_stats: of a sampler's draws, variables ``(chain, draw)`` with ArviZ's names.
         losses: of every step of a stochastic search, where there was one.
     """
 
     simulator: Simulator
     verdict: Verdict
     left_out: LeftOutRuns | None = None
-    stats: SampleStats | None = None
+    sample_stats: xr.Dataset | None = None
     losses: Float[np.ndarray, " step"] | None = None
 
 

@@ -99,7 +99,11 @@ class NUTS:
                 progress=progress,
             )  # fmt: skip
         simulator = program.simulator(found.sites)
-        return Fitted(simulator, sampler_verdict(found.sites, found.stats, thin), stats=found.stats)
+        return Fitted(
+            simulator,
+            sampler_verdict(found.sites, found.stats, thin),
+            sample_stats=found.stats.dataset(),
+        )
 
 
 class Sampled(NamedTuple):

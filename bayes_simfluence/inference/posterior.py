@@ -1,14 +1,15 @@
 """The one result of every fit: simulate, analyse with ArviZ, save."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import xarray as xr
+from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.conventions import EFFECT_SIGN
@@ -20,6 +21,19 @@ from bayes_simfluence.counterfactual.sampled import SampledSimulator
 from bayes_simfluence.data.netcdf import read_group, write_groups
 from bayes_simfluence.data.runs import validate_runs
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path
+from bayes_simfluence.inference.containers import (
+    LIKELIHOOD,
+    LIMIT_BYTES,
+    PRIOR,
+    PriorDraws,
+    affordable,
+    chosen_groups,
+    container,
+    data_groups,
+    likelihood_groups,
+    prior_groups,
+    times_masked,
+)
 from bayes_simfluence.inference.recorded import planned_from
 from bayes_simfluence.inference.verdict import Verdict
 
@@ -45,6 +59,9 @@ class Posterior:
         settings: model and method, as plain values.
         left_out: fitted runs as predicted without them (``predicted``, ``low``, ``high``, nats,
             90% band), where the method made such predictions.
+        sample_stats: of a sampler's draws, variables ``(chain, draw)`` with ArviZ's names
+            (``diverging``, ``energy``, ``tree_depth``, ``acceptance_rate``).
+        prior: draws from the prior, for ``to_arviz``; code, and so not saved.
     """
 
     simulator: Simulator
@@ -52,6 +69,8 @@ class Posterior:
     runs: xr.Dataset
     settings: dict[str, Any]
     left_out: xr.Dataset | None = None
+    sample_stats: xr.Dataset | None = None
+    prior: PriorDraws | None = None
 
     def simulate(
         self, runs: xr.Dataset, *, key: jax.Array, draws: int = 200, band: Band | None = None
@@ -123,26 +142,80 @@ class Posterior:
             attrs={"effects": EFFECT_SIGN},
         )
 
-    def to_arviz(self, *, key: jax.Array | None = None, draws: int = 200) -> Any:
+    def to_arviz(
+        self,
+        *,
+        key: jax.Array | None = None,
+        draws: int = 200,
+        groups: Sequence[str] | None = None,
+        times: Sequence[int] | np.ndarray | None = None,
+        limit_bytes: int = LIMIT_BYTES,
+    ) -> Any:
         """ArviZ's container (``InferenceData`` before ArviZ 1.0, ``DataTree`` from then on).
 
-        Groups ``posterior``, ``observed_data`` and ``constant_data``, with named dimensions and
-        the recording's ids as coordinates.
+        ``observed_data``, ``posterior_predictive``, ``prior_predictive`` and ``log_likelihood``
+        share the variable ``loss`` and the times at which the simulator has a density (the default
+        model: those that it conditions on; without a density all but time 0, which is
+        ``constant_data``'s ``initial_loss``). ``log_likelihood`` (natural log, per nat) is of each
+        loss given its run's earlier ones, ``run_log_likelihood`` of whole runs. Draws in all
+        groups belong to the same coefficients. What a fit lacks is left out.
 
         Args:
             key: decides the draws; ``jax.random.key(0)`` when omitted, so that the container of a
                 posterior is one thing.
             draws: number of draws.
+            groups: the groups to make; all when omitted.
+            times: times to be observed, to compare models on the same ones; losses in between
+                are integrated out.
+            limit_bytes: most memory for draws; intermediate arrays take about as much again.
+
+        Raises:
+            Misuse: unknown groups or times, draws that would pass the limit, sampler statistics of
+                another number of draws.
+
+        >>> import jax, bayes_simfluence as bs
+        >>> runs = bs.example_runs().isel(run=slice(0, 4), query=slice(0, 2))
+        >>> posterior = bs.fit(runs, model=bs.Simfluence(kind="additive"), key=jax.random.key(0))
+        >>> idata = posterior.to_arviz(draws=10, groups=["log_likelihood"])
+        >>> dict(idata["log_likelihood"]["loss"].sizes)
+        {'chain': 1, 'draw': 10, 'run': 4, 'time': 96, 'query': 2}
         """
         key = jax.random.key(0) if key is None else key
-        constant = [name for name in ("batch", "step_size") if name in self.runs]
-        return _container(
-            {
-                "posterior": self.samples(key=key, draws=draws),
-                "observed_data": self.runs[["loss"]],
-                "constant_data": self.runs[constant],
-            }
-        )
+        keyed(key)
+        wanted = chosen_groups(groups)
+        draws = positive_integer("draws", draws)
+        draws = self.simulator.draws or draws
+        affordable(self.runs, draws, wanted, limit_bytes)
+        loss = times_masked(self.runs, times)
+        found = self._densities(loss, key, draws if LIKELIHOOD & set(wanted) else 1)
+        observed = found["observed_data"]["time"].values
+        if "posterior" in wanted:
+            found["posterior"] = self.samples(key=key, draws=draws)
+        if "posterior_predictive" in wanted:
+            simulated = self.simulate(self.runs, key=key, draws=draws)
+            found["posterior_predictive"] = simulated[["loss"]].sel(time=observed)
+        if self.prior is not None and PRIOR & set(wanted):
+            prior = self.prior(self.runs, key=jax.random.fold_in(key, 1), draws=draws)
+            found.update(prior_groups(prior, observed))
+        if self.sample_stats is not None:
+            found["sample_stats"] = self.sample_stats
+        return container({name: one for name, one in found.items() if name in wanted})
+
+    def _densities(
+        self, loss: Float[np.ndarray, "run time query"], key: jax.Array, draws: int
+    ) -> dict[str, xr.Dataset]:
+        """Groups of the data, and of their log densities where the simulator has any."""
+        planned = planned_from(self.runs, self.runs["train"].values, self.runs["query"].values)
+        density = self.simulator.log_likelihood(planned, loss, key=key, draws=draws)
+        # Every draw has its density at the same steps.
+        known = loss[:, 1:] if density is None else density[0, 0]
+        kept = np.isfinite(known).any(axis=(0, 2))
+        found = data_groups(self.runs, kept)
+        if density is not None:
+            ids = {str(name): one.values for name, one in found["observed_data"].coords.items()}
+            coords = {**_counted(density), **ids}
+            found.update(likelihood_groups(density, kept, coords))
+        return found
 
     def save(self, path: PathLike, *, overwrite: bool = False) -> Path:
         """Write everything to one netCDF file; ``load_posterior`` reads it back.
@@ -154,6 +227,7 @@ class Posterior:
         about = {
             "posterior_version": VERSION,
             "has_left_out": int(self.left_out is not None),
+            "has_sample_stats": int(self.sample_stats is not None),
             "simulator": self.simulator.name,
             "simulator_settings": self.simulator.settings(),
             "verdict": self.verdict.as_dict(),
@@ -166,6 +240,8 @@ class Posterior:
         groups["runs"] = self.runs
         if self.left_out is not None:
             groups["left_out"] = self.left_out
+        if self.sample_stats is not None:
+            groups["sample_stats"] = self.sample_stats
         with atomically(path) as partial:
             write_groups(partial, groups)
         return path
@@ -189,6 +265,9 @@ def load_posterior(path: PathLike) -> Posterior:
         if about["posterior_version"] != VERSION:
             raise ValueError(f"version {about['posterior_version']}")
         left_out = read_group(path, "left_out") if about["has_left_out"] else None
+        # Files of earlier versions know nothing of samplers.
+        sampled = about.get("has_sample_stats", 0)
+        sample_stats = read_group(path, "sample_stats") if sampled else None
         simulator = SIMULATORS[about["simulator"]].restore(arrays, about["simulator_settings"])
     except Exception as error:
         raise Misuse(
@@ -203,6 +282,7 @@ def load_posterior(path: PathLike) -> Posterior:
         runs=validate_runs(runs),
         settings=about["settings"],
         left_out=left_out,
+        sample_stats=sample_stats,
     )
 
 
@@ -212,12 +292,3 @@ def _nats(name: str) -> dict[str, str]:
 
 def _counted(draws: np.ndarray) -> dict[str, np.ndarray]:
     return {"chain": np.arange(draws.shape[0]), "draw": np.arange(draws.shape[1])}
-
-
-def _container(groups: dict[str, xr.Dataset]) -> Any:
-    """The one place that knows the difference between ArviZ's versions."""
-    if int(version("arviz").split(".")[0]) >= 1:
-        return xr.DataTree.from_dict(groups)
-    from arviz import InferenceData
-
-    return InferenceData(**groups)

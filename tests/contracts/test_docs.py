@@ -1,4 +1,4 @@
-"""Documented commands run as written: the getting-started page, the README, the recording page."""
+"""Documented commands run as written: getting started, README, recording and ArviZ pages."""
 
 import os
 import re
@@ -51,6 +51,17 @@ def test_getting_started(tmp_path, monkeypatch):
 def test_recording_page(tmp_path, monkeypatch):
     names = run_page("docs/recording.md", tmp_path, monkeypatch)
     assert names["runs"].sizes["run"] == 4
+
+
+# ArviZ's advice on large k, and what its dependencies will drop.
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter:UserWarning")
+@pytest.mark.filterwarnings("ignore:Pareto k is above:bayes_simfluence.checks.FitWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:arviz")
+def test_arviz_page(tmp_path, monkeypatch):
+    names = run_page("docs/arviz.md", tmp_path, monkeypatch)
+    assert names["ranked"].index[0] == "default"
+    assert len(names["cheap"]) == len(names["refitted"]) == 8
+    assert (tmp_path / "idata.nc").is_file()
 
 
 def test_the_readme_has_two_commands_that_ci_calls():

@@ -165,7 +165,8 @@ def test_arviz_takes_the_samples(posteriors, method):
         assert set(one.dims[2:]) <= {"query", "train", "time"}
     np.testing.assert_array_equal(samples["query"], posterior.runs["query"])
     assert observed["loss"].dims == ("run", "time", "query")
-    assert set(idata["constant_data"].data_vars) == {"batch", "step_size"}
+    given = {"batch", "step_size", "initial_loss", "train_feature", "query_feature"}
+    assert set(idata["constant_data"].data_vars) == given
     np.testing.assert_array_equal(
         posterior.to_arviz(draws=6)["posterior"].to_array(), samples.to_array()
     )

@@ -1,0 +1,97 @@
+"""Log densities of recorded runs, one loss after the other: each given the run's earlier ones.
+
+By the chain rule the sum over the recorded losses is the log density of the run. A loss that was
+not recorded (NaN) is integrated out and has no density of its own (NaN).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from bayes_simfluence.linalg import cholesky, solve_lower
+
+__all__ = ["correlated_log_density", "one_step_log_density", "whitening"]
+
+
+_Known = tuple[Array, Array]
+"""Mean and variance of the current loss given the recorded ones."""
+
+
+def _normal(deviation: Array, variance: Array) -> Array:
+    return -0.5 * (jnp.log(2.0 * jnp.pi * variance) + jnp.square(deviation) / variance)
+
+
+@jax.jit
+@partial(jax.vmap, in_axes=(0, 0, None, None, None))
+@partial(jax.vmap, in_axes=(0, 0, None, 0, 0))
+@partial(jax.vmap, in_axes=(1, 1, 0, 0, 1), out_axes=1)
+def one_step_log_density(
+    alpha: Float[Array, " step"],
+    beta: Float[Array, " step"],
+    noise: Float[Array, ""],
+    initial: Float[Array, ""],
+    loss: Float[Array, " step"],
+) -> Float[Array, " step"]:
+    """Of ``L_t = alpha_t L_{t-1} + beta_t + eps_t``, white ``eps`` of standard deviation ``noise``.
+
+    Written for one run, one query and one draw; called with axes ``draw run step query`` of
+    ``alpha`` and ``beta``, ``query`` of ``noise``, ``run query`` of ``initial``, ``run step query``
+    of ``loss``.
+    """
+
+    def step(state: _Known, now: tuple[Array, Array, Array]) -> tuple[_Known, Array]:
+        # What is known of the loss: exactly recorded, or predicted over a gap in the record.
+        mean, variance = state
+        factor, shift, seen = now
+        mean = factor * mean + shift
+        variance = jnp.square(factor) * variance + jnp.square(noise)
+        recorded = jnp.isfinite(seen)
+        density = jnp.where(recorded, _normal(seen - mean, variance), jnp.nan)
+        known = (jnp.where(recorded, seen, mean), jnp.where(recorded, 0.0, variance))
+        return known, density
+
+    _, density = jax.lax.scan(step, (initial, jnp.zeros_like(initial)), (alpha, beta, loss))
+    return density
+
+
+def whitening(
+    covariance: Float[Array, "step step"], recorded: Bool[np.ndarray, "run step query"]
+) -> tuple[Float[Array, "pattern step step"], Int[np.ndarray, "run query"]]:
+    """Inverse Cholesky factors of the recorded part of ``covariance``, one for each pattern.
+
+    Returns:
+        The factors, identity at what is not recorded, and the pattern of each run and query.
+    """
+    runs, steps, queries = recorded.shape
+    flat = np.moveaxis(recorded, 1, 2).reshape(-1, steps)
+    patterns, place = np.unique(flat, axis=0, return_inverse=True)
+
+    def root(pattern: Array) -> Array:
+        # Cutting the ties of what is not recorded integrates it out.
+        kept = covariance * pattern[:, None] * pattern[None, :] + jnp.diag(1.0 - pattern)
+        return solve_lower(cholesky(kept), jnp.eye(steps, dtype=covariance.dtype))
+
+    roots = jax.vmap(root)(jnp.asarray(patterns, covariance.dtype))
+    return roots, place.reshape(runs, queries)
+
+
+@jax.jit
+@partial(jax.vmap, in_axes=(0, None, 0))
+@partial(jax.vmap, in_axes=(0, 0, None))
+def correlated_log_density(
+    deviation: Float[Array, " step"], root: Float[Array, "step step"], sd: Float[Array, " step"]
+) -> Float[Array, " step"]:
+    """Of a Gaussian error with standard deviations ``sd`` times a covariance whitened by ``root``.
+
+    Written for one run and one draw; called with axes ``draw run step`` of ``deviation``, ``run
+    step step`` of ``root``, ``draw step`` of ``sd``. NaN deviations are not recorded.
+    """
+    recorded = jnp.isfinite(deviation)
+    white = root @ (jnp.where(recorded, deviation, 0.0) / sd)
+    conditional = sd / jnp.diagonal(root)
+    # z^2 / 2 of the whitened residual: the deviation from its conditional mean over its sd.
+    density = _normal(white * conditional, jnp.square(conditional))
+    return jnp.where(recorded, density, jnp.nan)
