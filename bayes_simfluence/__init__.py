@@ -23,9 +23,14 @@ if TYPE_CHECKING:
     from bayes_simfluence.evaluation.compare import compare
     from bayes_simfluence.inference.exact import Exact
     from bayes_simfluence.inference.fit import fit
+    from bayes_simfluence.inference.nuts import NUTS
     from bayes_simfluence.inference.posterior import Posterior, load_posterior
     from bayes_simfluence.inference.ridge import Ridge
+    from bayes_simfluence.inference.svi import SVI
+    from bayes_simfluence.model import noise, priors
     from bayes_simfluence.model.bayesian import Simfluence
+    from bayes_simfluence.model.coefficients import Varying
+    from bayes_simfluence.model.exposure import Exposure
     from bayes_simfluence.recording.record import record
     from bayes_simfluence.recording.task import Task
 
@@ -39,12 +44,18 @@ _HOME = {
     "evaluation.compare": ("compare",),
     "inference.exact": ("Exact",),
     "inference.fit": ("fit",),
+    "inference.nuts": ("NUTS",),
     "inference.posterior": ("Posterior", "load_posterior"),
     "inference.ridge": ("Ridge",),
+    "inference.svi": ("SVI",),
     "model.bayesian": ("Simfluence",),
+    "model.coefficients": ("Varying",),
+    "model.exposure": ("Exposure",),
     "recording.record": ("record",),
     "recording.task": ("Task",),
 }
+_ROOMS = {"noise": "model.noise", "priors": "model.priors"}
+"""Modules that are public as namespaces."""
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022 - in the order of use
@@ -59,7 +70,13 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "example_runs",
     "fit",
     "Simfluence",
+    "Exposure",
+    "Varying",
+    "priors",
+    "noise",
     "Exact",
+    "NUTS",
+    "SVI",
     "Ridge",
     "Posterior",
     "load_posterior",
@@ -77,6 +94,8 @@ __all__ = [  # noqa: RUF022 - in the order of use
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"bayes_simfluence.{_ROOMS[name]}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'bayes_simfluence' has no attribute {name!r}")
     return getattr(import_module(f"bayes_simfluence.{_MODULE_OF[name]}"), name)

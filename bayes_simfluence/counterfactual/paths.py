@@ -276,7 +276,7 @@ class PathSimulator:
             "step_size": (("run", "step"), self.fitted.step_size),
             "loss": (("run", "time", "query"), self.fitted.loss),
             "train_feature": (("train", "feature"), np.asarray(self.fitted.features.train)),
-            "query_feature": (("query", "feature"), np.asarray(self.fitted.features.query)),
+            "query_feature": (("query", "of_query"), np.asarray(self.fitted.features.query)),
         }
 
     def settings(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.counterfactual.fitted import stacked_paths
 from bayes_simfluence.counterfactual.rollout import Named, Planned, Simulated
-from bayes_simfluence.counterfactual.unrolled import simulated
+from bayes_simfluence.counterfactual.unrolled import of_queries, simulated
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.bayesian import Path, Simfluence, link_of, log_slope
 from bayes_simfluence.model.joint import Sites, Units, coefficients_of, density_of, gaps_of
@@ -109,12 +109,16 @@ class SampledSimulator:
             linked = link_of(self.model, jnp.asarray(loss, float))
             gaps = gaps_of(self.model, np.asarray(linked))
 
+            query = jnp.asarray(planned.query)
+
             def one(sites: Sites) -> Array:
-                coefficients = coefficients_of(self.model, sites, self.units, self.features)
+                found = coefficients_of(self.model, sites, self.units, self.features)
+                found = of_queries(found, query)
+                mine = {name: sites[name][query] for name in self._of_query()}
                 seen = linked
                 if len(gaps.imputed):
                     seen = linked.at[tuple(gaps.imputed.T)].set(sites["missing"])
-                return density_of(self.model, sites, coefficients, paths, seen, gaps)
+                return density_of(self.model, {**sites, **mine}, found, paths, seen, gaps)
 
             paths = self._paths(planned)
             density = jax.lax.map(jax.jit(one), chosen)
@@ -122,6 +126,11 @@ class SampledSimulator:
             found = np.asarray(density + jacobian[None], np.float32)
         found = np.where(np.isfinite(loss[None, :, 1:]), found, np.nan)
         return found.reshape(*shape, *found.shape[1:])
+
+    def _of_query(self) -> tuple[str, ...]:
+        """Sites of which each query has its own, besides the coefficients."""
+        both = self.model.published and self.model.error.by_step
+        return ("scale", "noise") if both else ("scale",)
 
     def _chosen(self, draws: int) -> tuple[dict[str, Array], tuple[int, int]]:
         """Draws spread evenly over each chain, chain after chain; and how many of each."""
@@ -158,7 +167,7 @@ class SampledSimulator:
             "reference": (("query",), np.asarray(self.units.reference)),
             "spread": ((), np.asarray(self.units.spread)),
             "train_feature": (("train", "feature"), np.asarray(self.features.train)),
-            "query_feature": (("query", "query_feature"), np.asarray(self.features.query)),
+            "query_feature": (("query", "of_query"), np.asarray(self.features.query)),
         }
         for name, value in self.sites.items():
             rest = (f"{name}_{axis}" for axis in range(value.ndim - 2))

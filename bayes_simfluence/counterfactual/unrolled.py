@@ -16,7 +16,7 @@ from bayes_simfluence.model.joint import JITTER, Sites, Units, coefficients_of, 
 from bayes_simfluence.model.noise import Gaussian, StudentT
 from bayes_simfluence.model.priors import ExampleFeatures
 
-__all__ = ["simulated"]
+__all__ = ["of_queries", "simulated"]
 
 AT_ONCE = 8
 """Draws rolled out together."""
@@ -41,7 +41,7 @@ def simulated(
         sites, key = inputs
         knot_key, error_key = jax.random.split(key)
         longer = _extended(model, sites, knots, key=knot_key)
-        found = _of_queries(coefficients_of(model, longer, units, features), query)
+        found = of_queries(coefficients_of(model, longer, units, features), query)
         noise = noise_of(model, sites)[query]
         factor = _walk_factor(model, sites, paths.progress[0])
         runs = jnp.arange(len(start))
@@ -75,7 +75,8 @@ def _extended(model: Simfluence, sites: Sites, knots: int, *, key: jax.Array) ->
     return longer
 
 
-def _of_queries(found: Coefficients, query: Array) -> Coefficients:
+def of_queries(found: Coefficients, query: Array) -> Coefficients:
+    """Those of some queries."""
     taken: Coefficients = jax.tree.map(lambda whole: whole[query], found)
     return taken
 

@@ -8,17 +8,23 @@ import xarray as xr
 
 from bayes_simfluence.checks import FitFailed, FitWarning, Misuse, keyed, named
 from bayes_simfluence.conventions import EMPTY_SLOT
+from bayes_simfluence.counterfactual.rollout import Simulator
 from bayes_simfluence.data.identify import identifiability
 from bayes_simfluence.data.runs import usable_runs
+from bayes_simfluence.inference.diagnostics import untrusted_runs
 from bayes_simfluence.inference.exact import Exact
 from bayes_simfluence.inference.method import LeftOutRuns, Method
 from bayes_simfluence.inference.posterior import Posterior
-from bayes_simfluence.inference.recorded import recorded_from
+from bayes_simfluence.inference.prior import PriorOf
+from bayes_simfluence.inference.recorded import Recorded, recorded_from
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.model.bayesian import Simfluence
 from bayes_simfluence.progress import Progress, Silent
 
 __all__ = ["fit"]
+
+FEWEST_DRAWS, MOST_DRAWS, MOST_QUERIES = 100, 400, 20
+"""Draws and queries that Pareto k is measured on."""
 
 
 def fit(
@@ -68,18 +74,21 @@ def fit(
         )
     runs = usable_runs(runs)
     checked = None if validation is None else _like(usable_runs(validation), runs)
+    fit_key, check_key = jax.random.split(key)
+    recorded = recorded_from(runs, model.prior)
     found = method.fit(
-        recorded_from(runs, model.prior),
+        recorded,
         model,
-        key=key,
+        key=fit_key,
         validation=None if checked is None else recorded_from(checked, model.prior),
         progress=progress or Silent(),
     )
+    weighed = _weighed(found.simulator, recorded, check_key)
     verdict = Verdict(
         found.verdict.ok,
         found.verdict.sentence,
-        (*found.verdict.notes, *identifiability(runs).sentences()),
-        found.verdict.numbers,
+        (*found.verdict.notes, *_said_of(weighed), *identifiability(runs).sentences()),
+        {**found.verdict.numbers, **weighed},
     )
     if not verdict.ok and strict:
         raise FitFailed(verdict.sentence)
@@ -89,10 +98,38 @@ def fit(
         simulator=found.simulator,
         verdict=verdict,
         runs=runs,
-        settings={"model": model.as_dict(), **method.as_dict()},
+        settings={"model": model.as_dict(), **method.as_dict(), "has_prior": found.has_prior},
         left_out=None if found.left_out is None else _named(found.left_out, runs),
         sample_stats=found.sample_stats,
+        search_loss=found.losses,
+        prior=PriorOf(model) if found.has_prior else None,
     )
+
+
+def _weighed(simulator: Simulator, runs: Recorded, key: jax.Array) -> dict[str, float]:
+    """Pareto k of leaving whole runs out by weights, where a simulator holds enough draws."""
+    complete = bool(np.isfinite(runs.loss).all())
+    if simulator.draws is None or simulator.draws < FEWEST_DRAWS or not complete:
+        return {}
+    queries = runs.loss.shape[2]
+    some = np.unique(np.linspace(0, queries - 1, min(queries, MOST_QUERIES)).astype(int))
+    planned = runs.plan()._replace(initial=runs.loss[:, 0][:, some], query=some)
+    density = simulator.log_likelihood(
+        planned, runs.loss[:, :, some], key=key, draws=min(simulator.draws, MOST_DRAWS)
+    )
+    if density is None:
+        return {}
+    return {"untrusted_pareto_k": untrusted_runs(np.nansum(density.astype(float), axis=3))}
+
+
+def _said_of(weighed: dict[str, float]) -> list[str]:
+    share = weighed.get("untrusted_pareto_k", 0.0)
+    if share == 0:
+        return []
+    return [
+        f"Pareto k is too high for {share:.0%} of runs and queries to be left out by weights: "
+        "compare models by elpd_over_runs, which refits."
+    ]
 
 
 def _like(validation: xr.Dataset, runs: xr.Dataset) -> xr.Dataset:

@@ -41,6 +41,7 @@ class Fitted:
         left_out: fitted runs as predicted without them, where the method made such predictions.
         sample_stats: of a sampler's draws, variables ``(chain, draw)`` with ArviZ's names.
         losses: of every step of a stochastic search, where there was one.
+        has_prior: whether the model's priors were used, so that draws from them mean something.
     """
 
     simulator: Simulator
@@ -48,6 +49,7 @@ class Fitted:
     left_out: LeftOutRuns | None = None
     sample_stats: xr.Dataset | None = None
     losses: Float[np.ndarray, " step"] | None = None
+    has_prior: bool = True
 
 
 @runtime_checkable

@@ -34,6 +34,7 @@ from bayes_simfluence.inference.containers import (
     prior_groups,
     times_masked,
 )
+from bayes_simfluence.inference.prior import prior_from_settings
 from bayes_simfluence.inference.recorded import planned_from
 from bayes_simfluence.inference.verdict import Verdict
 
@@ -61,7 +62,8 @@ class Posterior:
             90% band), where the method made such predictions.
         sample_stats: of a sampler's draws, variables ``(chain, draw)`` with ArviZ's names
             (``diverging``, ``energy``, ``tree_depth``, ``acceptance_rate``).
-        prior: draws from the prior, for ``to_arviz``; code, and so not saved.
+        search_loss: of every step of a stochastic search (``SVI``), lower is better.
+        prior: draws from the prior, for ``to_arviz``; after loading, where the settings say it all.
     """
 
     simulator: Simulator
@@ -70,6 +72,7 @@ class Posterior:
     settings: dict[str, Any]
     left_out: xr.Dataset | None = None
     sample_stats: xr.Dataset | None = None
+    search_loss: Float[np.ndarray, " step"] | None = None
     prior: PriorDraws | None = None
 
     def simulate(
@@ -228,6 +231,7 @@ class Posterior:
             "posterior_version": VERSION,
             "has_left_out": int(self.left_out is not None),
             "has_sample_stats": int(self.sample_stats is not None),
+            "has_search": int(self.search_loss is not None),
             "simulator": self.simulator.name,
             "simulator_settings": self.simulator.settings(),
             "verdict": self.verdict.as_dict(),
@@ -242,6 +246,8 @@ class Posterior:
             groups["left_out"] = self.left_out
         if self.sample_stats is not None:
             groups["sample_stats"] = self.sample_stats
+        if self.search_loss is not None:
+            groups["search"] = xr.Dataset({"loss": ("search_step", self.search_loss)})
         with atomically(path) as partial:
             write_groups(partial, groups)
         return path
@@ -266,8 +272,9 @@ def load_posterior(path: PathLike) -> Posterior:
             raise ValueError(f"version {about['posterior_version']}")
         left_out = read_group(path, "left_out") if about["has_left_out"] else None
         # Files of earlier versions know nothing of samplers.
-        sampled = about.get("has_sample_stats", 0)
+        sampled, searched = about.get("has_sample_stats", 0), about.get("has_search", 0)
         sample_stats = read_group(path, "sample_stats") if sampled else None
+        search_loss = read_group(path, "search")["loss"].values if searched else None
         simulator = SIMULATORS[about["simulator"]].restore(arrays, about["simulator_settings"])
     except Exception as error:
         raise Misuse(
@@ -283,6 +290,8 @@ def load_posterior(path: PathLike) -> Posterior:
         settings=about["settings"],
         left_out=left_out,
         sample_stats=sample_stats,
+        search_loss=search_loss,
+        prior=prior_from_settings(about["settings"]),
     )
 
 

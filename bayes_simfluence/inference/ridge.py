@@ -94,6 +94,7 @@ class Ridge:
             simulator,
             _verdict(penalty, given=self.penalty is not None),
             None if predicted is None else LeftOutRuns(np.arange(runs.loss.shape[1]), predicted),
+            has_prior=False,
         )
 
     def _form(self, model: Simfluence) -> Form:

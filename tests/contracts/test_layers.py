@@ -50,6 +50,7 @@ ROWS = {
         "regression",
         "path_search",
         "program",
+        "prior",
         "dispersion",
         "nuts",
         "svi",
