@@ -49,7 +49,8 @@ def dispersion(program: Program, drawn: dict[str, jax.Array], *, key: jax.Array)
         return found
 
     def curvature(vector: jax.Array) -> jax.Array:
-        found: jax.Array = jax.jvp(jax.grad(energy), (flat,), (vector,))[1]
+        # Backward twice: the factorizations have no forward derivative.
+        found: jax.Array = jax.grad(lambda at: jnp.vdot(jax.grad(energy)(at), vector))(flat)
         return found
 
     @jax.jit

@@ -6,7 +6,7 @@ time; gradient features and pooling over queries can be put on top of every law.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -143,7 +143,7 @@ class Prior(ABC):
         return {"name": named_by[type(self)], **self._settings()}
 
     def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
 @dataclass(frozen=True)
