@@ -7,7 +7,6 @@ import pytest
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.bayesian import (
-    PARTS,
     Path,
     Simfluence,
     design,
@@ -23,6 +22,7 @@ from bayes_simfluence.model.hyper import natural_values, start
 from bayes_simfluence.model.priors import ExampleFeatures
 
 TRAIN, QUERY, STEPS, RECORDED = 5, 2, 12, 8
+PARTS = Simfluence().parts
 
 
 def setting(rng, knots=3, features=2):
@@ -174,7 +174,7 @@ def test_the_identity_link_changes_nothing():
     ("settings", "match"),
     [
         ({"kind": "cubic"}, r"kind=.*got 'cubic'.*one of two-timescale, linear"),
-        ({"link": "probit"}, r"link=.*got 'probit'.*one of log-odds, identity"),
+        ({"link": "probit"}, r"link=.*got 'probit'.*one of log-odds, log, identity"),
     ],
 )
 def test_settings_that_do_not_exist_are_refused(settings, match):
