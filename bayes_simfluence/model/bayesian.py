@@ -107,7 +107,7 @@ class Simfluence:
     timescales: Literal["both", "staying", "fading"] = None  # type: ignore[assignment]
     exposure: Exposure = None  # type: ignore[assignment]
     coefficients: Varying = None  # type: ignore[assignment]
-    prior: Prior = None  # type: ignore[assignment]
+    prior: Prior | Distribution = None
     error: Error = None  # type: ignore[assignment]
     time_effect: Literal["smooth", "linear", "none"] = None  # type: ignore[assignment]
     multiplicative: bool = None  # type: ignore[assignment]
