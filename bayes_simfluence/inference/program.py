@@ -135,6 +135,7 @@ class Program:
             features=self.observed.features,
             recorded=self.recorded,
             largest_step_size=self.largest_step_size,
+            missing=self.gaps.imputed,
         )
 
     def bytes_of_a_draw(self) -> int:

@@ -21,6 +21,8 @@ ROWS = {
         "transition",
         "coefficients",
         "noise",
+        "effects",
+        "embeddings",
         "priors",
         "bayesian",
         "explained",
