@@ -17,6 +17,7 @@ from bayes_simfluence.commands.options import (
     config_of,
     opened,
     posteriors_of,
+    printed,
     progress_of,
     selected,
     table_saved,
@@ -167,7 +168,6 @@ def _of_posteriors(
 
 
 def _show(table: Any) -> None:
-    from rich.console import Console
     from rich.table import Column, Table
 
     shown = Table(
@@ -176,9 +176,9 @@ def _show(table: Any) -> None:
         *(Column(one, justify="right") for one in table.columns),
     )
     for (method, horizon), row in table.iterrows():
-        cells = ["" if one != one else f"{one:.3g}" for one in row]
+        cells = [f"{one:.3g}" for one in row[:-1]] + [f"{row['losses']:.0f}"]
         shown.add_row(str(method), str(horizon), *cells)
-    Console().print(shown)
+    printed(shown)
     print("PIT of a right band: mean 0.5, sd 0.289 (smaller sd: too wide; larger: too narrow).")
 
 

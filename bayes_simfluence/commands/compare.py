@@ -15,6 +15,7 @@ from bayes_simfluence.commands.options import (
     apart,
     opened,
     posteriors_of,
+    printed,
     progress_of,
     selected,
     table_saved,
@@ -66,7 +67,6 @@ def compare(
 
 def show_metrics(table: Any, metrics: list[str]) -> None:
     """Print a comparison, the best of each column in bold."""
-    from rich.console import Console
     from rich.table import Column, Table
 
     from bayes_simfluence.report.tables import SHORT, best_of
@@ -80,4 +80,4 @@ def show_metrics(table: Any, metrics: list[str]) -> None:
             for one, cell in zip(metrics, cells, strict=True)
         ]
         shown.add_row(str(method), *marked)
-    Console().print(shown)
+    printed(shown)

@@ -5,10 +5,20 @@ from typing import Annotated, Any
 
 import typer
 
-from bayes_simfluence.commands.options import Draws, Figure, Overwrite, Quiet, Seed, progress_of
+from bayes_simfluence.commands.options import (
+    Draws,
+    Figure,
+    Overwrite,
+    Quiet,
+    Seed,
+    printed,
+    progress_of,
+)
 from bayes_simfluence.files import new_path
 
 __all__ = ["diagnose"]
+
+SHORT = {"ess_bulk": "ESS", "ess_tail": "tail ESS", "r_hat": "R-hat"}
 
 
 def diagnose(
@@ -48,30 +58,25 @@ def diagnose(
 
 
 def _numbers(table: Any) -> None:
-    from rich.console import Console
     from rich.table import Column, Table
 
-    shown = Table(
-        Column("number", no_wrap=True), Column("value", justify="right", no_wrap=True),
-        "wanted", "meaning",
-    )  # fmt: skip
+    shown = Table("number", Column("value", justify="right", no_wrap=True), "wanted")
     for name, row in table.iterrows():
         value = f"{row['value']:.4g}"
         marked = value if row["ok"] else f"[bold red]{value} ![/bold red]"
-        shown.add_row(str(name), marked, row["wanted"], row["meaning"])
-    Console().print(shown)
+        shown.add_row(row["meaning"] or str(name), marked, row["wanted"])
+    printed(shown)
 
 
 def _summary(table: Any) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table
 
     shown = Table(
         Column("hyperparameter", no_wrap=True),
-        *(Column(one, justify="right") for one in table.columns),
+        *(Column(SHORT.get(one, one), justify="right") for one in table.columns),
     )
     for name, row in table.iterrows():
         cells = ["" if one != one else f"{one:.3g}" for one in row]
         shown.add_row(escape(str(name)), *cells)
-    Console().print(shown)
+    printed(shown)

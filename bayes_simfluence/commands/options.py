@@ -26,12 +26,15 @@ __all__ = [
     "config_of",
     "opened",
     "posteriors_of",
+    "printed",
     "progress_of",
     "selected",
     "table_saved",
     "with_settings",
 ]
 
+WIDE = 120
+"""Columns of a table that goes to a file or another program."""
 Seed = Annotated[int, typer.Option(help="Decides everything random.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
@@ -90,6 +93,14 @@ def config_of(settings: type[Any], config: Path | None, given: dict[str, Any]) -
     """Settings from a YAML file and the options that were given, which overrule it."""
     said = {name: one for name, one in given.items() if one is not None}
     return layered(settings, *([config_from_yaml(config)] if config else []), said)
+
+
+def printed(table: Any) -> None:
+    """A rich table, wide enough for its numbers where no terminal says how wide it may be."""
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDE)).print(table)
 
 
 def progress_of(quiet: bool) -> Progress:

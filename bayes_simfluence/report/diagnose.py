@@ -95,7 +95,10 @@ def hyper_summary(posterior: Posterior, *, key: jax.Array, draws: int = 200) -> 
     rows = {}
     for name, values in _hypers(posterior, key, draws).items():
         low, high = np.quantile(values, [0.05, 0.95])
-        row = {"mean": values.mean(), "sd": values.std(), "5%": low, "95%": high}
+        mean, sd = values.mean(), values.std()
+        # The mean of equal numbers is not exactly theirs.
+        sd = sd if sd > 1e-12 * abs(mean) else 0.0
+        row = {"mean": mean, "sd": sd, "5%": low, "95%": high}
         if posterior.sample_stats is not None:
             row |= _convergence(values)
         rows[name] = row
