@@ -207,7 +207,7 @@ def summaries_of(model: Simfluence, method: Method, runs: xr.Dataset) -> dict[st
         if model.published
         else [*model.parts, *(["multiplicative"] * model.multiplicative)]
     )
-    found = {f"sum of {name}": _summed(name) for name in effects}
+    found = {f"total {name}": _summed(name) for name in effects}
     settings = method.as_dict()
     fixed = settings["method"] == "Exact" and settings["hyperparameters"] != "nuts"
     features = features_of(recorded_from(runs, model.prior), model)

@@ -169,7 +169,7 @@ def plot_traces(posterior: Posterior, *, key: jax.Array, most: int = 5) -> Figur
     named = _hypers(posterior, key, 1)
     r_hat = {name: _convergence(one).get("r_hat", 0.0) for name, one in named.items()}
     shown = sorted(named, key=lambda name: -np.nan_to_num(r_hat[name]))[:most]
-    figure = Figure(figsize=(9.0, 1.6 * len(shown) + 0.8), layout="constrained")
+    figure = Figure(figsize=(9.0, 1.7 * len(shown) + 0.8), layout="constrained")
     grid = figure.subplots(len(shown), 2, squeeze=False, width_ratios=[2, 1])
     stats: Any = posterior.sample_stats
     diverging = np.flatnonzero(stats["diverging"].values.any(axis=0))
@@ -189,10 +189,9 @@ def plot_traces(posterior: Posterior, *, key: jax.Array, most: int = 5) -> Figur
         right.axhline(values.shape[1] / bins, color=TRUTH, linewidth=0.8, linestyle="--")
         right.set_ylim(bottom=0)
         # Places along the draws, at the bottom whatever the values.
-        left.plot(
-            diverging, np.zeros(len(diverging)), "|", color="red", markersize=7,
-            transform=left.get_xaxis_transform(), clip_on=False,
-        )  # fmt: skip
+        left.vlines(
+            diverging, 0.0, 0.05, color="red", linewidth=0.8, transform=left.get_xaxis_transform()
+        )
         said = f" (R-hat {r_hat[name]:.3f})" if r_hat[name] else ""
         left.set_title(f"{name}{said}", fontsize=9, loc="left")
         for axes in (left, right):
@@ -218,7 +217,7 @@ def plot_search(loss: Float[np.ndarray, " step"]) -> Figure:
         axes.plot(at, smooth, color=COLOURS[0], linewidth=1.2, label=f"mean of {window} steps")
         axes.set_xlabel("step")
     left.set_yscale("symlog")
-    left.set_ylabel("loss (minus the evidence bound), lower is better")
+    left.set_ylabel("minus the evidence bound (nats)")
     left.set_title("the whole search", fontsize=10)
     half = len(loss) // 2
     tail = loss[half:][np.isfinite(loss[half:])]

@@ -267,18 +267,19 @@ def test_a_run_weighs_one_however_many_queries_were_recorded(rng):
 @pytest.mark.parametrize("simultaneous", [False, True])
 @pytest.mark.parametrize("held_out", [True, False])
 def test_losses_that_were_not_recorded_are_in_no_score(many, rng, held_out, simultaneous):
-    fitted, new = many.isel(run=slice(0, 25)), many.isel(run=[50, 51])
-    calibration = many.isel(run=slice(30, 50))
+    runs = sparse(many, rng)
+    fitted, new = runs.isel(run=slice(0, 25)), many.isel(run=[58])
+    calibration = runs.isel(run=slice(30, 55)) if held_out else fitted
+    posterior = believing(fitted, noise=None, left_out=predictions(fitted, band=False))
     band = bs.Conformal(calibration if held_out else None, 0.8, simultaneous)
-    whole = believing(fitted, left_out=predictions(fitted)).simulate(new, **SETTINGS, band=band)
-    left_out = predictions(sparse(fitted, rng))
-    gaps = bs.Conformal(sparse(calibration, rng) if held_out else None, 0.8, simultaneous)
-    posterior = believing(sparse(fitted, rng), left_out=left_out)
-    found = posterior.simulate(new, **SETTINGS, band=gaps)
-    assert np.isfinite(found["low"]).all() and np.isfinite(found["high"]).all()
-    # As wide as with every loss, up to what 40% fewer scores do; not what zeros would make.
-    widths = [float((one["high"] - one["low"]).isel(time=-1).mean()) for one in (found, whole)]
-    assert 0.6 < widths[0] / widths[1] < 1.5
+    found = posterior.simulate(new, **SETTINGS, band=band)
+    error = np.abs(calibration["loss"] - 5.0).values.astype(float)[:, 1:]
+    assert np.isnan(error).any()
+    if simultaneous:
+        error = np.repeat(np.nanmax(error, axis=1, keepdims=True), STEPS, axis=1)
+    expected = [conformal_quantile(one, 0.8) for one in np.moveaxis(error, 1, 0)]
+    np.testing.assert_allclose(found["high"].values[0, 1:, 0] - 5.0, expected, rtol=1e-5)
+    np.testing.assert_allclose(5.0 - found["low"].values[0, 1:, 0], expected, rtol=1e-5)
 
 
 def test_times_that_too_few_runs_recorded_lie_between_their_neighbours(many, rng):
