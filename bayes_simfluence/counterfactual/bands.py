@@ -134,7 +134,7 @@ class Credible:
             found = np.quantile(largest, self.probability, axis=0, method="weibull")
             factor = np.maximum(found, 1.0)[:, None]
         about = {"kind": "credible", "probability": self.probability}
-        return banded(simulated, shape, factor, {**about, "simultaneous": self.simultaneous})
+        return banded(simulated, shape, factor, {**about, "simultaneous": int(self.simultaneous)})
 
 
 def shape_of(loss: Float[np.ndarray, "draw run time query"], probability: float) -> Shape:

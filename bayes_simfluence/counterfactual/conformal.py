@@ -47,13 +47,19 @@ def conformal_quantile(scores: Float[np.ndarray, "run query"], probability: floa
     at infinity (Lee, Barber & Willett 2023, "HCP"). The share of a new run's queries below is then
     at least ``probability`` in expectation over runs.
 
+    Scores that were not recorded are NaN: a run's weight is spread over the queries that it has,
+    and a run without any does not count. That keeps the promise where what is recorded does not
+    depend on the losses.
+
     Raises:
         Misuse: so few runs that only an infinite band would do.
 
     >>> conformal_quantile(np.arange(1.0, 10.0)[:, None], 0.9)
     9.0
     """
-    runs, queries = scores.shape
+    known = np.isfinite(scores)
+    scores, known = scores[known.any(axis=1)], known[known.any(axis=1)]
+    runs = len(scores)
     if runs < runs_needed(probability):
         raise Misuse(
             "calibration runs",
@@ -63,8 +69,10 @@ def conformal_quantile(scores: Float[np.ndarray, "run query"], probability: floa
             do="record more runs, or lower the probability to at most "
             f"{_floored(runs / (runs + 1)):g}",
         )
-    place = math.ceil(probability * (runs + 1) * queries - 1e-9)
-    return float(np.sort(scores, axis=None)[place - 1])
+    weight = np.broadcast_to(1.0 / known.sum(axis=1, keepdims=True), scores.shape)
+    order = np.argsort(scores[known], kind="stable")
+    reached = np.cumsum(weight[known][order]) >= probability * (runs + 1) - 1e-9
+    return float(scores[known][order][np.argmax(reached)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +90,10 @@ class Conformal:
     (simultaneous: the share of queries whose whole trajectory is). That is an average over runs and
     over those queries, not a promise for each query or each curriculum, and none at all for
     curricula of another kind, such as edited ones. Simulate one query for a band of that query.
+
+    At a time that too few of the runs recorded for this probability, the factor lies on a straight
+    line between those of its neighbours that enough did. A simultaneous band holds trajectories at
+    as many times as the calibration runs were recorded at.
 
     Without calibration runs the scores are those of ``Posterior.left_out``, fitted runs predicted
     without them at some times, with straight lines between those times' factors. That is the
@@ -123,18 +135,22 @@ class Conformal:
             scored = _left_out_scores(posterior, query)
         else:
             scored = _held_out_scores(self.runs, posterior, query, key=key, draws=draws)
+        scored = _recorded_enough(scored, self.probability)
         _long_enough(simulated["time"].values, scored.time)
         score = scored.score
         if self.simultaneous:
-            score = np.repeat(score.max(axis=1, keepdims=True), len(scored.time), axis=1)
+            # A query that was never recorded after time 0 stays NaN.
+            largest = np.max(score, axis=1, initial=-np.inf, where=np.isfinite(score))
+            score = np.where(np.isfinite(largest), largest, np.nan)[:, None]
+            score = np.broadcast_to(score, scored.score.shape)
         each = [conformal_quantile(one, self.probability) for one in np.moveaxis(score, 1, 0)]
         factor = np.interp(simulated["time"].values, scored.time, each)[None, :, None]
         shape = _shape(simulated, in_nats=scored.in_nats)
         about = {
             "kind": "conformal",
             "probability": self.probability,
-            "simultaneous": self.simultaneous,
-            "n_calibration": len(score),
+            "simultaneous": int(self.simultaneous),
+            "n_calibration": int(np.isfinite(score).any(axis=(1, 2)).sum()),
             "calibration": "fitted runs left out" if self.runs is None else "runs not fitted",
         }
         return banded(simulated, shape, factor, about)
@@ -157,6 +173,14 @@ def _held_out_scores(
     in_nats = simulated.sizes["chain"] * simulated.sizes["draw"] == 1
     score = stretch(_shape(simulated, in_nats=in_nats), np.asarray(runs["loss"].values, float))
     return _Scored(runs["time"].values[1:], score[:, 1:], in_nats)
+
+
+def _recorded_enough(scored: _Scored, probability: float) -> _Scored:
+    """The times that enough runs recorded; those that most did where none has enough."""
+    count = np.isfinite(scored.score).any(axis=2).sum(axis=0)
+    # The quantile says what is wrong where even the best time has too few.
+    kept = count >= min(runs_needed(probability), count.max())
+    return _Scored(scored.time[kept], scored.score[:, kept], scored.in_nats)
 
 
 def _shape(simulated: xr.Dataset, *, in_nats: bool) -> Shape:

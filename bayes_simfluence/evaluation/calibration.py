@@ -7,6 +7,7 @@ from warnings import catch_warnings, simplefilter
 
 import jax
 import numpy as np
+import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
@@ -17,10 +18,11 @@ from bayes_simfluence.evaluation.ranks import even_bins, rank_among
 from bayes_simfluence.inference.fit import fit
 from bayes_simfluence.inference.method import Method
 from bayes_simfluence.inference.posterior import Posterior
-from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.inference.recorded import features_of, recorded_from
+from bayes_simfluence.model.bayesian import Simfluence, hypers_of
 from bayes_simfluence.progress import Progress, Silent
 
-__all__ = ["PriorDraw", "Quantity", "by_horizon", "sbc"]
+__all__ = ["PriorDraw", "Quantity", "by_horizon", "horizon_table", "sbc", "summaries_of"]
 
 PriorDraw: TypeAlias = Callable[[jax.Array], tuple[xr.Dataset, xr.Dataset]]
 """PRNG key -> recorded runs drawn from the model's prior, and the true values that made them, with
@@ -162,6 +164,60 @@ def by_horizon(
             "probability": list(COVERAGES),
         },
     )
+
+
+def horizon_table(horizons: xr.Dataset, parts: int = 4) -> pd.DataFrame:
+    """Coverage and moments of PIT values in equal parts of training, from ``by_horizon``.
+
+    Returns:
+        One row per part, named by its first and last time, and one for ``all``: the share of losses
+        within each central band, ``PIT mean`` and ``PIT sd`` (0.5 and 0.289 where calibrated), and
+        ``losses``, how many were recorded. A part without any is left out.
+    """
+    count = horizons["pit"].notnull().sum(("run", "query")).values
+    steps = np.arange(horizons.sizes["time"])
+    pieces = [one for one in np.array_split(steps, min(parts, len(steps))) if count[one].sum()]
+    time = horizons["time"].values
+    named = {f"{time[one[0]]}-{time[one[-1]]}": one for one in pieces}
+    rows = {}
+    for name, at in {**named, "all": steps}.items():
+        piece = horizons.isel(time=at)
+        covered = piece["coverage"].fillna(0.0).transpose("probability", "time").values
+        values = piece["pit"].values[np.isfinite(piece["pit"].values)]
+        rows[name] = {
+            **{
+                f"{probability:.0%}": float(one @ count[at] / count[at].sum())
+                for probability, one in zip(horizons["probability"].values, covered, strict=True)
+            },
+            "PIT mean": values.mean(),
+            "PIT sd": values.std(),
+            "losses": len(values),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("horizon")
+
+
+def summaries_of(model: Simfluence, method: Method, runs: xr.Dataset) -> dict[str, Quantity]:
+    """What is worth ranking of a model, few numbers: a test over thousands sees little.
+
+    Effects are summed over examples, one number for each query; hyperparameters are ranked where
+    the method draws them.
+    """
+    effects = (
+        ["b"] * model.additive + ["a"] * model.multiplicative
+        if model.published
+        else [*model.parts, *(["multiplicative"] * model.multiplicative)]
+    )
+    found = {f"total {name}": _summed(name) for name in effects}
+    settings = method.as_dict()
+    fixed = settings["method"] == "Exact" and settings["hyperparameters"] != "nuts"
+    features = features_of(recorded_from(runs, model.prior), model)
+    names = [] if fixed else list(hypers_of(model, features))
+    own = [] if fixed else ["scale", *(["noise"] * model.published)]
+    return {**found, **{name: _variable(name) for name in dict.fromkeys([*names, *own])}}
+
+
+def _summed(name: str) -> Quantity:
+    return lambda values, _: values[name].sum("train")
 
 
 def _quietly_fitted(

@@ -1,52 +1,48 @@
 """The settings of a recording from text files: one dataclass for Python, command line and YAML."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from bayes_simfluence.checks import (
     Misuse,
-    choice_of,
     count_of,
     positive_integer,
     positive_number,
     unit_interval,
 )
+from bayes_simfluence.settings import check_choices, say
 
 __all__ = ["RecordConfig"]
-
-
-def _say(help: str, default: Any, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
 class RecordConfig:
     """Everything that decides what is recorded; saved beside the store."""
 
-    checkpoint: str = _say("checkpoint folder, hub name, or 'minilm'", "minilm")
-    train: str = _say("training examples, JSON lines", "train.jsonl")
-    query: str = _say("query examples, JSON lines", "query.jsonl")
-    text_field: str = _say("field of the text", "text")
-    pair_field: str = _say("field of a second text, none when empty", "")
-    label_field: str = _say("field of the label", "label")
-    id_field: str = _say("field of the id; the line number where it is absent", "id")
-    examples: int = _say("training examples drawn from the file", 200)
-    queries: int = _say("queries drawn from the file", 50)
-    runs: int = _say("runs to record", 32)
-    per_run: int = _say("examples in each run's random subset", 128)
-    batch_size: int = _say("examples in a step", 4)
-    epochs: int = _say("passes over the subset", 3)
-    optimizer: str = _say("update rule", "adamw", ("adamw", "adam", "sgd"))
-    learning_rate: float = _say("highest step size", 2e-5)
-    schedule: str = _say("decay of the step size", "linear", ("linear", "cosine", "constant"))
-    warmup_steps: int = _say("steps of linear warm-up", 0)
-    weight_decay: float = _say("decoupled weight decay (adamw)", 0.01)
-    momentum: float = _say("momentum (sgd)", 0.0)
-    pooling: str = _say("how a text becomes one vector", "mean", ("mean", "cls", "pooler"))
-    max_tokens: int = _say("longer texts are cut to this many tokens", 128)
-    features: int = _say("gradient features kept for the prior, 0 = none", 16)
-    seed: int = _say("decides examples, queries, head and curricula", 0)
-    parallel: int = _say("runs trained at once by vmap", 1)
+    checkpoint: str = say("checkpoint folder, hub name, or 'minilm'", "minilm")
+    train: str = say("training examples, JSON lines", "train.jsonl")
+    query: str = say("query examples, JSON lines", "query.jsonl")
+    text_field: str = say("field of the text", "text")
+    pair_field: str = say("field of a second text, none when empty", "")
+    label_field: str = say("field of the label", "label")
+    id_field: str = say("field of the id; the line number where it is absent", "id")
+    examples: int = say("training examples drawn from the file", 200)
+    queries: int = say("queries drawn from the file", 50)
+    runs: int = say("runs to record", 32)
+    per_run: int = say("examples in each run's random subset", 128)
+    batch_size: int = say("examples in a step", 4)
+    epochs: int = say("passes over the subset", 3)
+    optimizer: str = say("update rule", "adamw", ("adamw", "adam", "sgd"))
+    learning_rate: float = say("highest step size", 2e-5)
+    schedule: str = say("decay of the step size", "linear", ("linear", "cosine", "constant"))
+    warmup_steps: int = say("steps of linear warm-up", 0)
+    weight_decay: float = say("decoupled weight decay (adamw)", 0.01)
+    momentum: float = say("momentum (sgd)", 0.0)
+    pooling: str = say("how a text becomes one vector", "mean", ("mean", "cls", "pooler"))
+    max_tokens: int = say("longer texts are cut to this many tokens", 128)
+    features: int = say("gradient features kept for the prior, 0 = none", 16)
+    seed: int = say("decides examples, queries, head and curricula", 0)
+    parallel: int = say("runs trained at once by vmap", 1)
 
     def validate(self) -> "RecordConfig":
         """The settings themselves when each is possible.
@@ -63,9 +59,7 @@ class RecordConfig:
         positive_number("learning_rate", self.learning_rate)
         unit_interval("momentum", self.momentum)
         unit_interval("weight_decay", self.weight_decay)
-        for one in fields(self):
-            if one.metadata["choices"]:
-                choice_of(one.name, getattr(self, one.name), one.metadata["choices"])
+        check_choices(self)
         for small, large in (("per_run", "examples"), ("batch_size", "per_run")):
             if getattr(self, small) > getattr(self, large):
                 raise Misuse(

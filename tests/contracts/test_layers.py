@@ -11,7 +11,7 @@ ROOT = Path(bayes_simfluence.__file__).parent
 PACKAGE = "bayes_simfluence"
 
 ROWS = {
-    "": ["conventions", "checks", "progress", "files", "linalg"],
+    "": ["conventions", "checks", "progress", "files", "linalg", "settings"],
     "data": ["curriculum", "netcdf", "runs", "identify", "store"],
     "networks": ["checkpoint", "bert"],
     "recording": ["config", "task", "features", "optimizers", "record", "text", "session"],
@@ -61,25 +61,27 @@ ROWS = {
         "collapsed",
         "ridge",
         "exact",
+        "config",
         "posterior",
         "fit",
     ],
     "baselines": ["simple"],
     "evaluation": ["metrics", "ranks", "synthetic", "compare", "calibration", "whole_runs"],
-    "report": ["tables", "plots"],
+    "report": ["tables", "plots", "diagnose"],
 }
 """Folder -> its modules; a module imports only from rows above, or from before it in its row."""
 
 DEMO = "demo"
 """A folder after all rows whose modules import one another freely."""
-LAST = ["cli", "__main__"]
+VERBS = ["record", "fit", "simulate", "compare", "diagnose", "calibrate", "demo"]
+LAST = ["commands.options", *(f"commands.{one}" for one in VERBS), "cli", "__main__"]
 ROOT_MODULE = f"{PACKAGE}.__init__"
 """``import bayes_simfluence as bs``: stands after the rows, since it re-exports them lazily."""
 
 FORBIDDEN_BETWEEN = {"model": ("networks", "recording")}
 """Folder -> folders above it that it must know nothing of."""
 
-TALKERS = (DEMO, "cli", "__main__")
+TALKERS = (DEMO, "commands", "cli", "__main__")
 """What may ``print``."""
 
 
@@ -263,5 +265,6 @@ def test_a_planted_habit_is_caught(source, match):
 
 def test_allowed_habits_are_allowed():
     assert habits("cli", "print('x')") == []
+    assert habits("commands.fit", "print('x')") == []
     assert habits("demo.show", "print('x')") == []
     assert habits("data.runs", "load(x, trust_remote_code=False)\nblueprint()") == []

@@ -69,7 +69,7 @@ def test_a_band_explains_itself_and_changes_no_draw(many, kind, simultaneous):
         assert found[name].dims == ("run", "time", "query") and found[name].shape == (3, 7, 2)
         attrs = found[name].attrs
         assert attrs["kind"] == ("credible" if kind == "credible" else "conformal")
-        assert attrs["probability"] == 0.8 and attrs["simultaneous"] is simultaneous
+        assert attrs["probability"] == 0.8 and attrs["simultaneous"] == simultaneous
         assert attrs["units"] == "nat" and name in attrs["long_name"]
         assert ("n_calibration" in attrs) == (kind != "credible")
     if kind != "credible":
@@ -236,6 +236,72 @@ def test_a_point_gets_a_band_in_nats(many, held_out):
         expected = conformal_quantile(error[:, time].astype(float), 0.9)
         np.testing.assert_allclose(found["high"].values[0, time] - 5.0, expected, rtol=1e-5)
         np.testing.assert_allclose(5.0 - found["low"].values[0, time], expected, rtol=1e-5)
+
+
+def sparse(runs, rng, kept=None):
+    """The same runs with losses that were not recorded; the queries' gaps differ."""
+    loss = runs["loss"].values.copy()
+    gone = rng.random(loss.shape) < 0.4 if kept is None else np.ones(loss.shape, bool)
+    if kept is not None:
+        gone[:, kept] = False
+    gone[:, 0] = False
+    return runs.assign(loss=runs["loss"].copy(data=np.where(gone, np.nan, loss)))
+
+
+def test_a_run_weighs_one_however_many_queries_were_recorded(rng):
+    scores = rng.exponential(size=(12, 3))
+    full = conformal_quantile(scores, 0.9)
+    with_empty = np.vstack([scores, np.full((2, 3), np.nan)])
+    assert conformal_quantile(with_empty, 0.9) == full
+    # One query of each run is one score of each run.
+    alone = np.full((19, 3), np.nan)
+    alone[np.arange(19), np.arange(19) % 3] = np.arange(19.0)
+    assert conformal_quantile(alone, 0.9) == 17.0
+    # The last run's two scores weigh half each: 18 + 1/2 of the 19 runs lie below 18.5.
+    alone[18] = [18.0, 18.5, np.nan]
+    assert [conformal_quantile(alone, one) for one in (0.92, 0.925, 0.94)] == [18.0, 18.0, 18.5]
+    with pytest.raises(Misuse, match="got 8; expected at least 9"):
+        conformal_quantile(np.where(np.arange(12)[:, None] < 8, scores, np.nan), 0.9)
+
+
+@pytest.mark.parametrize("simultaneous", [False, True])
+@pytest.mark.parametrize("held_out", [True, False])
+def test_losses_that_were_not_recorded_are_in_no_score(many, rng, held_out, simultaneous):
+    runs = sparse(many, rng)
+    fitted, new = runs.isel(run=slice(0, 25)), many.isel(run=[58])
+    calibration = runs.isel(run=slice(30, 55)) if held_out else fitted
+    posterior = believing(fitted, noise=None, left_out=predictions(fitted, band=False))
+    band = bs.Conformal(calibration if held_out else None, 0.8, simultaneous)
+    found = posterior.simulate(new, **SETTINGS, band=band)
+    error = np.abs(calibration["loss"] - 5.0).values.astype(float)[:, 1:]
+    assert np.isnan(error).any()
+    if simultaneous:
+        error = np.repeat(np.nanmax(error, axis=1, keepdims=True), STEPS, axis=1)
+    expected = [conformal_quantile(one, 0.8) for one in np.moveaxis(error, 1, 0)]
+    np.testing.assert_allclose(found["high"].values[0, 1:, 0] - 5.0, expected, rtol=1e-5)
+    np.testing.assert_allclose(5.0 - found["low"].values[0, 1:, 0], expected, rtol=1e-5)
+
+
+def test_times_that_too_few_runs_recorded_lie_between_their_neighbours(many, rng):
+    fitted, new = many.isel(run=slice(0, 20)), many.isel(run=[50])
+    calibration = sparse(many.isel(run=slice(20, 45)), rng, kept=[2, 4, 6])
+    calibration["loss"].values[:5, 3] = 5.0  # five runs: too few for 90%
+    found = believing(fitted).simulate(new, key=KEY, draws=999, band=bs.Conformal(calibration))
+    loss = found["loss"].values[0, :, 0, 1:, 0]
+    centre, edge = np.quantile(loss, [0.5, 0.95], axis=0, method="weibull")
+    factor = (found["high"].values[0, 1:, 0] - centre) / (edge - centre)
+    np.testing.assert_allclose(factor[[2, 4]], (factor[[1, 3]] + factor[[3, 5]]) / 2, rtol=1e-4)
+    assert found["low"].attrs["n_calibration"] == 25
+    late = sparse(many.isel(run=slice(20, 45)), rng, kept=[2, 4])
+    with pytest.raises(Misuse, match=r"got time 6; expected times up to 4"):
+        believing(fitted).simulate(new, **SETTINGS, band=bs.Conformal(late))
+
+
+def test_a_banded_simulation_can_be_saved(many, tmp_path):
+    found = believing(many).simulate(many.isel(run=[3]), **SETTINGS, band=bs.Credible(0.8, True))
+    found.to_netcdf(tmp_path / "s.nc", engine="h5netcdf")
+    again = xr.open_dataset(tmp_path / "s.nc", engine="h5netcdf")
+    assert again["low"].attrs["simultaneous"] == 1
 
 
 def test_queries_are_calibrated_by_their_ids(many):

@@ -20,13 +20,9 @@ from bayes_simfluence.data.store import open_runs, open_store
 from bayes_simfluence.networks.checkpoint import load_checkpoint, save_tensors
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.optimizers import optimizer_of
-from bayes_simfluence.recording.session import (
-    config_from_yaml,
-    config_path,
-    merged,
-    record_from_config,
-)
+from bayes_simfluence.recording.session import merged, record_from_config
 from bayes_simfluence.recording.text import classification_task, curricula_of, read_rows, task_of
+from bayes_simfluence.settings import config_from_yaml, config_path
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "plot", "is", "good", "bad"]
 HIDDEN, WIDE, POSITIONS = 8, 12, 16

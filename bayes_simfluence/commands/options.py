@@ -1,0 +1,178 @@
+"""What the verbs share: options, options made of a settings class, and files named by them."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.progress import Bars, Progress, Silent
+from bayes_simfluence.settings import config_from_yaml, kinds_of, layered
+
+__all__ = [
+    "Config",
+    "Draws",
+    "Figure",
+    "Overwrite",
+    "Posteriors",
+    "Quiet",
+    "RunsFile",
+    "Seed",
+    "Select",
+    "apart",
+    "config_of",
+    "opened",
+    "posteriors_of",
+    "printed",
+    "progress_of",
+    "selected",
+    "table_saved",
+    "with_settings",
+]
+
+WIDE = 120
+"""Columns of a table that goes to a file or another program."""
+Seed = Annotated[int, typer.Option(help="Decides everything random.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
+RunsFile = Annotated[Path, typer.Argument(help="Recorded runs (.zarr or .nc).")]
+Select = Annotated[
+    str, typer.Option(help="Positions of the runs to use, as in '0:25' or '0,3,5'; all if empty.")
+]
+Draws = Annotated[int, typer.Option(help="Posterior draws.")]
+Config = Annotated[
+    Path | None, typer.Option(help="YAML with the same names; options here overrule it.")
+]
+Figure = Annotated[Path | None, typer.Option(help="New file for a picture (.png).")]
+Posteriors = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=FILE of a saved posterior; as often as wanted."),
+]
+
+
+def with_settings(verb: Callable[..., None], settings: type[Any]) -> Callable[..., None]:
+    """``verb`` with one more option per setting, straight from the settings' dataclass.
+
+    The verb takes settings that were given as keywords besides its own options.
+    """
+    own = [
+        one
+        for one in inspect.signature(verb, eval_str=True).parameters.values()
+        if one.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    kinds = kinds_of(settings)
+    for one in fields(settings):
+        # Words are parsed later, numbers by typer.
+        kind = str if str in kinds[one.name] else kinds[one.name][0]
+        choices = ", ".join(one.metadata["choices"])
+        said = f"{one.metadata['help']}{': ' if choices else ''}{choices}"
+        if one.default is not None:
+            said += f" (default {one.default!r})"
+        own.append(
+            inspect.Parameter(
+                one.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, typer.Option(help=said, show_default=False)],
+            )
+        )
+
+    def command(**options: Any) -> None:
+        verb(**options)
+
+    command.__name__, command.__doc__ = verb.__name__, verb.__doc__
+    command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in own}
+    return command
+
+
+def config_of(settings: type[Any], config: Path | None, given: dict[str, Any]) -> Any:
+    """Settings from a YAML file and the options that were given, which overrule it."""
+    said = {name: one for name, one in given.items() if one is not None}
+    return layered(settings, *([config_from_yaml(config)] if config else []), said)
+
+
+def printed(table: Any) -> None:
+    """A rich table, wide enough for its numbers where no terminal says how wide it may be."""
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDE)).print(table)
+
+
+def progress_of(quiet: bool) -> Progress:
+    """Bars, unless the caller wants quiet."""
+    return Silent() if quiet else Bars()
+
+
+def opened(path: Path) -> Any:
+    """Recorded runs from a file."""
+    from bayes_simfluence.data.store import open_runs
+
+    return open_runs(path)
+
+
+def selected(runs: Any, text: str, option: str) -> Any:
+    """Some of the runs, by position."""
+    if not text:
+        return runs
+    try:
+        if ":" in text:
+            first, last = (int(part) if part else None for part in text.split(":"))
+            chosen = list(range(runs.sizes["run"]))[first:last]
+        else:
+            chosen = [range(runs.sizes["run"])[int(part)] for part in text.split(",")]
+    except (ValueError, IndexError):
+        chosen = []
+    if not chosen:
+        raise Misuse(
+            option,
+            got=repr(text),
+            expected=f"positions among the {runs.sizes['run']} runs, as in 0:25 or 0,3,5",
+            do="correct them",
+        )
+    return runs.isel(run=chosen)
+
+
+def posteriors_of(named: list[str]) -> dict[str, Any]:
+    """Saved posteriors by name, from ``NAME=FILE`` or ``FILE``."""
+    from bayes_simfluence.inference.posterior import load_posterior
+
+    found = {}
+    for one in named:
+        name, separator, path = one.partition("=")
+        if not separator:
+            name, path = Path(one).stem, one
+        found[name] = load_posterior(path)
+    return found
+
+
+def apart(methods: dict[str, Any], held_out: Any) -> None:
+    """Raise when a posterior was fitted to a run that it is to be judged on."""
+    for name, one in methods.items():
+        fitted = {run.tobytes() for run in one.runs["batch"].values}
+        seen = [
+            str(run)
+            for run, batch in zip(held_out["run"].values, held_out["batch"].values, strict=True)
+            if batch.tobytes() in fitted
+        ]
+        if seen:
+            raise Misuse(
+                f"posterior {name!r}",
+                got=f"a fit to the runs to compare on: {', '.join(seen[:5])}",
+                expected="held-out runs",
+                do="choose others with --select",
+            )
+
+
+def table_saved(table: Any, out: Path, markdown: Callable[[Any], str]) -> None:
+    """Write a table as CSV, or as Markdown where the file is called so."""
+    from bayes_simfluence.files import atomically
+
+    text = markdown(table) + "\n" if out.suffix == ".md" else table.to_csv()
+    with atomically(out) as partial:
+        partial.write_text(text, "utf-8")
+    print(f"table in {out}")

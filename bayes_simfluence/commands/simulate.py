@@ -1,0 +1,150 @@
+"""``simulate``: curricula, as recorded or with examples left out, with a band on request."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bayes_simfluence.checks import Misuse, choice_of
+from bayes_simfluence.commands.options import (
+    Draws,
+    Figure,
+    Overwrite,
+    Quiet,
+    RunsFile,
+    Seed,
+    Select,
+    opened,
+    progress_of,
+    selected,
+)
+from bayes_simfluence.files import atomically, new_path
+
+__all__ = ["simulate"]
+
+BANDS = ("credible", "conformal")
+
+
+def simulate(
+    posterior: Annotated[Path, typer.Argument(help="Posterior saved by fit.")],
+    runs: RunsFile,
+    out: Annotated[Path, typer.Option(help="New file for the trajectories (.nc).")],
+    select: Select = "",
+    drop: Annotated[
+        str, typer.Option(help="Ids of training examples to leave out, separated by commas.")
+    ] = "",
+    band: Annotated[
+        str,
+        typer.Option(
+            help="Add edges low and high: credible, as the posterior has it, or conformal, "
+            "calibrated on runs that were not fitted; none if empty."
+        ),
+    ] = "",
+    probability: Annotated[
+        float | None, typer.Option(help="Of the band.", show_default="0.9")
+    ] = None,
+    simultaneous: Annotated[
+        bool, typer.Option("--simultaneous", help="The band holds whole trajectories.")
+    ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Recorded runs that calibrate a conformal band; left-out fitted runs if omitted."
+        ),
+    ] = None,
+    calibration_select: Annotated[
+        str, typer.Option(help="Positions of those runs; all if empty.")
+    ] = "",
+    figure: Figure = None,
+    draws: Draws = 200,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Simulate recorded curricula, as they are or with examples left out."""
+    for one in (out, figure):
+        if one is not None:
+            new_path(one, overwrite=overwrite)
+    _check_band(band, probability, simultaneous, calibration, calibration_select)
+
+    import jax
+
+    from bayes_simfluence.data.netcdf import write_groups
+    from bayes_simfluence.data.runs import without_examples
+    from bayes_simfluence.inference.posterior import load_posterior
+    from bayes_simfluence.report.plots import plot_curves, save_figure
+
+    chosen = _band_of(band, probability, simultaneous, calibration, calibration_select)
+    fitted = load_posterior(posterior)
+    recorded = selected(opened(runs), select, "--select")
+    ids = [one.strip() for one in drop.split(",") if one.strip()]
+    planned = without_examples(recorded, ids) if ids else recorded
+    with progress_of(quiet).work("simulate", 1) as meter:
+        simulated = fitted.simulate(planned, key=jax.random.key(seed), draws=draws, band=chosen)
+        meter.advance()
+    with atomically(out) as partial:
+        write_groups(partial, {"/": simulated})
+    print(f"{planned.sizes['run']} runs x {simulated.sizes['draw']} draws in {out}")
+    if chosen is not None:
+        print(_said_of(simulated["low"].attrs))
+    if figure is not None:
+        truth = None if ids else recorded
+        save_figure(plot_curves({"simulated": simulated}, truth), figure, overwrite=overwrite)
+        print(f"picture in {figure}")
+
+
+def _check_band(
+    band: str,
+    probability: float | None,
+    simultaneous: bool,
+    calibration: Path | None,
+    calibration_select: str,
+) -> None:
+    choice_of("--band", band, ["", *BANDS])
+    for option, said, wanted in (
+        ("--probability", probability is not None, BANDS),
+        ("--simultaneous", simultaneous, BANDS),
+        ("--calibration", calibration is not None, BANDS[1:]),
+        ("--calibration-select", bool(calibration_select), BANDS[1:]),
+    ):
+        if said and band not in wanted:
+            raise Misuse(
+                option,
+                got=f"--band {band}" if band else "no --band",
+                expected=" or ".join(f"--band {one}" for one in wanted),
+                do="add it, or leave the option out",
+            )
+    if calibration_select and calibration is None:
+        raise Misuse(
+            "--calibration-select",
+            got="no --calibration",
+            expected="a file of runs",
+            do="say --calibration RUNS",
+        )
+
+
+def _band_of(
+    band: str,
+    probability: float | None,
+    simultaneous: bool,
+    calibration: Path | None,
+    calibration_select: str,
+) -> Any:
+    from bayes_simfluence.counterfactual.bands import Credible
+    from bayes_simfluence.counterfactual.conformal import Conformal
+
+    share = 0.9 if probability is None else probability
+    if band == "conformal":
+        runs = None
+        if calibration is not None:
+            runs = selected(opened(calibration), calibration_select, "--calibration-select")
+        return Conformal(runs, probability=share, simultaneous=simultaneous)
+    return Credible(share, simultaneous) if band else None
+
+
+def _said_of(about: dict[str, Any]) -> str:
+    whole = "whole trajectories" if about["simultaneous"] else "each time"
+    said = f"{about['kind']} band of {about['probability']:.0%} for {whole}: low, high"
+    if "n_calibration" not in about:
+        return said
+    return f"{said} (calibrated on {about['n_calibration']} runs, {about['calibration']})"
