@@ -61,7 +61,8 @@ class Program:
         """Runs, or transitions."""
         return len(self.observed.linked)
 
-    def keeps(self, name: str) -> bool:
+    @staticmethod
+    def keeps(name: str) -> bool:
         """Whether a site is needed to simulate; the rest is what those are made of."""
         inside = ("_own", "_local", "_global", "_slab", "_traits", "_of_features", "_of_query")
         return not name.endswith((*inside, "_is_flat")) and "_common_to_queries" not in name

@@ -12,8 +12,8 @@ from numpyro import distributions as dist
 
 __all__ = ["Hyper", "Values", "log_prior", "natural_values", "start"]
 
-Values = Mapping[str, Float[Array, ""]]
-"""Hyperparameters by name, on their natural scale."""
+Values = Mapping[str, Array]
+"""Hyperparameters by name, on their natural scale; other sites may stand among them."""
 
 
 @dataclass(frozen=True)
