@@ -14,8 +14,8 @@ from numpyro.infer.util import potential_energy
 
 from bayes_simfluence.checks import Misuse, choice_of, count_of, positive_integer
 from bayes_simfluence.inference.diagnostics import SampleStats, sampler_verdict
-from bayes_simfluence.inference.method import Fitted
 from bayes_simfluence.inference.joint_program import JointProgram
+from bayes_simfluence.inference.method import Fitted
 from bayes_simfluence.inference.program import LIMIT, Program, program_of
 from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.linalg import double_precision
@@ -270,9 +270,7 @@ def _machine(
             values = infer.util.constrain_fn(program, arguments, {}, z, return_deterministic=True)
             return {name: one.astype(jnp.float32) for name, one in values.items() if keep(name)}
 
-        flat = jax.tree.map(
-            lambda x: jnp.moveaxis(x[at], 1, 0).reshape(-1, *x.shape[2:]), z
-        )
+        flat = jax.tree.map(lambda x: jnp.moveaxis(x[at], 1, 0).reshape(-1, *x.shape[2:]), z)
         values = jax.lax.map(one, flat, batch_size=8)
         return {name: one.reshape(-1, len(at), *one.shape[1:]) for name, one in values.items()}
 
