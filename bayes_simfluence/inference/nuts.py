@@ -27,6 +27,8 @@ __all__ = ["NUTS", "Sampled", "sample"]
 Chains = Literal["vectorized", "parallel", "sequential"]
 CHUNK = 25
 """Iterations between two reports of progress, and between two moves of draws to the host."""
+WARMUP_DEPTH = 5
+"""Doublings of a trajectory at most while a full mass matrix is adapted."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,9 @@ def _machine(
     def potential(*arguments: Any) -> Callable[[Any], Any]:
         return partial(potential_energy, program, arguments, {})
 
+    # Until it is adapted, a small step from a bad start would make the longest trajectories.
+    deepest = WARMUP_DEPTH if dense else settings.max_tree_depth
+    warmup_depth = min(deepest, settings.max_tree_depth)
     init, iterate = hmc.hmc(potential_fn_gen=potential, algo="NUTS")
 
     def begin(key: jax.Array, arguments: tuple[Any, ...]) -> Any:
@@ -235,7 +240,7 @@ def _machine(
             place,
             settings.warmup,
             target_accept_prob=settings.target_accept,
-            max_tree_depth=settings.max_tree_depth,
+            max_tree_depth=(warmup_depth, settings.max_tree_depth),
             trajectory_length=None,
             dense_mass=[tuple(sorted(_position(place)))] if dense else False,
             model_args=arguments,
@@ -302,7 +307,9 @@ def _told(state: Any) -> Any:
 
 def _over_devices(advance: Callable[..., Any]) -> Callable[..., Any]:
     """The same with chains spread over all devices."""
-    mesh = jax.make_mesh((jax.local_device_count(),), ("chain",))
+    made: Callable[..., Any] = jax.make_mesh
+    axis: Any = jax.sharding.AxisType.Auto
+    mesh = made((jax.local_device_count(),), ("chain",), axis_types=(axis,))
     spec: Callable[..., Any] = jax.sharding.PartitionSpec
     shard: Callable[..., Callable[..., Any]] = jax.shard_map
     return shard(
