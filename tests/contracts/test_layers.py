@@ -53,6 +53,7 @@ ROWS = {
         "regression",
         "path_search",
         "program",
+        "joint_program",
         "prior",
         "unseen",
         "dispersion",
