@@ -76,9 +76,9 @@ DENSE = {"default", "linear", "additive"}
 @pytest.mark.parametrize("name", ["default", "linear", "additive", "ridge"])
 def test_groups_explain_themselves(posteriors, idatas, runs, name):
     idata = idatas[name]
-    without = {"prior", "prior_predictive", "sample_stats"}
+    without = {"sample_stats"}
     if name not in DENSE:
-        without |= {"log_likelihood", "run_log_likelihood"}
+        without |= {"log_likelihood", "run_log_likelihood", "prior", "prior_predictive"}
     assert groups_of(idata) == set(GROUPS) - without
     rows = posteriors[name].simulator.rows if name == "default" else np.arange(STEPS)
     observed, predicted = (idata[one]["loss"] for one in ("observed_data", "posterior_predictive"))

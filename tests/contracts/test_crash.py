@@ -23,6 +23,8 @@ from bayes_simfluence.recording.features import Features
 from bayes_simfluence.recording.record import record
 from bayes_simfluence.recording.task import Task
 
+# A recording in this process must be the bit-for-bit reference of one in another.
+pytestmark = pytest.mark.optimized
 KILLS = 24
 RUNS, STEPS = 6, 12
 
