@@ -109,8 +109,8 @@ class Ridge:
             raise Misuse(
                 "Ridge: the model",
                 got=f"kind={model.kind!r} with other parts than its own",
-                expected=f"Simfluence(kind={model.kind!r}): least squares know no other prior, error "
-                "or exposure",
+                expected=f"Simfluence(kind={model.kind!r}): least squares know no other prior, "
+                "error or exposure",
                 do="fit it with NUTS() or SVI(), which take every model",
             )
         paper = self.objective == "paper"
