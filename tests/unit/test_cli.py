@@ -222,6 +222,8 @@ def test_diagnose_and_calibrate_a_saved_fit(command, runs, tmp_path):
     assert code == 2 and "a fit to the runs" in errors
 
 
+# Ten draws do not converge.
+@pytest.mark.filterwarnings("ignore::bayes_simfluence.checks.FitWarning")
 def test_a_sampled_fit_is_diagnosed_by_its_chains(command, tmp_path):
     few = bs.example_runs().isel(query=[0, 1], run=slice(0, 3), step=slice(0, 6), time=slice(0, 7))
     bs.export_netcdf(few, tmp_path / "few.nc")
