@@ -11,6 +11,17 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+OPTIMIZED = ("statistical", "parity", "optimized")
+"""Markers of tests that compute for long; in the others compilation takes most of the time."""
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request: pytest.FixtureRequest):
+    wanted = any(request.node.get_closest_marker(one) for one in OPTIMIZED)
+    benchmark = "benchmark" in request.fixturenames
+    jax.config.update("jax_disable_most_optimizations", not (wanted or benchmark))
+
+
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)

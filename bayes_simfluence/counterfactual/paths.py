@@ -54,6 +54,8 @@ class PathSimulator:
         widening: log of the factor on the variance that left-out runs asked for, at knots spread
             evenly over a recorded run, straight lines between them.
         freedom: degrees of freedom of the scales' posterior; the band is Student-t with them.
+        unseen: features of queries that were never recorded, which this simulates then instead of
+            the fitted ones (``counterfactual.unseen``).
     """
 
     name: ClassVar[str] = "paths"
@@ -65,6 +67,7 @@ class PathSimulator:
     scale: Float[np.ndarray, " query"]
     widening: Float[np.ndarray, " knot"]
     freedom: float
+    unseen: ExampleFeatures | None = None
 
     @property
     def values(self) -> dict[str, float]:
@@ -112,7 +115,7 @@ class PathSimulator:
             self.model,
             solved.values,
             paths,
-            self.fitted.features,
+            self.unseen or self.fitted.features,
             jnp.asarray(rows),
             knots=solved.knots,
         )
@@ -201,6 +204,11 @@ class PathSimulator:
         change = linked[:, 1:][:, self.rows] - linked[:, :1] - mean
         change = jnp.where(known[..., None], change, 0.0)
         weights = gain.T @ change.reshape(len(flat), -1)
+        if self.unseen is not None:
+            # Nothing was seen of these queries: the others' mean, with the prior around it.
+            mean_weights = weights.mean(axis=1, keepdims=True)
+            weights = jnp.broadcast_to(mean_weights, (len(weights), len(self.scale)))
+            gain = jnp.zeros_like(gain)
         return _Solved(values, knots, size, flat, gain, weights, cholesky(error))
 
     def samples(self, *, key: jax.Array, draws: int) -> Named:

@@ -1,14 +1,14 @@
 """Draws of a model's sites, rolled out: what samplers leave behind, whatever the prior or error."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.counterfactual.fitted import stacked_paths
@@ -33,6 +33,8 @@ class SampledSimulator:
         features: embeddings of examples and queries.
         recorded: steps of a recorded run: the unit of training time.
         largest_step_size: what step sizes were divided by; None when they were not recorded.
+        missing: positions (run, time, query) of the fitted runs' losses that the site ``missing``
+            holds.
     """
 
     name: ClassVar[str] = "sampled"
@@ -42,6 +44,7 @@ class SampledSimulator:
     features: ExampleFeatures
     recorded: int
     largest_step_size: float | None
+    missing: Int[np.ndarray, "entry axis"] = field(default_factory=lambda: np.zeros((0, 3), int))
 
     @property
     def draws(self) -> int:
@@ -100,15 +103,17 @@ class SampledSimulator:
     ) -> Float[np.ndarray, "chain draw run step query"]:
         """Log density (1/nats) of each loss given the run's earlier ones; NaN where none was seen.
 
-        Losses that a fit had as sites of their own are integrated over only here and there: see
-        ``joint.Gaps``. Where that is not possible (``Gaps.imputed``) they take the values of their
-        draws.
+        Losses that were not recorded are integrated over where that is possible (``joint.Gaps``);
+        elsewhere they take the values of their draws.
+
+        Raises:
+            Misuse: losses left out that are not integrated over and that the fit has no draws of.
         """
         chosen, shape = self._chosen(draws)
         with double_precision():
             linked = link_of(self.model, jnp.asarray(loss, float))
             gaps = gaps_of(self.model, np.asarray(linked))
-
+            drawn = self._drawn(gaps.imputed, planned.query)
             query = jnp.asarray(planned.query)
 
             def one(sites: Sites) -> Array:
@@ -117,7 +122,7 @@ class SampledSimulator:
                 mine = {name: sites[name][query] for name in self._of_query()}
                 seen = linked
                 if len(gaps.imputed):
-                    seen = linked.at[tuple(gaps.imputed.T)].set(sites["missing"])
+                    seen = linked.at[tuple(gaps.imputed.T)].set(sites["missing"][drawn])
                 return density_of(self.model, {**sites, **mine}, found, paths, seen, gaps)
 
             paths = self._paths(planned)
@@ -126,6 +131,22 @@ class SampledSimulator:
             found = np.asarray(density + jacobian[None], np.float32)
         found = np.where(np.isfinite(loss[None, :, 1:]), found, np.nan)
         return found.reshape(*shape, *found.shape[1:])
+
+    def _drawn(
+        self, wanted: Int[np.ndarray, "gap axis"], query: Int[np.ndarray, " query"]
+    ) -> Int[np.ndarray, " gap"]:
+        """Places in the site ``missing`` of losses at positions (run, time, queried)."""
+        places = {tuple(one): place for place, one in enumerate(self.missing.tolist())}
+        asked = [(run, time, int(query[at])) for run, time, at in wanted.tolist()]
+        unknown = sum(one not in places for one in asked)
+        if unknown:
+            raise Misuse(
+                "times",
+                got=f"{unknown} losses left out that the fit has no draws of",
+                expected="every recorded loss, for a density that needs the loss before each step",
+                do="leave times out",
+            )
+        return np.array([places[one] for one in asked], int)
 
     def _of_query(self) -> tuple[str, ...]:
         """Sites of which each query has its own, besides the coefficients."""
@@ -168,6 +189,7 @@ class SampledSimulator:
             "spread": ((), np.asarray(self.units.spread)),
             "train_feature": (("train", "feature"), np.asarray(self.features.train)),
             "query_feature": (("query", "of_query"), np.asarray(self.features.query)),
+            "missing": (("entry", "axis"), self.missing),
         }
         for name, value in self.sites.items():
             rest = (f"{name}_{axis}" for axis in range(value.ndim - 2))
@@ -203,6 +225,7 @@ class SampledSimulator:
             features=features,
             recorded=settings["recorded"],
             largest_step_size=settings["largest_step_size"],
+            missing=np.asarray(arrays["missing"], int),
         )
 
 

@@ -68,6 +68,10 @@ def _extended(model: Simfluence, sites: Sites, knots: int, *, key: jax.Array) ->
         curve = name.endswith("_time") and model.time_effect == "smooth"
         more = knots - value.shape[-1] if smooth or curve else 0
         if more > 0:
+            if smooth and not model.prior.varying:
+                last = jnp.repeat(value[..., -1:], more, axis=-1)
+                longer[name] = jnp.concatenate([value, last], axis=-1)
+                continue
             own = jax.random.fold_in(key, number)
             size = jnp.sqrt(jnp.square(value).mean(axis=-1, keepdims=True)) if smooth else 1.0
             fresh = size * jax.random.normal(own, (*value.shape[:-1], more), value.dtype)
@@ -83,16 +87,15 @@ def of_queries(found: Coefficients, query: Array) -> Coefficients:
 
 def _walk_factor(
     model: Simfluence, values: Values, progress: Float[Array, " step"]
-) -> Float[Array, "step step"] | None:
-    """Root of the covariance of the error path; None for Student-t steps.
+) -> Float[Array, "step step"]:
+    """The error path as a map of independent draws; for Student-t steps, their sum.
 
     Noise of observation that the recurrence does not see is added to the rolled-out losses.
     """
     error = model.error
     if isinstance(error, StudentT):
-        return None
-    if _hidden(model):
-        assert isinstance(error, Gaussian)
+        return jnp.tril(jnp.ones((len(progress), len(progress))))
+    if isinstance(error, Gaussian) and model.multiplicative:
         error = replace(error, observation=False)
     covariance = error.covariance(values, progress)
     return cholesky(covariance + JITTER * jnp.eye(len(progress)))
@@ -109,19 +112,17 @@ def _rolled(
     path: Path,
     start: Float[Array, " query"],
     noise: Float[Array, " query"],
-    factor: Float[Array, "step step"] | None,
+    factor: Float[Array, "step step"],
     *,
     key: jax.Array,
 ) -> tuple[Float[Array, "step query"], Float[Array, "step query"]]:
     steps, queries = len(path.progress), len(start)
     walk_key, seen_key = jax.random.split(key)
-    if factor is None:
-        assert isinstance(model.error, StudentT)
-        freedom = model.error.freedom_of(sites)
-        walk = jnp.cumsum(jax.random.t(walk_key, freedom, (steps, queries)), axis=0)
+    if isinstance(model.error, StudentT):
+        independent = jax.random.t(walk_key, model.error.freedom_of(sites), (steps, queries))
     else:
-        walk = factor @ jax.random.normal(walk_key, (steps, queries))
-    error = noise[None] * walk
+        independent = jax.random.normal(walk_key, (steps, queries))
+    error = noise[None] * (factor @ independent)
     simple = not model.multiplicative and getattr(model.error, "loss_power", 0.0) == 0
     way = _summed if simple else _scanned
     mean = way(model, sites, coefficients, path, start, jnp.zeros_like(error))

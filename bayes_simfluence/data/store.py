@@ -15,7 +15,7 @@ import xarray as xr
 import zarr
 from jaxtyping import Float
 
-from bayes_simfluence.checks import Misuse, WorkFailed
+from bayes_simfluence.checks import Misuse, WorkFailed, choice_of
 from bayes_simfluence.conventions import (
     OPTIONAL,
     SCHEMA_VERSION,
@@ -38,6 +38,15 @@ __all__ = [
     "save_runs",
     "write_run",
 ]
+
+
+EXAMPLES = {
+    "sst2": "example_runs.nc",
+    "trec": "example_runs_trec.nc",
+    "copa": "example_runs_copa.nc",
+    "sst2-sgd": "example_runs_sst2_sgd.nc",
+}
+"""Recordings that ship with the package."""
 
 
 def save_runs(runs: xr.Dataset, path: PathLike, *, overwrite: bool = False) -> Path:
@@ -142,16 +151,22 @@ def export_netcdf(runs: xr.Dataset, path: PathLike, *, overwrite: bool = False) 
     return path
 
 
-def example_runs() -> xr.Dataset:
-    """32 recorded runs of MiniLM on SST-2 that ship with the package (ids and losses, no text).
+def example_runs(name: str = "sst2") -> xr.Dataset:
+    """32 recorded runs of MiniLM that ship with the package (ids and losses, no text).
 
     The standard protocol: each run 128 of 200 examples, batch 4, 3 epochs (96 steps), AdamW with
-    linear decay, 50 queries; ``docs/recording.md`` has the command that recorded them.
+    linear decay, 50 queries; ``docs/recording.md`` has the commands that recorded them.
+
+    Args:
+        name: ``sst2`` (sentiment, two classes), ``trec`` (questions, six classes), ``copa`` (pairs
+            of sentences, plausible or not), or ``sst2-sgd``: plain SGD at a high rate, where runs
+            are chaotic and hard to predict.
 
     >>> example_runs().sizes["run"]
     32
     """
-    resource = files("bayes_simfluence.data") / "example_runs.nc"
+    choice_of("example_runs(name)", name, tuple(EXAMPLES))
+    resource = files("bayes_simfluence.data") / EXAMPLES[name]
     with as_file(resource) as path:
         return open_runs(path)
 

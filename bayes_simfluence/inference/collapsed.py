@@ -6,6 +6,7 @@ coefficients that belongs to each draw (Rue & Held 2005, section 4.2.2; the targ
 of ``NUTS`` on the joint program, and so are the priors).
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -28,9 +29,10 @@ from bayes_simfluence.inference.program import LIMIT, Program, program_of
 from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.inference.regression import Form, eigen, moments
 from bayes_simfluence.linalg import cholesky, double_precision, solve_lower
-from bayes_simfluence.model.bayesian import Simfluence, hypers_of
+from bayes_simfluence.model.bayesian import Path, Simfluence, hypers_of
 from bayes_simfluence.model.hyper import Values
 from bayes_simfluence.model.joint import NOISE, SCALE, WIDE_SCALE, Sites
+from bayes_simfluence.model.priors import ExampleFeatures
 from bayes_simfluence.progress import Progress
 
 __all__ = ["collapsed_paths", "collapsed_regression"]
@@ -125,10 +127,39 @@ def _units_by_site(
 
 
 class Points(NamedTuple):
-    """Recorded changes at some times of each run, and where they are."""
+    """Recorded changes at some times of each run, where they are, and what runs trained on.
+
+    Attributes:
+        change: since before the first update, on the scale of the link.
+        rows: steps after which.
+        paths, features, spread: as the joint program has them.
+    """
 
     change: Float[Array, "run row query"]
     rows: Int[Array, " row"]
+    paths: Path
+    features: ExampleFeatures
+    spread: Float[Array, ""]
+
+
+@dataclass(frozen=True)
+class Hypers:
+    """The marginal likelihood of hyperparameters and scales: one factor serves all queries."""
+
+    model: Simfluence
+
+    def __call__(self, points: Points) -> None:
+        """The sites and the density."""
+        values = {
+            name: numpyro.sample(name, hyper.law())
+            for name, hyper in hypers_of(self.model, points.features).items()
+        }
+        queries = (points.change.shape[2],)
+        scale = numpyro.sample("scale", WIDE_SCALE.law().expand(queries).to_event(1))
+        factor, residual, _, _ = _factored(self.model, values, points)
+        white = solve_lower(factor, residual) / scale[None]
+        volume = jnp.log(jnp.diagonal(factor)).sum() + len(factor) * jnp.log(scale)
+        numpyro.factor("evidence", -0.5 * jnp.square(white).sum() - volume.sum())
 
 
 def collapsed_paths(
@@ -146,13 +177,15 @@ def collapsed_paths(
     sample_key, draw_key = jax.random.split(key)
     with double_precision():
         program = program_of(runs, model, "Exact")
-        linked = program.observed.linked
-        change = linked[:, 1:][:, rows] - linked[:, :1]
-        points = Points(change, jnp.asarray(rows))
+        observed = program.observed
+        change = observed.linked[:, 1:][:, rows] - observed.linked[:, :1]
+        points = Points(
+            change, jnp.asarray(rows), observed.paths, observed.features, observed.units.spread
+        )
         thin = _thin(program, sampler)
         drawn = sample(
-            partial(_of_hypers, program), (points,), sampler, key=sample_key, thin=thin,
-            keep=_always, progress=progress,
+            Hypers(model), (points,), sampler, key=sample_key, thin=thin, keep=_always,
+            progress=progress, dense=True,
         )  # fmt: skip
         chains, draws = drawn.sites["scale"].shape[:2]
         flat = {
@@ -161,11 +194,10 @@ def collapsed_paths(
         }
         keys = jax.random.split(draw_key, chains * draws)
         with progress.work("coefficients", len(keys)) as meter:
-            each = jax.jit(partial(_path_sites, program))
             found = []
             for at, one in enumerate(keys):
                 sites = {name: value[at] for name, value in flat.items()}
-                found.append(jax.tree.map(np.asarray, each(points, sites, one)))
+                found.append(jax.tree.map(np.asarray, _path_sites(model, points, sites, one)))
                 meter.advance()
     whole = {
         name: np.stack([one[name] for one in found]).reshape(chains, draws, *found[0][name].shape)
@@ -177,47 +209,32 @@ def collapsed_paths(
     )
 
 
-def _of_hypers(program: Program, points: Points) -> None:
-    """The marginal likelihood of hyperparameters and scales: one factor serves all queries."""
-    model, features = program.model, program.observed.features
-    values = {
-        name: numpyro.sample(name, hyper.law())
-        for name, hyper in hypers_of(model, features).items()
-    }
-    queries = (points.change.shape[2],)
-    scale = numpyro.sample("scale", WIDE_SCALE.law().expand(queries).to_event(1))
-    factor, residual, _, _ = _factored(program, values, points)
-    white = solve_lower(factor, residual) / scale[None]
-    volume = jnp.log(jnp.diagonal(factor)).sum() + len(factor) * jnp.log(scale)
-    numpyro.factor("evidence", -0.5 * jnp.square(white).sum() - volume.sum())
-
-
 def _factored(
-    program: Program, values: Values, points: Points
+    model: Simfluence, values: Values, points: Points
 ) -> tuple[Array, Array, Array, Array]:
     """Factor of all points' covariance and residuals, for unit scale; designs and error."""
-    model, observed = program.model, program.observed
     knots = model.coefficients.count(1.0)
     designs, mean = designs_and_means(
-        model, values, observed.paths, observed.features, points.rows, knots=knots
+        model, values, points.paths, points.features, points.rows, knots=knots
     )
-    designs = designs / observed.units.spread
-    error = error_covariance(model, values, observed.paths.progress[0])
+    designs = designs / points.spread
+    error = error_covariance(model, values, points.paths.progress[0])
     error = error[points.rows][:, points.rows]
     factor = cholesky(fitted_covariance(designs, error))
     residual = (points.change - mean).reshape(len(factor), -1)
     return factor, residual, designs.reshape(len(factor), -1), error
 
 
+@partial(jax.jit, static_argnums=0)
 def _path_sites(
-    program: Program, points: Points, sites: Sites, key: Array
+    model: Simfluence, points: Points, sites: Sites, key: Array
 ) -> dict[str, Float[Array, "..."]]:
     """One exact draw of all coefficients given hyperparameters, by perturb-and-solve.
 
     With ``X`` the designs, ``K`` the points' covariance and ``w``, ``eta`` from the prior,
     ``w + X' K^-1 (y / s - X w - eta)`` is a draw given ``y`` (Papandreou & Yuille 2010).
     """
-    factor, residual, designs, error = _factored(program, sites, points)
+    factor, residual, designs, error = _factored(model, sites, points)
     runs, queries = len(points.change), residual.shape[1]
     weight_key, error_key = jax.random.split(key)
     white = jax.random.normal(weight_key, (designs.shape[1], queries), designs.dtype)
@@ -226,14 +243,16 @@ def _path_sites(
     miss = residual / sites["scale"][None] - designs @ white - eta
     solved = solve_lower(factor, solve_lower(factor, miss), transposed=True)
     weights = white + designs.T @ solved
-    return _named_weights(program, sites, weights)
+    return _named_weights(model, points.features, sites, weights)
 
 
 def _named_weights(
-    program: Program, sites: Sites, weights: Float[Array, "weight query"]
+    model: Simfluence,
+    features: ExampleFeatures,
+    sites: Sites,
+    weights: Float[Array, "weight query"],
 ) -> dict[str, Float[Array, "..."]]:
     """Weights in the order of ``bayesian.design`` as the joint program's sites."""
-    model, features = program.model, program.observed.features
     train, width = features.train.shape
     timed = model.time_effect != "none"
     grid = weights.reshape(len(model.parts), -1, train + width + int(timed), weights.shape[1])

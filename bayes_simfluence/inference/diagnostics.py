@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+from warnings import catch_warnings, filterwarnings
 
 import numpy as np
 import xarray as xr
@@ -72,15 +73,17 @@ def convergence(sites: Mapping[str, Float[np.ndarray, "chain draw *shape"]]) -> 
 
     def worst(found: xr.Dataset, reduce: str) -> float:
         values = np.concatenate([np.ravel(one.values) for one in found.data_vars.values()])
-        known = values[np.isfinite(values)]
+        known = values[~np.isnan(values)]
         return float(getattr(np, reduce)(known)) if len(known) else float("nan")
 
-    numbers = {
-        "ess_bulk": worst(az.ess(whole, method="bulk"), "min"),
-        "ess_tail": worst(az.ess(whole, method="tail"), "min"),
-    }
-    if whole.sizes["chain"] > 1:
-        numbers["r_hat"] = worst(az.rhat(whole), "max")
+    # Chains that never move have no variance to divide by.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        numbers = {
+            "ess_bulk": worst(az.ess(whole, method="bulk"), "min"),
+            "ess_tail": worst(az.ess(whole, method="tail"), "min"),
+        }
+        if whole.sizes["chain"] > 1:
+            numbers["r_hat"] = worst(az.rhat(whole), "max")
     return numbers
 
 
@@ -94,9 +97,11 @@ def untrusted_runs(density: Float[np.ndarray, "chain draw run query"]) -> float:
     dims = ("chain", "draw", "run", "query")
     coords = {name: np.arange(size) for name, size in zip(dims, density.shape, strict=True)}
     likelihood = xr.Dataset({"loss": (dims, density)}, coords)
-    _, pareto_k, good = pointwise_loo(
-        container({"posterior": likelihood, "log_likelihood": likelihood})
-    )
+    with catch_warnings():
+        filterwarnings("ignore", message="The point-wise LOO is the same with the sum LOO")
+        _, pareto_k, good = pointwise_loo(
+            container({"posterior": likelihood, "log_likelihood": likelihood})
+        )
     return float((pareto_k.values > good).mean())
 
 

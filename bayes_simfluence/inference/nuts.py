@@ -1,18 +1,22 @@
 """No-U-turn sampling of the whole model by NumPyro: every prior, every error."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro import infer
+from numpyro.infer import hmc
+from numpyro.infer.util import potential_energy
 
 from bayes_simfluence.checks import Misuse, choice_of, count_of, positive_integer
 from bayes_simfluence.inference.diagnostics import SampleStats, sampler_verdict
+from bayes_simfluence.inference.joint_program import JointProgram
 from bayes_simfluence.inference.method import Fitted
-from bayes_simfluence.inference.program import LIMIT, program_of
+from bayes_simfluence.inference.program import LIMIT, Program, program_of
 from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.bayesian import Simfluence
@@ -23,6 +27,8 @@ __all__ = ["NUTS", "Sampled", "sample"]
 Chains = Literal["vectorized", "parallel", "sequential"]
 CHUNK = 25
 """Iterations between two reports of progress, and between two moves of draws to the host."""
+WARMUP_DEPTH = 5
+"""Doublings of a trajectory at most while a full mass matrix is adapted."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,8 @@ class NUTS:
             program = program_of(runs, model, "NUTS")
             thin = -(-self.draws * self.chains * program.bytes_of_a_draw() // LIMIT)
             found = sample(
-                program(), (program.observed,), self, key=key, thin=thin, keep=program.keeps,
-                progress=progress,
+                JointProgram.of(program), (program.observed,), self, key=key, thin=thin,
+                keep=Program.keeps, progress=progress,
             )  # fmt: skip
         simulator = program.simulator(found.sites)
         return Fitted(
@@ -127,61 +133,63 @@ def sample(
     thin: int,
     keep: Callable[[str], bool],
     progress: Progress,
+    dense: bool = False,
 ) -> Sampled:
-    """NUTS of any NumPyro program, in chunks: progress is told, draws leave the device."""
-    kernel = infer.NUTS(
-        program,
-        target_accept_prob=settings.target_accept,
-        max_tree_depth=settings.max_tree_depth,
-        init_strategy=infer.init_to_median(num_samples=5),
-    )
-    total = (settings.warmup + settings.draws) * (
-        settings.chains if settings.chain_method == "sequential" else 1
-    )
+    """NUTS of any NumPyro program, in chunks: progress is told, draws leave the device.
+
+    Args:
+        program: takes all data as arguments. It and ``keep`` are compared by value: what was
+            compiled for equal ones is used again for other data of the same shapes.
+        arguments: the data.
+        settings, key, thin, progress: as the methods have them.
+        keep: which sites.
+        dense: adapt a full mass matrix, for few dimensions.
+    """
+    machine = _machine(program, keep, _settings_of_a_chain(settings), dense)
+    together = settings.chain_method != "sequential"
+    total = (settings.warmup + settings.draws) * (1 if together else settings.chains)
     keys = jax.random.split(key, settings.chains)
     with progress.work("NUTS", total) as meter:
-        if settings.chain_method == "sequential":
-            each = [
-                _chains(kernel, arguments, settings, one[None], thin, keep, meter) for one in keys
-            ]
-            sites = {
-                name: np.concatenate([one.sites[name] for one in each]) for name in each[0].sites
-            }
-            return Sampled(sites, SampleStats.joined([one.stats for one in each]))
-        return _chains(kernel, arguments, settings, keys, thin, keep, meter)
+        each = [
+            _chains(machine, arguments, settings, some, thin, meter)
+            for some in ([keys] if together else [one[None] for one in keys])
+        ]
+    sites = {name: np.concatenate([one.sites[name] for one in each]) for name in each[0].sites}
+    return Sampled(sites, SampleStats.joined([one.stats for one in each]))
 
 
 def _chains(
-    kernel: infer.NUTS,
+    machine: "_Machine",
     arguments: tuple[Any, ...],
     settings: NUTS,
     keys: jax.Array,
     thin: int,
-    keep: Callable[[str], bool],
     meter: Meter,
 ) -> Sampled:
-    state = kernel.init(keys, settings.warmup, None, arguments, {})
-    advance = _advance(kernel, settings)
-    for size in _sizes(settings.warmup):
-        state, _ = advance(state, arguments, size)
-        meter.advance(size, "warm-up")
-    constrain = jax.jit(
-        lambda z: jax.lax.map(
-            lambda one: _kept(kernel.postprocess_fn(arguments, {})(one), keep), z, batch_size=8
+    state = machine.start(keys, arguments)
+    if not np.isfinite(np.asarray(state.potential_energy)).all():
+        raise Misuse(
+            "runs['loss']",
+            got="losses at which the model has no finite density",
+            expected="losses of a size that the model's priors know",
+            do="look for values far from the rest, or for queries whose loss never changes",
         )
-    )
+    for size in _sizes(settings.warmup):
+        state, _, _ = machine.advance(state, arguments, size)
+        meter.advance(size, "warm-up")
     sites: list[dict[str, np.ndarray]] = []
     stats: list[SampleStats] = []
     done = diverged = 0
     for size in _sizes(settings.draws):
-        state, (z, told) = advance(state, arguments, size)
+        state, z, told = machine.advance(state, arguments, size)
         # Iterations that fall on a multiple of ``thin`` are kept.
         at = np.flatnonzero((done + np.arange(size)) % thin == 0)
         if len(at):
-            flat = jax.tree.map(lambda x, at=at: x[at].reshape(-1, *x.shape[2:]), z)
-            values = constrain(flat)
-            sites.append({name: _leading(one, len(at)) for name, one in values.items()})
-        stats.append(SampleStats(*(np.asarray(one).T for one in told)))
+            # As many as ever, so that nothing is compiled for the rest.
+            padded = np.resize(at, -(-CHUNK // thin))
+            values = machine.constrain(z, jnp.asarray(padded), arguments)
+            sites.append({name: np.asarray(one)[:, : len(at)] for name, one in values.items()})
+        stats.append(SampleStats(*(np.asarray(one)[:size].T for one in told)))
         diverged += int(stats[-1].diverging.sum())
         done += size
         meter.advance(size, f"{diverged} divergences")
@@ -189,50 +197,131 @@ def _chains(
     return Sampled(whole, SampleStats.appended(stats).thinned(thin))
 
 
-def _advance(kernel: infer.NUTS, settings: NUTS) -> Callable[..., Any]:
-    """Some iterations of all chains: the last state, every position and what NUTS says of it."""
+class _Machine(NamedTuple):
+    """The compiled parts of a sampler; all take the data as arguments.
 
-    def iterations(state: Any, arguments: tuple[Any, ...], size: int) -> Any:
-        def one(state: Any, _: None) -> tuple[Any, Any]:
-            state = kernel.sample(state, arguments, {})
-            told = (
-                state.diverging, state.accept_prob, state.num_steps, state.energy,
-                state.adapt_state.step_size,
-            )  # fmt: skip
-            return state, (state.z, told)
+    Attributes:
+        start: (keys, data) -> the state of all chains.
+        advance: (state, data, iterations) -> state, and of each of ``CHUNK`` iterations, of which
+            only the first are filled, all positions and what NUTS says of them.
+        constrain: (positions, which, data) -> values of sites, leading axes (chain, draw).
+    """
 
-        return jax.lax.scan(one, state, None, length=size)
+    start: Callable[..., Any]
+    advance: Callable[..., Any]
+    constrain: Callable[..., dict[str, jax.Array]]
 
-    if settings.chain_method != "parallel":
-        return jax.jit(iterations, static_argnums=2)
-    mesh = jax.make_mesh((jax.local_device_count(),), ("chain",))
-    spec: Callable[..., Any] = jax.sharding.PartitionSpec
 
-    def spread(state: Any, arguments: tuple[Any, ...], size: int) -> Any:
-        shard: Callable[..., Callable[..., Any]] = jax.shard_map
-        own = shard(
-            lambda state, arguments: iterations(state, arguments, size),
-            mesh=mesh,
-            in_specs=(spec("chain"), spec()),
-            out_specs=(spec("chain"), spec(None, "chain")),
-            check_vma=False,
+@lru_cache(maxsize=16)
+def _machine(
+    program: Callable[..., None], keep: Callable[[str], bool], settings: NUTS, dense: bool
+) -> _Machine:
+    def potential(*arguments: Any) -> Callable[[Any], Any]:
+        return partial(potential_energy, program, arguments, {})
+
+    # Until it is adapted, a small step from a bad start would make the longest trajectories.
+    deepest = WARMUP_DEPTH if dense else settings.max_tree_depth
+    warmup_depth = min(deepest, settings.max_tree_depth)
+    init, iterate = hmc.hmc(potential_fn_gen=potential, algo="NUTS")
+
+    def begin(key: jax.Array, arguments: tuple[Any, ...]) -> Any:
+        place_key, chain_key = jax.random.split(key)
+        place = infer.util.initialize_model(
+            place_key,
+            program,
+            init_strategy=infer.init_to_median(num_samples=5),
+            dynamic_args=True,
+            model_args=arguments,
         )
-        return own(state, arguments)
+        return initialized(chain_key, place.param_info, arguments)
 
-    return jax.jit(spread, static_argnums=2)
+    def initialized(key: jax.Array, place: Any, arguments: tuple[Any, ...]) -> Any:
+        return init(
+            place,
+            settings.warmup,
+            target_accept_prob=settings.target_accept,
+            max_tree_depth=(warmup_depth, settings.max_tree_depth),
+            trajectory_length=None,
+            dense_mass=[tuple(sorted(_position(place)))] if dense else False,
+            model_args=arguments,
+            rng_key=key,
+        )
+
+    def start(keys: jax.Array, arguments: tuple[Any, ...]) -> Any:
+        return jax.vmap(begin, in_axes=(0, None))(keys, arguments)
+
+    def advance(state: Any, arguments: tuple[Any, ...], size: Any) -> Any:
+        # NumPyro's kernel remembers its schedule from the last start, which must be of this trace.
+        first = jax.tree.map(lambda x: x[0], state)
+        initialized(first.rng_key, first.z, arguments)
+
+        def one(at: Any, carried: Any) -> Any:
+            state, kept = carried
+            state = jax.vmap(lambda one: iterate(one, arguments, {}))(state)
+            found = _told(state)
+            kept = jax.tree.map(lambda all, new: all.at[at].set(new), kept, found)
+            return state, kept
+
+        empty = jax.tree.map(
+            lambda x: jnp.zeros((CHUNK, *jnp.shape(x)), jnp.result_type(x)), _told(state)
+        )
+        state, (z, told) = jax.lax.fori_loop(0, size, one, (state, empty))
+        return state, z, told
+
+    def constrain(
+        z: dict[str, jax.Array], at: jax.Array, arguments: tuple[Any, ...]
+    ) -> dict[str, jax.Array]:
+        def one(z: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            values = infer.util.constrain_fn(program, arguments, {}, z, return_deterministic=True)
+            return {name: one.astype(jnp.float32) for name, one in values.items() if keep(name)}
+
+        flat = jax.tree.map(lambda x: jnp.moveaxis(x[at], 1, 0).reshape(-1, *x.shape[2:]), z)
+        values = jax.lax.map(one, flat, batch_size=8)
+        return {name: one.reshape(-1, len(at), *one.shape[1:]) for name, one in values.items()}
+
+    own = _over_devices(advance) if settings.chain_method == "parallel" else advance
+    return _Machine(jax.jit(start), jax.jit(own), jax.jit(constrain))
+
+
+def _settings_of_a_chain(settings: NUTS) -> NUTS:
+    """The settings that decide what is compiled; the others as they are when left out."""
+    parallel = settings.chain_method == "parallel"
+    return replace(
+        settings,
+        draws=1,
+        chains=settings.chains if parallel else 1,
+        chain_method="parallel" if parallel else "vectorized",
+    )
+
+
+def _position(place: Any) -> Any:
+    return place.z if isinstance(place, infer.util.ParamInfo) else place
+
+
+def _told(state: Any) -> Any:
+    """Positions, and what NUTS says of them in the order of ``SampleStats``."""
+    step_size = state.adapt_state.step_size
+    said = (state.diverging, state.accept_prob, state.num_steps, state.energy, step_size)
+    return state.z, said
+
+
+def _over_devices(advance: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with chains spread over all devices."""
+    made: Callable[..., Any] = jax.make_mesh
+    axis: Any = jax.sharding.AxisType.Auto
+    mesh = made((jax.local_device_count(),), ("chain",), axis_types=(axis,))
+    spec: Callable[..., Any] = jax.sharding.PartitionSpec
+    shard: Callable[..., Callable[..., Any]] = jax.shard_map
+    return shard(
+        advance,
+        mesh=mesh,
+        in_specs=(spec("chain"), spec(), spec()),
+        out_specs=(spec("chain"), spec(None, "chain"), spec(None, "chain")),
+        check_vma=False,
+    )
 
 
 def _sizes(total: int) -> list[int]:
     """Chunks of iterations, with at most one that is shorter."""
     whole, rest = divmod(total, CHUNK)
     return [CHUNK] * whole + ([rest] if rest else [])
-
-
-def _kept(values: dict[str, jax.Array], keep: Callable[[str], bool]) -> dict[str, jax.Array]:
-    return {name: one.astype(jnp.float32) for name, one in values.items() if keep(name)}
-
-
-def _leading(values: jax.Array, draws: int) -> np.ndarray:
-    """From (draw x chain, ...) to (chain, draw, ...)."""
-    found = np.asarray(values)
-    return np.moveaxis(found.reshape(draws, -1, *found.shape[1:]), 0, 1)

@@ -36,6 +36,7 @@ from bayes_simfluence.inference.containers import (
 )
 from bayes_simfluence.inference.prior import prior_from_settings
 from bayes_simfluence.inference.recorded import planned_from
+from bayes_simfluence.inference.unseen import simulated_runs
 from bayes_simfluence.inference.verdict import Verdict
 
 __all__ = ["Posterior", "load_posterior"]
@@ -82,7 +83,10 @@ class Posterior:
 
         Args:
             runs: recorded or planned (``planned_runs``); of their losses only time 0 is used.
-            key: decides the draws; the same key means the same coefficients for all curricula.
+                Examples and queries that the fitted runs do not know need features
+                (``train_feature``, ``query_feature``) and a posterior that was fitted with such.
+            key: decides the draws; the same key means the same coefficients for all curricula
+                (of the same examples).
             draws: number of draws; a point without a band gives one.
             band: ``Credible(...)`` or ``Conformal(...)``; no band when omitted.
 
@@ -92,7 +96,7 @@ class Posterior:
             of ``loss``, ``(run, time, query)``, whose attributes say what they are.
 
         Raises:
-            Misuse: examples or queries that the fitted runs do not know, initial losses that are
+            Misuse: unknown examples or queries without features to go by, initial losses that are
                 not finite, a band that cannot be made.
         """
         keyed(key)
@@ -104,17 +108,14 @@ class Posterior:
                 expected="Credible(...) or Conformal(...)",
                 do="pass an instance",
             )
-        planned = planned_from(
-            validate_runs(runs), self.runs["train"].values, self.runs["query"].values
-        )
-        if not np.isfinite(planned.initial).all():
+        if not np.isfinite(validate_runs(runs)["loss"].values[:, 0]).all():
             raise Misuse(
                 "runs['loss'] at time 0",
                 got="losses that are not finite",
                 expected="every query's loss before the first update",
                 do="measure them, or make the runs with planned_runs(like=recorded, ...)",
             )
-        found = self.simulator.simulate(planned, key=key, draws=draws)
+        found = simulated_runs(self.simulator, self.runs, runs, key=key, draws=draws)
         dims = ("chain", "draw", "run", "time", "query")
         simulated = xr.Dataset(
             {

@@ -87,6 +87,7 @@ def prior_draw(
         if drawn.predictive is None:
             raise Misuse("model", got="no predictions", expected="some", do="report this")
         loss = np.array(drawn.predictive["loss"].values[0, 0], runs["loss"].dtype)
+        loss[:, 0] = runs["loss"].values[:, 0]
         loss[~np.isfinite(runs["loss"].values)] = np.nan
         return runs.assign(loss=runs["loss"].copy(data=loss)), drawn.parameters.isel(
             chain=0, draw=0, drop=True

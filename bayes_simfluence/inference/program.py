@@ -61,32 +61,17 @@ class Program:
         """Runs, or transitions."""
         return len(self.observed.linked)
 
-    def keeps(self, name: str) -> bool:
+    @staticmethod
+    def keeps(name: str) -> bool:
         """Whether a site is needed to simulate; the rest is what those are made of."""
         inside = ("_own", "_local", "_global", "_slab", "_traits", "_of_features", "_of_query")
         return not name.endswith((*inside, "_is_flat")) and "_common_to_queries" not in name
-
-    def sampled(self, values: Mapping[str, Array]) -> dict[str, Array]:
-        """Those of the values that belong to sample sites, not to what follows from them."""
-        trace = handlers.trace(handlers.seed(self._prior, 0)).get_trace()
-        own = {name for name, site in trace.items() if site["type"] == "sample"} | {"missing"}
-        return {name: one for name, one in values.items() if name in own}
-
-    def sites_of(self, values: Mapping[str, Array]) -> dict[str, Array]:
-        """Everything that ``keeps``, from draws of the sample sites (leading axis of draws)."""
-
-        def one(values: Mapping[str, Array]) -> dict[str, Array]:
-            prior = handlers.substitute(handlers.seed(self._prior, 0), dict(values))
-            return self._kept(handlers.trace(prior).get_trace(), values)
-
-        found: dict[str, Array] = jax.lax.map(jax.jit(one), dict(values), batch_size=8)
-        return found
 
     def prior_sites(self, *, key: jax.Array, draws: int) -> dict[str, Array]:
         """Draws from the prior of everything that ``keeps``, leading axis of draws."""
 
         def one(key: jax.Array) -> dict[str, Array]:
-            return self._kept(handlers.trace(handlers.seed(self._prior, key)).get_trace(), {})
+            return self._kept(handlers.trace(handlers.seed(self._prior, key)).get_trace())
 
         found: dict[str, Array] = jax.lax.map(
             jax.jit(one), jax.random.split(key, draws), batch_size=8
@@ -96,15 +81,12 @@ class Program:
     def _prior(self) -> None:
         joint(self.model, self.observed, self.gaps, simulate=True)
 
-    def _kept(self, trace: Mapping[str, Any], values: Mapping[str, Array]) -> dict[str, Array]:
-        kept = {
+    def _kept(self, trace: Mapping[str, Any]) -> dict[str, Array]:
+        return {
             name: site["value"].astype(jnp.float32)
             for name, site in trace.items()
             if site["type"] in ("sample", "deterministic") and self.keeps(name)
         }
-        if "missing" in values:
-            kept["missing"] = values["missing"].astype(jnp.float32)
-        return kept
 
     def by_transition(self) -> "Program":
         """Each step as a run of its own, where a loss depends on the last one alone; else itself.
@@ -135,6 +117,7 @@ class Program:
             features=self.observed.features,
             recorded=self.recorded,
             largest_step_size=self.largest_step_size,
+            missing=self.gaps.imputed,
         )
 
     def bytes_of_a_draw(self) -> int:

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Float
@@ -13,12 +15,14 @@ from numpyro.infer import autoguide
 
 from bayes_simfluence.checks import Misuse, positive_integer
 from bayes_simfluence.inference.dispersion import dispersion
+from bayes_simfluence.inference.joint_program import JointProgram
 from bayes_simfluence.inference.method import Fitted
-from bayes_simfluence.inference.program import LIMIT, Program, program_of
+from bayes_simfluence.inference.program import LIMIT, program_of
 from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.model.joint import Observed
 from bayes_simfluence.progress import Progress
 
 __all__ = ["GUIDES", "SVI"]
@@ -27,9 +31,15 @@ GUIDES: dict[str, Callable[..., Any]] = {
     "normal": autoguide.AutoNormal,
     "low-rank": autoguide.AutoLowRankMultivariateNormal,
     "full-rank": autoguide.AutoMultivariateNormal,
-    "laplace": autoguide.AutoLaplaceApproximation,
+    # Backward twice: the factorizations have no forward derivative.
+    "laplace": partial(
+        autoguide.AutoLaplaceApproximation,
+        hessian_fn=lambda loss, at: jax.jacrev(jax.jacrev(loss))(at),
+    ),
 }
 """NumPyro's automatic guides by the names that settings and the command line use."""
+ADAM = optax.adam(0.01)
+"""When the caller brings no optimizer."""
 WINDOW = 250
 """Steps over which the loss is averaged before it is called flat."""
 NARROW = 0.7
@@ -111,45 +121,77 @@ class SVI:
             whole = program_of(runs, model, "SVI")
             program = whole if self.batch is None else whole.by_transition()
             batch = self.batch if self.batch is None else min(self.batch, program.runs)
-            run = program(batch)
-            made = GUIDES[self.guide] if isinstance(self.guide, str) else self.guide
-            guide = made(run, init_loc_fn=infer.init_to_median(num_samples=5))
-            params, losses, flat = self._descend(run, guide, program, fit_key, progress)
+            optimizer = ADAM if self.optimizer is None else self.optimizer
+            descent = _descent(JointProgram.of(program, batch), self.guide, optimizer)
+            state, losses, flat = self._descend(descent, program.observed, fit_key, progress)
             draws = min(self.draws, max(LIMIT // whole.bytes_of_a_draw(), 1))
-            drawn = guide.sample_posterior(draw_key, params, sample_shape=(draws,))
-            sites = whole.sites_of(drawn)
-            ratio = dispersion(whole, drawn, key=check_key)
+            drawn = descent.draw(state, program.observed, draw_key, draws)
+            everything = JointProgram.of(whole)
+            sites = everything.sites_of(whole.observed, drawn)
+            ratio = dispersion(everything, whole.observed, drawn, key=check_key)
         simulator = whole.simulator({name: np.asarray(one)[None] for name, one in sites.items()})
         return Fitted(simulator, _verdict(losses, flat, ratio, batch), losses=losses)
 
     def _descend(
-        self,
-        run: Callable[..., None],
-        guide: Any,
-        program: Program,
-        key: jax.Array,
-        progress: Progress,
+        self, descent: "_Descent", observed: Observed, key: jax.Array, progress: Progress
     ) -> tuple[Any, Float[np.ndarray, " step"], bool]:
-        optimizer = optax.adam(0.01) if self.optimizer is None else self.optimizer
-        svi = infer.SVI(run, guide, optimizer, infer.Trace_ELBO())
-        state = svi.init(key, program.observed)
-
-        def steps(state: Any, observed: Any, size: int) -> Any:
-            return jax.lax.scan(
-                lambda state, _: svi.stable_update(state, observed), state, None, length=size
-            )
-
-        advance = jax.jit(steps, static_argnums=2)
+        state = descent.start(key, observed)
         losses: list[np.ndarray] = []
         flat, done = False, 0
         with progress.work("SVI", self.steps) as meter:
             while done < self.steps and not flat:
                 size = min(WINDOW, self.steps - done)
-                state, found = advance(state, program.observed, size)
-                losses.append(np.asarray(found, float))
+                state, found = descent.advance(state, observed, size)
+                losses.append(np.asarray(found, float)[:size])
                 flat, done = _is_flat(losses), done + size
                 meter.advance(size, f"loss {losses[-1].mean():.6g}")
-        return svi.get_params(state), np.concatenate(losses), flat
+        return state, np.concatenate(losses), flat
+
+
+class _Descent(NamedTuple):
+    """The compiled parts of a search; all take the data as arguments.
+
+    Attributes:
+        start: (key, data) -> the state.
+        advance: (state, data, steps) -> state, and ``WINDOW`` losses of which the first are filled.
+        draw: (state, data, key, draws) -> draws of the guide by site.
+    """
+
+    start: Callable[..., Any]
+    advance: Callable[..., Any]
+    draw: Callable[..., dict[str, jax.Array]]
+
+
+@lru_cache(maxsize=16)
+def _descent(
+    program: JointProgram, guide: Any, optimizer: optax.GradientTransformation
+) -> _Descent:
+    made = GUIDES[guide] if isinstance(guide, str) else guide
+
+    def begin(key: jax.Array, observed: Observed) -> tuple[infer.SVI, Any, Any]:
+        # A guide remembers the data that it first saw: each trace has its own.
+        own = made(program, init_loc_fn=infer.init_to_median(num_samples=5))
+        svi = infer.SVI(program, own, optimizer, infer.Trace_ELBO())
+        return svi, own, svi.init(key, observed)
+
+    def start(key: jax.Array, observed: Observed) -> Any:
+        return begin(key, observed)[2]
+
+    def advance(state: Any, observed: Observed, size: Any) -> Any:
+        svi, _, _ = begin(state.rng_key, observed)
+
+        def one(at: Any, carried: Any) -> Any:
+            state, losses = carried
+            state, loss = svi.stable_update(state, observed)
+            return state, losses.at[at].set(loss)
+
+        return jax.lax.fori_loop(0, size, one, (state, jnp.zeros(WINDOW)))
+
+    def draw(state: Any, observed: Observed, key: jax.Array, draws: int) -> Any:
+        svi, own, _ = begin(state.rng_key, observed)
+        return own.sample_posterior(key, svi.get_params(state), sample_shape=(draws,))
+
+    return _Descent(jax.jit(start), jax.jit(advance), jax.jit(draw, static_argnums=3))
 
 
 def _is_flat(windows: list[Float[np.ndarray, " step"]]) -> bool:

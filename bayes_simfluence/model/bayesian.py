@@ -107,7 +107,7 @@ class Simfluence:
     timescales: Literal["both", "staying", "fading"] = None  # type: ignore[assignment]
     exposure: Exposure = None  # type: ignore[assignment]
     coefficients: Varying = None  # type: ignore[assignment]
-    prior: Prior = None  # type: ignore[assignment]
+    prior: Prior | Distribution = None
     error: Error = None  # type: ignore[assignment]
     time_effect: Literal["smooth", "linear", "none"] = None  # type: ignore[assignment]
     multiplicative: bool = None  # type: ignore[assignment]
@@ -121,7 +121,8 @@ class Simfluence:
             object.__setattr__(self, "prior", Custom(self.prior))
         choice_of("Simfluence(link=...)", self.link, LINKS)
         choice_of("Simfluence(timescales=...)", self.timescales, tuple(TIMESCALES))
-        choice_of("Simfluence(time_effect=...)", self.time_effect, TIME_EFFECTS)
+        added = TIME_EFFECTS if self.additive else ("none",)
+        choice_of("Simfluence(time_effect=...)", self.time_effect, added)
         _instance("prior", self.prior, Prior, "a prior such as priors.Normal()")
         _instance("error", self.error, tuple(ERRORS.values()), "an error such as noise.Smooth()")
         _instance("exposure", self.exposure, Exposure, "an Exposure(...)")
@@ -290,12 +291,9 @@ def hypers_of(model: Simfluence, features: ExampleFeatures) -> dict[str, Hyper]:
         free.update(model.coefficients.hypers(part))
         free.update(model.prior.hypers(part, features))
     if model.multiplicative:
-        free.update(model.prior.hypers(MULTIPLICATIVE, _unknown(features)))
+        nothing = no_features(len(features.train), len(features.query))
+        free.update(model.prior.hypers(MULTIPLICATIVE, nothing))
     return free
-
-
-def _unknown(features: ExampleFeatures) -> ExampleFeatures:
-    return no_features(len(features.train), len(features.query))
 
 
 def design(

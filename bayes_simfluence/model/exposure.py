@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from bayes_simfluence.checks import Misuse, positive_integer, unit_interval
@@ -40,6 +41,13 @@ class Exposure:
     def __post_init__(self) -> None:
         if self.momentum is not None:
             unit_interval("Exposure(momentum=...)", self.momentum)
+        if self.step_size_power is not None and not np.isfinite(self.step_size_power):
+            raise Misuse(
+                "Exposure(step_size_power=...)",
+                got=repr(self.step_size_power),
+                expected="a finite number, or None to infer it",
+                do="pass 0 to ignore the step size",
+            )
         if self.order is not None:
             positive_integer("Exposure(order=...)", self.order)
         if self.order is not None and self.momentum is not None:

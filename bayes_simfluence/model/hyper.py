@@ -12,8 +12,11 @@ from numpyro import distributions as dist
 
 __all__ = ["Hyper", "Values", "log_prior", "natural_values", "start"]
 
-Values = Mapping[str, Float[Array, ""]]
-"""Hyperparameters by name, on their natural scale."""
+Values = Mapping[str, Float[Array, "..."]]
+"""Hyperparameters by name, on their natural scale, each one number.
+
+A draw's other sites may stand among them, whatever their shape: who asks for a name gets a number.
+"""
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,8 @@ def coefficients_of(
         own = scale * part_scale(sites, part) if model.prior.scaled else scale
         everyone = jnp.eye(unit.shape[1], dtype=unit.dtype)
         mean = model.prior.mean(sites, part, everyone, features)
-        additive[part] = own[:, None, None] * (unit @ root.T) + mean.T[:, :, None]
+        over_time = unit @ root.T if model.prior.varying else unit
+        additive[part] = own[:, None, None] * over_time + mean.T[:, :, None]
         if f"{part}_time" in sites:
             size = whole * part_scale(sites, part) * sites[f"{part}_common"]
             curve = time_curve(model, root)[:, : sites[f"{part}_time"].shape[1]]

@@ -165,11 +165,11 @@ class StudentT(_Steps):
                 expected="run_effect=False",
                 do="use Gaussian(run_effect=True) or AR1(run_effect=True)",
             )
-        if self.freedom is not None and not self.freedom > 2:
+        if self.freedom is not None and not 2 < self.freedom < np.inf:
             raise Misuse(
                 "StudentT(freedom=...)",
                 got=repr(self.freedom),
-                expected="a number above 2, so that the error has a variance",
+                expected="a finite number above 2, so that the error has a variance",
                 do="pass a larger one, or None to infer it",
             )
 

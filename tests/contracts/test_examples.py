@@ -11,10 +11,18 @@ ROOT = Path(__file__).parents[2]
 SMALL = {
     "01_record_fit_simulate.py": [],
     "02_results_study.py": ["--splits=1", "--queries=3", "--draws=20", "--times=4"],
+    "03_tasks_study.py": [
+        "--recordings=trec",
+        "--splits=1",
+        "--queries=3",
+        "--draws=20",
+        "--times=2",
+    ],
 }
 WRITTEN = {
     "01_record_fit_simulate.py": ["runs.zarr", "posterior.nc", "curves.png"],
     "02_results_study.py": ["results.md", "results.csv", "curves.png", "coverage.png"],
+    "03_tasks_study.py": ["tasks.md", "tasks.csv", "tasks.png"],
 }
 
 

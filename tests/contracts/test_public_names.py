@@ -24,7 +24,13 @@ DOCUMENTED = [
     "example_runs",
     "fit",
     "Simfluence",
+    "Exposure",
+    "Varying",
+    "priors",
+    "noise",
     "Exact",
+    "NUTS",
+    "SVI",
     "Ridge",
     "Posterior",
     "load_posterior",
@@ -63,13 +69,26 @@ def test_public_names_are_the_documented_ones():
 
 
 def test_lists_of_names_agree():
-    assert type_checking_imports() == bs._HOME
+    told = type_checking_imports()
+    rooms = told.pop("model")
+    assert told == bs._HOME
+    assert {name: f"model.{name}" for name in rooms} == bs._ROOMS
     homes = [name for names in bs._HOME.values() for name in names]
-    assert sorted(homes) == sorted(bs.__all__)
+    assert sorted([*homes, *rooms]) == sorted(bs.__all__)
     assert len(set(homes)) == len(homes)
 
 
-@pytest.mark.parametrize("name", DOCUMENTED)
+@pytest.mark.parametrize("name", bs._ROOMS)
+def test_a_room_is_a_module_whose_names_are_there_and_documented(name):
+    room = getattr(bs, name)
+    assert room.__name__ == f"bayes_simfluence.{bs._ROOMS[name]}"
+    assert inspect.getdoc(room)
+    for one in room.__all__:
+        found = getattr(room, one)
+        assert not inspect.isclass(found) or inspect.getdoc(found), one
+
+
+@pytest.mark.parametrize("name", [one for one in DOCUMENTED if one not in bs._ROOMS])
 def test_a_public_name_is_there_and_documented(name):
     found = getattr(bs, name)
     assert name in dir(bs)

@@ -114,3 +114,22 @@ def test_derivatives_of_a_batch_under_jit(rng):
         step = 1e-6 * direction
         up, down = (float(total(jnp.asarray(matrices + sign * step))) for sign in (1, -1))
     np.testing.assert_allclose((gradient * direction).sum(), (up - down) / 2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_derivatives_of_a_solution_are_those_of_differences(rng, transposed):
+    factor, right = np.linalg.cholesky(spd(rng)), rng.normal(size=(SIZE, 2))
+
+    @jax.jit
+    def solved(factor, right):
+        return solve_lower(jnp.tril(factor), right, transposed=transposed)
+
+    with double_precision():
+        arguments = (jnp.asarray(factor), jnp.asarray(right))
+        check_grads(solved, arguments, order=1, modes=["rev"], atol=1e-5, rtol=1e-5)
+        batch = tuple(jnp.stack([one, 2.0 * one]) for one in arguments)
+        weight = jnp.asarray(rng.normal(size=(SIZE, 2)))
+        gradient = jax.grad(lambda *given: (jax.vmap(solved)(*given) * weight[None]).sum(), (0, 1))
+        alone = jax.grad(lambda *given: (solved(*given) * weight).sum(), (0, 1))
+        for found, expected in zip(gradient(*batch), alone(*arguments), strict=True):
+            np.testing.assert_allclose(found[0], expected, rtol=1e-9, atol=1e-12)

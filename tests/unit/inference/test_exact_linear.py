@@ -25,7 +25,7 @@ def design(runs, kind, query):
     count = runs.sizes["train"]
     share = np.stack([(batch == one).mean(axis=-1) for one in range(count)], axis=-1)
     share, before = share.reshape(-1, count), loss[:, :-1].ravel()
-    size = np.sqrt(np.mean(before**2))
+    size = np.sqrt(np.mean(loss[:, 0] ** 2))
     blocks = {"linear": (1, 0), "additive": (0,), "multiplicative": (1,)}[kind]
     columns = np.concatenate([share * before[:, None] ** power for power in blocks], axis=1)
     unit = np.repeat([size**power for power in blocks], count)

@@ -12,7 +12,7 @@ from bayes_simfluence.checks import FitFailed, FitWarning, Misuse
 from bayes_simfluence.counterfactual.fitted import FittedPaths, designs_and_means
 from bayes_simfluence.inference.leave_out import evidence_score, left_out, left_out_score
 from bayes_simfluence.inference.path_search import _change, _negative_score, band_of, even_rows
-from bayes_simfluence.inference.recorded import recorded_from
+from bayes_simfluence.inference.recorded import features_of, recorded_from
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.bayesian import Simfluence, hypers_of
 from bayes_simfluence.model.hyper import log_prior, natural_values, start

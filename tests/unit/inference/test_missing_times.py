@@ -17,9 +17,8 @@ from bayes_simfluence.counterfactual.fitted import (
     interpolated_widening,
 )
 from bayes_simfluence.evaluation.synthetic import linear_runs
-from bayes_simfluence.inference.exact import _features
 from bayes_simfluence.inference.path_search import band_of, even_rows, recorded_rows
-from bayes_simfluence.inference.recorded import recorded_from
+from bayes_simfluence.inference.recorded import features_of, recorded_from
 from bayes_simfluence.inference.ridge import PENALTIES
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.bayesian import Simfluence, hypers_of
@@ -80,7 +79,7 @@ def test_only_recorded_points_are_in_the_scales_the_band_and_the_verdict(posteri
     runs, simulator = recorded_from(thinned(recording(), UNLIKE)), posterior.simulator
     model, rows = Simfluence(), simulator.rows
     largest = runs.step_size.max()
-    fitted = FittedPaths(runs.batch, runs.step_size / largest, runs.loss, _features(runs, model))
+    fitted = FittedPaths(runs.batch, runs.step_size / largest, runs.loss, features_of(runs, model))
     loss = np.log(np.expm1(runs.loss))
     change = (loss[:, 1:] - loss[:, :1])[:, rows].reshape(-1, QUERY)
     with double_precision():

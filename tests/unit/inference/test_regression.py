@@ -38,7 +38,7 @@ def test_moments_are_those_of_the_design(rng, kind, keep, count, scaled):
     runs, form = recorded(rng), Form(kind, keep, count)
     found = moments(runs, form, scaled=scaled)
     assert found.rows == RUNS * STEPS
-    size = np.sqrt(np.mean(runs.loss[:, :-1] ** 2, axis=(0, 1)))
+    size = np.sqrt(np.mean(runs.loss[:, 0] ** 2, axis=0))
     for query in range(QUERY):
         design, target = written_out(runs, form, query)
         unit = {"linear": [size[query], 1.0], "additive": [1.0], "multiplicative": [size[query]]}

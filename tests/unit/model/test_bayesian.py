@@ -7,12 +7,12 @@ import pytest
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.bayesian import (
-    PARTS,
     Path,
     Simfluence,
     design,
     hypers_of,
     link_of,
+    log_slope,
     loss_of,
     mean_effect,
     prior_mean,
@@ -20,9 +20,11 @@ from bayes_simfluence.model.bayesian import (
 from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.exposure import FLOOR, Exposure
 from bayes_simfluence.model.hyper import natural_values, start
-from bayes_simfluence.model.priors import ExampleFeatures
+from bayes_simfluence.model.noise import AR1, Gaussian, StudentT
+from bayes_simfluence.model.priors import ExampleFeatures, no_features
 
 TRAIN, QUERY, STEPS, RECORDED = 5, 2, 12, 8
+PARTS = Simfluence().parts
 
 
 def setting(rng, knots=3, features=2):
@@ -174,7 +176,7 @@ def test_the_identity_link_changes_nothing():
     ("settings", "match"),
     [
         ({"kind": "cubic"}, r"kind=.*got 'cubic'.*one of two-timescale, linear"),
-        ({"link": "probit"}, r"link=.*got 'probit'.*one of log-odds, identity"),
+        ({"link": "probit"}, r"link=.*got 'probit'.*one of log-odds, log, identity"),
     ],
 )
 def test_settings_that_do_not_exist_are_refused(settings, match):
@@ -194,3 +196,61 @@ def test_settings_survive_as_plain_values():
     plain = json.loads(json.dumps(model.as_dict()))
     assert Simfluence.from_dict(plain) == model
     assert Simfluence.from_dict(Simfluence().as_dict()) == Simfluence()
+
+
+PUBLISHED = {"linear": True, "additive": False, "multiplicative": True}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_a_published_kind_is_a_setting_of_the_parts(kind):
+    model = Simfluence(kind=kind)
+    assert model.published
+    assert model.markov
+    assert model.multiplicative == PUBLISHED[kind]
+    assert model.additive == (kind != "multiplicative")
+    assert (model.link, model.parts, model.time_effect) == ("identity", ("staying",), "none")
+    assert hypers_of(model, no_features(TRAIN, QUERY)) == {}
+    assert not Simfluence(kind=kind, exposure=Exposure(0.5, 0.0)).markov
+    assert not Simfluence().markov
+    assert not Simfluence().published
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"kind": "linear", "multiplicative": False}, r"got False with kind='linear'.*True"),
+        ({"kind": "additive", "multiplicative": True}, r"got True with kind='additive'"),
+        ({"kind": "multiplicative", "time_effect": "linear"}, r"time_effect=.*one of none"),
+    ],
+)
+def test_settings_that_contradict_the_kind_are_refused(settings, match):
+    with pytest.raises(Misuse, match=match):
+        Simfluence(**settings)
+
+
+@pytest.mark.parametrize("link", ["log-odds", "log", "identity"])
+def test_the_log_slope_is_that_of_the_link(link):
+    model, loss = Simfluence(link=link), np.array([0.01, 0.7, 3.0])
+    with double_precision():
+        up, down = (np.asarray(link_of(model, jnp.asarray(loss * k))) for k in (1 + 1e-6, 1 - 1e-6))
+        expected = np.log((up - down) / (2e-6 * loss))
+        found = log_slope(model, jnp.asarray(loss))
+        np.testing.assert_allclose(found, expected, atol=1e-7)
+        again = loss_of(model, link_of(model, jnp.asarray(loss)))
+        np.testing.assert_allclose(again, loss, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "linear", "error": Gaussian(None, run_effect=True)},
+        {"kind": "additive", "error": AR1(0.5), "link": "log", "time_effect": "linear"},
+        {"kind": "multiplicative", "error": StudentT(freedom=5.0)},
+        {"timescales": "fading", "multiplicative": True, "exposure": Exposure(order=4)},
+    ],
+)
+def test_every_setting_survives_as_plain_values(changes):
+    import json
+
+    model = Simfluence(**changes)
+    assert Simfluence.from_dict(json.loads(json.dumps(model.as_dict()))) == model

@@ -54,3 +54,52 @@ def test_only_what_is_not_given_is_inferred():
 def test_momentum_is_a_share(momentum):
     with pytest.raises(Misuse, match=r"Exposure\(momentum=...\).*number in \[0, 1\)"):
         Exposure(momentum=momentum)
+
+
+SHARES = {"lag_1": 0.5, "lag_2": 0.2, "lag_3": 1.4}
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 20])
+@pytest.mark.parametrize("power", [0.0, 0.7])
+def test_a_memory_of_some_steps_is_a_weighted_mean(order, power):
+    step_size = np.linspace(1.0, 0.2, STEPS)
+    part = Exposure(step_size_power=power, order=order)
+    given = {f"lag_{lag}": SHARES.get(f"lag_{lag}", 0.1 * lag) for lag in range(1, order)}
+    with double_precision():
+        values = {name: jnp.asarray(float(one)) for name, one in given.items()}
+        weights = np.asarray(part.weights(values, jnp.asarray(step_size)))
+    expected = np.zeros((STEPS, STEPS))
+    for step in range(STEPS):
+        share = {
+            step - lag: 1.0 if lag == 0 else given[f"lag_{lag}"]
+            for lag in range(order)
+            if step >= lag
+        }
+        for source, one in share.items():
+            expected[step, source] = one / sum(share.values())
+    if power == 0:
+        np.testing.assert_allclose(weights.sum(axis=1), 1.0, rtol=1e-12)
+    expected *= (step_size[:, None] + FLOOR) ** power if power else 1.0
+    np.testing.assert_allclose(weights, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_shares_of_lags_are_inferred_in_place_of_momentum():
+    assert set(Exposure(order=3).hypers()) == {"lag_1", "lag_2", "step_size_power"}
+    assert set(Exposure(order=1, step_size_power=0.0).hypers()) == set()
+    assert Exposure(order=1).is_memoryless
+    assert Exposure.memoryless().is_memoryless
+    assert not Exposure(order=2).is_memoryless
+    assert not Exposure().is_memoryless
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"order": 0}, r"Exposure\(order=...\).*got 0.*integer >= 1"),
+        ({"order": 2, "momentum": 0.5}, r"got momentum=0.5 and order=2.*one of them.*leave one"),
+        ({"step_size_power": float("nan")}, r"step_size_power=.*got nan.*finite"),
+    ],
+)
+def test_memories_that_make_no_sense_are_refused(settings, match):
+    with pytest.raises(Misuse, match=match):
+        Exposure(**settings)

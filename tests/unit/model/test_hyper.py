@@ -11,7 +11,7 @@ from bayes_simfluence.model.bayesian import Simfluence, hypers_of
 from bayes_simfluence.model.hyper import Hyper, log_prior, natural_values, start
 from bayes_simfluence.model.priors import ExampleFeatures, no_features
 
-SCALES = {"real": lambda free: free, "positive": np.exp, "share": expit}
+SCALES = {"real": lambda free: free, "positive": np.exp, "share": expit, "correlation": np.tanh}
 HYPERS = {
     "slope": Hyper(-0.4, 0.5, "real", "a number"),
     "length": Hyper(0.2, 1.0, "positive", "above zero"),
@@ -29,6 +29,18 @@ def test_the_centre_is_a_fixed_point_and_the_scale_is_kept(scale):
             np.testing.assert_allclose(
                 hyper.natural(jnp.asarray(free)), SCALES[scale](free), rtol=1e-12
             )
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_law_is_the_normal_carried_over(scale):
+    """Its density is the normal's over the slope of the scale, at every number it allows."""
+    hyper = Hyper(0.3, 0.7, scale, "anything")
+    with double_precision():
+        for free in (-1.5, 0.2, 1.1):
+            up, down = (float(SCALES[scale](free + step)) for step in (1e-5, -1e-5))
+            expected = norm.logpdf(free, hyper.free_centre, 0.7) - np.log((up - down) / 2e-5)
+            found = hyper.law().log_prob(jnp.asarray(float(SCALES[scale](free))))
+            np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
 def test_a_vector_has_the_order_of_the_names():

@@ -1,11 +1,16 @@
-"""The run's error against the covariance recurrence and against conditioning by hand."""
+"""Errors of a run: covariances against recurrences entry by entry, densities against SciPy's."""
 
+from dataclasses import asdict
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
+from bayes_simfluence.checks import Misuse
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.model.noise import Smooth
+from bayes_simfluence.model.noise import AR1, ERRORS, Gaussian, Smooth, StudentT, error_from_dict
 
 VALUES = {
     "growth": 0.8,
@@ -69,3 +74,134 @@ def test_the_walk_has_its_sd_after_a_recorded_length():
 def test_longer_runs_begin_like_shorter_ones():
     short, long = covariance(np.arange(1, 11) / 10), covariance(np.arange(1, 16) / 10)
     np.testing.assert_allclose(long[:10, :10], short, rtol=1e-12)
+
+
+WALK = {"error_correlation": 0.6, "observation": 0.7, "run_slope": 0.4}
+
+
+def path_covariance(error, steps=5, **values):
+    with double_precision():
+        given = {name: jnp.asarray(float(one)) for name, one in {**WALK, **values}.items()}
+        return np.asarray(error.covariance(given, jnp.arange(1, steps + 1) / 5.0))
+
+
+def summed(steps):
+    """Covariance of a path from that of its steps, entry by entry."""
+    size = len(steps)
+    found = np.zeros((size, size))
+    for t in range(size):
+        for s in range(size):
+            found[t, s] = sum(steps[i, j] for i in range(t + 1) for j in range(s + 1))
+    return found
+
+
+@pytest.mark.parametrize("size", [5, 8])
+def test_gaussian_errors_are_a_random_walk(size):
+    np.testing.assert_allclose(path_covariance(Gaussian(), size), summed(np.eye(size)), rtol=1e-12)
+
+
+def test_noise_of_observation_does_not_stay():
+    found = path_covariance(Gaussian(observation=True))
+    np.testing.assert_allclose(found, summed(np.eye(5)) + 0.7**2 * np.eye(5), rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [5, 8])
+def test_a_run_effect_is_a_slope_that_after_a_recorded_length_has_its_share(size):
+    extra = path_covariance(Gaussian(run_effect=True), size) - path_covariance(Gaussian(), size)
+    progress = np.arange(1, size + 1) / 5
+    for t in range(size):
+        for s in range(size):
+            # The walk of a recorded length, 5 steps, has variance 5.
+            expected = 0.4**2 * 5 * progress[t] * progress[s]
+            np.testing.assert_allclose(extra[t, s], expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("rho", [0.6, -0.4, 0.0])
+def test_correlated_steps_are_those_of_the_recurrence(rho):
+    # eps_t = rho eps_{t-1} + innovation of variance 1 - rho^2, stationary from the first step on.
+    steps = np.zeros((6, 6))
+    steps[0, 0] = 1.0
+    for t in range(1, 6):
+        for s in range(t):
+            steps[t, s] = steps[s, t] = rho * steps[t - 1, s]
+        steps[t, t] = rho**2 * steps[t - 1, t - 1] + 1 - rho**2
+    found = path_covariance(AR1(), 6, error_correlation=rho)
+    np.testing.assert_allclose(found, summed(steps), rtol=1e-12, atol=1e-14)
+    with_slope = path_covariance(AR1(run_effect=True), 6, error_correlation=rho)
+    slope = 0.4**2 * 5 * np.outer(np.arange(1, 7), np.arange(1, 7)) / 25
+    np.testing.assert_allclose(with_slope, found + slope, rtol=1e-10)
+
+
+@pytest.mark.parametrize("rho", [0.6, 0.0])
+def test_the_derivative_by_the_correlation_is_that_of_differences(rho):
+    def total(rho):
+        return AR1().covariance({"error_correlation": rho}, jnp.arange(1, 5) / 4.0).sum()
+
+    with double_precision():
+        found = float(jax.grad(total)(jnp.asarray(rho)))
+        up, down = (float(total(jnp.asarray(rho + step))) for step in (1e-6, -1e-6))
+    np.testing.assert_allclose(found, (up - down) / 2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("freedom", [2.5, 4.0, 30.0])
+@pytest.mark.parametrize("inferred", [True, False])
+def test_student_steps_have_scipys_density(rng, freedom, inferred):
+    steps = 3.0 * rng.normal(size=(4, 2))
+    error = StudentT() if inferred else StudentT(freedom=freedom)
+    with double_precision():
+        values = {"error_freedom": jnp.asarray(freedom - 2.0)} if inferred else {}
+        found = error.log_density(values, jnp.asarray(steps))
+        np.testing.assert_allclose(error.freedom_of(values), freedom, rtol=1e-12)
+    np.testing.assert_allclose(found, stats.t.logpdf(steps, freedom), rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [Gaussian, AR1, StudentT])
+def test_sizes_are_powers_of_the_loss_before(kind):
+    before = np.array([[2.0, 0.5], [0.0, -1.0]])
+    floored = np.array([[2.0, 0.5], [1e-3, 1e-3]])
+    with double_precision():
+        assert kind().sizes({}, jnp.asarray(before)) is None
+        fixed = kind(loss_power=0.7).sizes({"loss_power": jnp.asarray(9.0)}, jnp.asarray(before))
+        np.testing.assert_allclose(fixed, floored**0.7, rtol=1e-12)
+        values = {"loss_power": jnp.asarray(-0.3)}
+        inferred = kind(loss_power=None).sizes(values, jnp.asarray(before))
+        np.testing.assert_allclose(inferred, floored**-0.3, rtol=1e-12)
+    assert Smooth().sizes({}, jnp.asarray(before)) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "names"),
+    [
+        (Gaussian(), set()),
+        (Gaussian(observation=True), {"observation"}),
+        (Gaussian(None, run_effect=True), {"loss_power", "run_slope"}),
+        (AR1(), {"error_correlation"}),
+        (AR1(None, run_effect=True), {"error_correlation", "loss_power", "run_slope"}),
+        (StudentT(), {"error_freedom"}),
+        (StudentT(loss_power=None, freedom=3.0), {"loss_power"}),
+        (Smooth(), {"drift", "wobble", "wobble_length", "wobble_trend"}),
+    ],
+    ids=repr,
+)
+def test_only_what_is_not_given_is_inferred(error, names):
+    assert set(error.hypers()) == names
+    settings = {kind: name for name, kind in ERRORS.items()}
+    assert error_from_dict({"name": settings[type(error)], **asdict(error)}) == error
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Gaussian(loss_power=float("nan")), r"Gaussian\(loss_power=.*got nan.*finite"),
+        (lambda: AR1(loss_power=float("inf")), r"AR1\(loss_power=.*got inf.*None to infer"),
+        (lambda: Gaussian(0.5, observation=True), r"observation=True\).*got loss_power=0.5"),
+        (lambda: Gaussian(None, observation=True), r"observation=True\).*got loss_power=None"),
+        (lambda: StudentT(run_effect=True), r"StudentT\(run_effect=True\).*AR1\(run_effect"),
+        (lambda: StudentT(freedom=2.0), r"StudentT\(freedom=.*got 2.0.*above 2"),
+        (lambda: StudentT(freedom=float("nan")), r"StudentT\(freedom=.*got nan"),
+        (lambda: StudentT(freedom=float("inf")), r"StudentT\(freedom=.*got inf"),
+    ],
+)
+def test_errors_that_make_no_sense_are_refused(make, match):
+    with pytest.raises(Misuse, match=match):
+        make()

@@ -1,0 +1,81 @@
+"""The joint program without its data: what is compiled for one recording serves the next."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from numpyro import handlers
+
+from bayes_simfluence.inference.program import Program
+from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.model.joint import Gaps, Observed, joint
+
+__all__ = ["JointProgram"]
+
+
+@dataclass(frozen=True)
+class JointProgram:
+    """A NumPyro program of recorded runs that is compared by value, for caches of compiled code.
+
+    Attributes:
+        model: what is inferred.
+        rows, imputed, filtered: ``Gaps``, as tuples.
+        batch: runs in a minibatch; all when None.
+    """
+
+    model: Simfluence
+    rows: tuple[int, ...]
+    imputed: tuple[tuple[int, ...], ...]
+    filtered: bool
+    batch: int | None = None
+
+    @classmethod
+    def of(cls, program: Program, batch: int | None = None) -> "JointProgram":
+        """What ``program(batch)`` is apart from its data."""
+        gaps = program.gaps
+        imputed = tuple(tuple(one) for one in gaps.imputed.tolist())
+        return cls(program.model, tuple(gaps.rows.tolist()), imputed, gaps.filtered, batch)
+
+    def __call__(self, observed: Observed) -> None:
+        """The sites and the density."""
+        imputed = np.array(self.imputed, int).reshape(-1, 3)
+        gaps = Gaps(np.array(self.rows, int), imputed, self.filtered)
+        joint(self.model, observed, gaps, batch=self.batch)
+
+    def sites_of(self, observed: Observed, values: Mapping[str, Array]) -> dict[str, Array]:
+        """Everything needed to simulate, from draws of the sample sites (leading axis of draws)."""
+        return _sites(self, observed, dict(values))
+
+    def sampled(self, observed: Observed, values: Mapping[str, Array]) -> dict[str, Array]:
+        """Those of the values that belong to sample sites, not to what follows from them."""
+        first = {name: one[0] for name, one in values.items()}
+        own = {name for name, site in _trace(self, observed, first).items() if _is_own(site)}
+        return {name: one for name, one in values.items() if name in own}
+
+
+@partial(jax.jit, static_argnums=0)
+def _sites(program: JointProgram, observed: Observed, values: dict[str, Array]) -> dict[str, Array]:
+    def one(values: dict[str, Array]) -> dict[str, Array]:
+        return {
+            name: site["value"].astype(jnp.float32)
+            for name, site in _trace(program, observed, values).items()
+            if (_is_own(site) or site["type"] == "deterministic") and Program.keeps(name)
+        }
+
+    found: dict[str, Array] = jax.lax.map(one, values, batch_size=8)
+    return found
+
+
+def _trace(program: JointProgram, observed: Observed, values: dict[str, Array]) -> dict[str, Any]:
+    run = handlers.substitute(handlers.seed(program, 0), values)
+    found: dict[str, Any] = handlers.trace(run).get_trace(observed)
+    return found
+
+
+def _is_own(site: dict[str, Any]) -> bool:
+    return site["type"] == "sample" and not site["is_observed"]

@@ -1,0 +1,144 @@
+"""Effects of examples in units of a scale: what every prior is made of.
+
+``own`` effects follow the prior's law, one for each query, example and knot of training time;
+gradient features and pooling over queries can be put on top of every law.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import jax.numpy as jnp
+import numpyro
+from jaxtyping import Array, Float
+from numpyro import distributions as dist
+
+from bayes_simfluence.model.hyper import Hyper, Values
+
+__all__ = ["ExampleFeatures", "Prior", "Shape", "no_features", "positive", "standard"]
+
+Shape = tuple[int, int, int]
+"""Queries, examples, knots."""
+
+
+class ExampleFeatures(NamedTuple):
+    """Gradient features of training examples and queries (``recording.features``)."""
+
+    train: Float[Array, "train feature"]
+    query: Float[Array, "query feature"]
+
+
+def no_features(train: int, query: int) -> ExampleFeatures:
+    """Features that say nothing."""
+    return ExampleFeatures(jnp.zeros((train, 0)), jnp.zeros((query, 0)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior(ABC):
+    """The law of examples' own effects, and what is put on top of it.
+
+    The effect of example ``i`` on query ``q`` is, up to the query's scale,
+    ``-dot * <f_i, f_q> + own_qi + alike * sum_k f_ik shared_qk`` with the recording's gradient
+    features ``f`` and standard normal ``shared``. The first term says what gradients at the initial
+    weights predict (one-checkpoint TracIn; in units of the link, for every query alike), the last
+    that their misses are shared by examples with alike gradients. Without features the effects are
+    independent over examples.
+
+    Attributes:
+        features: use the recording's gradient features when it has them.
+        pooled: own effects are partly the same for all queries; the share is inferred.
+    """
+
+    features: bool = True
+    pooled: bool = False
+
+    name: ClassVar[str]
+    """As settings and the command line call it."""
+    gaussian: ClassVar[bool] = False
+    """Whether effects are Gaussian given hyperparameters, which ``Exact`` asks for."""
+    scaled: ClassVar[bool] = True
+    """Whether the query's scale multiplies the effects."""
+    varying: ClassVar[bool] = True
+    """Whether effects change over training in the way that ``Varying`` says."""
+
+    @abstractmethod
+    def law(self, name: str, shape: Shape, values: Values) -> Float[Array, "query train knot"]:
+        """Own effects of unit scale, independent of one another, as NumPyro sites."""
+
+    def hypers(self, part: str, features: ExampleFeatures) -> dict[str, Hyper]:
+        """What is inferred for one part of the effects (``staying``, ``fading``, ...)."""
+        free = {}
+        if self.pooled:
+            free[f"{part}_pooled"] = Hyper(
+                0.3, 1.0, "share", "share of the effects' variance that all queries have in common"
+            )
+        if features.train.shape[1]:
+            free[f"{part}_alike"] = Hyper(
+                1.65, 1.0, "positive", "sd of effects shared along gradient features"
+            )
+        if features.query.shape[1]:
+            free[f"{part}_dot"] = Hyper(
+                0.0, 0.5, "real", "loss change per unit of gradients' inner product"
+            )
+        return free
+
+    def effects(
+        self, part: str, shape: Shape, values: Values, features: ExampleFeatures
+    ) -> Float[Array, "query train knot"]:
+        """Effects in units of the query's scale, prior mean left out, as NumPyro sites."""
+        queries, _, knots = shape
+        found = self.law(part, shape, values)
+        if self.pooled:
+            share = values[f"{part}_pooled"]
+            common = self.law(f"{part}_common_to_queries", (1, *shape[1:]), values)
+            found = jnp.sqrt(1.0 - share) * found + jnp.sqrt(share) * common
+        width = features.train.shape[1]
+        if width:
+            weights = standard(f"{part}_of_features", (queries, width, knots))
+            along = jnp.einsum("nf,qfk->qnk", features.train, weights)
+            found = found + values[f"{part}_alike"] * along
+        return found
+
+    def columns(
+        self,
+        values: Values,
+        part: str,
+        exposure: Float[Array, "step train"],
+        features: ExampleFeatures,
+    ) -> Float[Array, "step source"]:
+        """Exposure of a run's steps to each independent standard normal source of effects."""
+        if not features.train.shape[1]:
+            return exposure
+        along = values[f"{part}_alike"] * exposure @ features.train
+        return jnp.concatenate([exposure, along], axis=1)
+
+    def mean(
+        self,
+        values: Values,
+        part: str,
+        exposure: Float[Array, "step train"],
+        features: ExampleFeatures,
+    ) -> Float[Array, "step query"]:
+        """Prior mean of what each step does to each query."""
+        if not features.query.shape[1]:
+            return jnp.zeros((len(exposure), len(features.query)))
+        return -values[f"{part}_dot"] * exposure @ features.train @ features.query.T
+
+    def as_dict(self) -> dict[str, Any]:
+        """Name and settings."""
+        return {"name": self.name, **self._settings()}
+
+    def _settings(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+
+def standard(name: str, shape: tuple[int, ...]) -> Array:
+    """A site of independent standard normal numbers."""
+    found: Array = numpyro.sample(name, dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape)))
+    return found
+
+
+def positive(name: str, shape: tuple[int, ...], law: dist.Distribution) -> Array:
+    """A site of independent draws from a law of positive numbers."""
+    found: Array = numpyro.sample(name, law.expand(shape).to_event(len(shape)))
+    return found
