@@ -105,6 +105,14 @@ class Ridge:
                 expected="kind linear, additive or multiplicative",
                 do="name such a kind, or fit with method=Exact()",
             )
+        if model != Simfluence(kind=model.kind):
+            raise Misuse(
+                "Ridge: the model",
+                got=f"kind={model.kind!r} with other parts than its own",
+                expected=f"Simfluence(kind={model.kind!r}): least squares know no other prior, "
+                "error or exposure",
+                do="fit it with NUTS() or SVI(), which take every model",
+            )
         paper = self.objective == "paper"
         return Form(model.kind, 1.0 if model.kind == "additive" or not paper else 0.0, paper)
 

@@ -1,4 +1,4 @@
-"""Documented commands run as written: getting started, README, recording and ArviZ pages."""
+"""Documented commands run as written: getting started, README, recording, models, ArviZ pages."""
 
 import os
 import re
@@ -52,6 +52,13 @@ def test_getting_started(tmp_path, monkeypatch):
 def test_recording_page(tmp_path, monkeypatch):
     names = run_page("docs/recording.md", tmp_path, monkeypatch)
     assert names["runs"].sizes["run"] == 4
+
+
+def test_models_page(tmp_path, monkeypatch):
+    names = run_page("docs/models.md", tmp_path, monkeypatch)
+    assert names["simulated"]["low"].attrs["kind"] == "credible"
+    said = [(tmp_path / f"{one}.yaml").read_text() for one in ("ridge", "again")]
+    assert said[0] == said[1] and "penalty: 0.1" in said[0]
 
 
 # ArviZ's advice on large k, and what its dependencies will drop.

@@ -11,6 +11,7 @@ import yaml
 
 import bayes_simfluence as bs
 from bayes_simfluence import cli
+from bayes_simfluence.inference.config import FitConfig
 from bayes_simfluence.recording.config import RecordConfig
 
 
@@ -88,6 +89,65 @@ MISUSES = {
     "no config": (["record", "--config", "no.yaml", "--out", "r.zarr"], "no such file"),
     "no data": (["record", "--train", "no.jsonl", "--out", "r.zarr"], "no such file"),
     "impossible sizes": (["record", "--per-run", "300", "--out", "r.zarr"], "at most examples"),
+    "setting of another method": (
+        ["fit", "RUNS", "--chains", "2", "--out", "p.nc"],
+        "chains: got 2.*method nuts",
+    ),
+    "unknown prior": (["fit", "RUNS", "--prior", "magic", "--out", "p.nc"], "'magic'.*horseshoe"),
+    "no fit config": (["fit", "RUNS", "--config", "no.yaml", "--out", "p.nc"], "no such file"),
+    "ridge of another model": (
+        ["fit", "RUNS", "--method", "ridge", "--noise", "ar1", "--out", "p.nc"],
+        "other parts",
+    ),
+    "unknown band": (
+        ["simulate", "p.nc", "RUNS", "--band", "x", "--out", "s.nc"],
+        "'x'.*credible, conformal",
+    ),
+    "no band": (
+        ["simulate", "p.nc", "RUNS", "--probability", "0.9", "--out", "s.nc"],
+        "--probability: got no --band",
+    ),
+    "calibrated credibly": (
+        [
+            "simulate",
+            "p.nc",
+            "RUNS",
+            "--band",
+            "credible",
+            "--calibration",
+            "RUNS",
+            "--out",
+            "s.nc",
+        ],
+        "--calibration: got --band credible; expected --band conformal",
+    ),
+    "calibration of nothing": (
+        [
+            "simulate",
+            "p.nc",
+            "RUNS",
+            "--band",
+            "conformal",
+            "--calibration-select",
+            "0:2",
+            "--out",
+            "s.nc",
+        ],
+        "--calibration-select: got no --calibration",
+    ),
+    "nothing to diagnose": (["diagnose", "no.nc"], "a saved posterior"),
+    "diagnosis overwrites": (["diagnose", "no.nc", "--figure", "RUNS"], "something that exists"),
+    "nothing to calibrate": (["calibrate", "RUNS"], "neither --sbc nor --posterior"),
+    "two things to calibrate": (
+        ["calibrate", "RUNS", "--sbc", "--posterior", "p.nc"],
+        "--sbc and --posterior",
+    ),
+    "a fit to calibrate": (
+        ["calibrate", "RUNS", "--posterior", "p.nc", "--method", "nuts"],
+        "settings of a fit: method",
+    ),
+    "too few simulations": (["calibrate", "RUNS", "--sbc", "--simulations", "5"], "at least 20"),
+    "a point to rank": (["calibrate", "RUNS", "--sbc", "--method", "ridge"], "a method that draws"),
     "bad choice": (["record", "--optimizer", "magic", "--out", "r.zarr"], "'magic'.*adamw"),
 }
 
@@ -108,6 +168,108 @@ def test_fitted_runs_are_not_held_out(command, runs, tmp_path):
     command("fit", runs, "--kind", "additive", "--quiet", "--out", tmp_path / "p.nc")
     code, _, errors = command("compare", runs, "--posterior", tmp_path / "p.nc")
     assert code == 2 and "a fit to the runs to compare on" in errors
+
+
+def test_a_fit_is_repeated_by_its_settings(command, runs, tmp_path):
+    (tmp_path / "mine.yaml").write_text("kind: linear\nmethod: ridge\npenalty: 1\nseed: 4\n")
+    code, out, errors = command(
+        "fit", runs, "--config", tmp_path / "mine.yaml", "--kind", "additive", "--select", "0:4",
+        "--quiet", "--out", tmp_path / "one.nc",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "one.yaml" in out
+    saved = yaml.safe_load((tmp_path / "one.yaml").read_text())
+    assert (saved["kind"], saved["penalty"], saved["seed"]) == ("additive", 1.0, 4)
+    assert saved["select"] == "0:4" and saved["noise"] == "gaussian"
+    again = ["fit", runs, "--config", tmp_path / "one.yaml", "--quiet", "--out"]
+    assert command(*again, tmp_path / "two.nc")[0] == 0
+    assert (tmp_path / "two.yaml").read_text() == (tmp_path / "one.yaml").read_text()
+    one, two = (bs.load_posterior(tmp_path / f"{name}.nc") for name in ("one", "two"))
+    assert one.settings == two.settings and one.runs.equals(two.runs)
+    assert (one.simulator.b == two.simulator.b).all()
+    # The settings of an earlier fit are not lost.
+    assert command(*again, tmp_path / "one.yaml")[0] == 2
+    (tmp_path / "three.yaml").write_text("kind: linear\n")
+    code, _, errors = command(*again, tmp_path / "three.nc")
+    assert code == 2 and "three.yaml: got something that exists" in errors
+    (tmp_path / "mine.yaml").write_text("sort: linear\n")
+    code, _, errors = command(
+        "fit", runs, "--config", tmp_path / "mine.yaml", "--out", tmp_path / "p.nc"
+    )
+    assert code == 2 and "unknown names sort; expected names among method, kind" in errors
+
+
+def test_diagnose_and_calibrate_a_saved_fit(command, runs, tmp_path):
+    command("fit", runs, "--method", "ridge", "--select", "0:4", "--out", tmp_path / "p.nc",
+            "--quiet")  # fmt: skip
+    code, out, errors = command(
+        "diagnose", tmp_path / "p.nc", "--figure", tmp_path / "d.png", "--quiet"
+    )
+    assert code == 0, errors
+    assert "OK: Point estimate" in out and "on squared coefficients" in out
+    assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+    code, out, errors = command(
+        "calibrate", runs, "--select", "4:", "--posterior", f"r={tmp_path / 'p.nc'}", "--draws", 20,
+        "--figure", tmp_path / "c.png", "--out", tmp_path / "c.csv",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "calibrate" in errors, "a progress bar"
+    table = pd.read_csv(tmp_path / "c.csv")
+    assert list(table["horizon"]) == ["1-24", "25-48", "49-72", "73-96", "all"]
+    assert table["losses"].iloc[-1] == table["losses"].iloc[:-1].sum() == 4 * 96 * 3
+    assert (tmp_path / "c.png").is_file()
+    code, _, errors = command("calibrate", runs, "--posterior", tmp_path / "p.nc")
+    assert code == 2 and "a fit to the runs" in errors
+
+
+# Ten draws do not converge.
+@pytest.mark.filterwarnings("ignore::bayes_simfluence.checks.FitWarning")
+def test_a_sampled_fit_is_diagnosed_by_its_chains(command, tmp_path):
+    few = bs.example_runs().isel(query=[0, 1], run=slice(0, 3), step=slice(0, 6), time=slice(0, 7))
+    bs.export_netcdf(few, tmp_path / "few.nc")
+    code, _, errors = command(
+        "fit", tmp_path / "few.nc", "--method", "nuts", "--kind", "additive", "--chains", 2,
+        "--warmup", 10, "--draws", 10, "--max-tree-depth", 3, "--out", tmp_path / "p.nc", "--quiet",
+    )  # fmt: skip
+    assert code == 0, errors
+    code, out, errors = command(
+        "diagnose", tmp_path / "p.nc", "--figure", tmp_path / "d.png", "--quiet"
+    )
+    assert code == 0, errors
+    assert "R-hat" in out and "scale[" in out and "draws where the sampler" in out
+    assert (tmp_path / "d.png").is_file()
+
+
+def test_a_method_is_calibrated_by_simulation(command, tmp_path):
+    few = bs.example_runs().isel(query=[0, 1], run=slice(0, 2), step=slice(0, 6), time=slice(0, 7))
+    bs.export_netcdf(few, tmp_path / "few.nc")
+    code, out, errors = command(
+        "calibrate", tmp_path / "few.nc", "--sbc", "--kind", "additive", "--simulations", 20,
+        "--kept", 19, "--queries", 1, "--figure", tmp_path / "r.png", "--out", tmp_path / "r.md",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "20 simulations (false-alarm rate 0.01)" in out and "simulations" in errors
+    assert "| total b[0] |" in (tmp_path / "r.md").read_text()
+    assert (tmp_path / "r.png").is_file()
+
+
+def test_simulations_have_the_band_that_was_asked_for(command, runs, tmp_path):
+    command("fit", runs, "--method", "ridge", "--penalty", 1, "--select", "0:2", "--quiet",
+            "--out", tmp_path / "p.nc")  # fmt: skip
+    code, out, errors = command(
+        "simulate", tmp_path / "p.nc", runs, "--select", "7", "--band", "conformal",
+        "--probability", 0.8, "--simultaneous", "--calibration", runs, "--calibration-select",
+        "2:7", "--draws", 20, "--out", tmp_path / "s.nc", "--quiet",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "conformal band of 80% for whole trajectories" in out and "on 5 runs" in out
+    found = xr.open_dataset(tmp_path / "s.nc", engine="h5netcdf")
+    assert found["low"].attrs["probability"] == 0.8 and found["high"].attrs["simultaneous"] == 1
+    code, out, errors = command(
+        "simulate", tmp_path / "p.nc", runs, "--select", "7", "--band", "credible", "--draws", 20,
+        "--out", tmp_path / "c.nc", "--quiet",
+    )  # fmt: skip
+    assert code == 0 and "credible band of 90% for each time" in out
 
 
 def test_a_failure_of_the_work_is_exit_code_1(command, runs, tmp_path, monkeypatch):
@@ -136,6 +298,13 @@ def test_record_has_an_option_for_every_setting_and_yaml_the_same_names(command,
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"run": 3}))
     code, _, errors = command("record", "--config", tmp_path / "c.yaml", "--out", tmp_path / "r")
     assert code == 2 and "unknown names run" in errors
+
+
+def test_fit_and_calibrate_have_an_option_for_every_setting(command):
+    for verb in ("fit", "calibrate"):
+        squeezed = "".join(command(verb, "--help")[1].split())
+        for name in FitConfig.names():
+            assert f"--{name.replace('_', '-')}" in squeezed, (verb, name)
 
 
 def test_help_is_quick_and_imports_no_jax():
