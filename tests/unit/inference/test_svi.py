@@ -83,7 +83,7 @@ def test_the_key_decides_everything_and_compiled_code_is_used_again(posterior):
     before = svi._descent.cache_info()
     other = fitted(recording(seed=3), optimizer=FAST, steps=3000)
     assert svi._descent.cache_info().misses == before.misses
-    assert (other.simulator.sites[name] != posterior.simulator.sites[name]).mean() > 0.9
+    assert (other.simulator.sites[name] != posterior.simulator.sites[name]).mean() > 0.5
 
 
 def test_minibatches_of_transitions_find_the_same(posterior):
