@@ -189,7 +189,11 @@ def _descent(
 
     def draw(state: Any, observed: Observed, key: jax.Array, draws: int) -> Any:
         svi, own, _ = begin(state.rng_key, observed)
-        return own.sample_posterior(key, svi.get_params(state), sample_shape=(draws,))
+        params = svi.get_params(state)
+        # One at a time inside a ``vmap``: batched by itself NumPyro promotes ranks.
+        return jax.vmap(lambda one: own.sample_posterior(one, params, observed))(
+            jax.random.split(key, draws)
+        )
 
     return _Descent(jax.jit(start), jax.jit(advance), jax.jit(draw, static_argnums=3))
 
