@@ -114,11 +114,15 @@ def _weighed(simulator: Simulator, runs: Recorded, key: jax.Array) -> dict[str, 
     queries = runs.loss.shape[2]
     some = np.unique(np.linspace(0, queries - 1, min(queries, MOST_QUERIES)).astype(int))
     planned = runs.plan()._replace(initial=runs.loss[:, 0][:, some], query=some)
-    density = simulator.log_likelihood(
-        planned, runs.loss[:, :, some], key=key, draws=min(simulator.draws, MOST_DRAWS)
-    )
+    # Densities beyond single precision belong to runs that no weights can leave out.
+    with np.errstate(over="ignore"):
+        density = simulator.log_likelihood(
+            planned, runs.loss[:, :, some], key=key, draws=min(simulator.draws, MOST_DRAWS)
+        )
     if density is None:
         return {}
+    if not np.isfinite(density).all():
+        return {"untrusted_pareto_k": 1.0}
     return {"untrusted_pareto_k": untrusted_runs(np.nansum(density.astype(float), axis=3))}
 
 

@@ -257,7 +257,7 @@ def test_absurd_losses_are_never_silently_wrong(method, kind):
     finite = all(np.isfinite(one).all() for one in found.simulator.sites.values())
     assert finite, found.verdict
     moved = np.ptp(found.simulator.sites["scale"], axis=1).min() > 0
-    assert moved or "never moved" in found.verdict.sentence
+    assert moved or not found.verdict.ok
 
 
 def test_one_run_and_one_query_can_be_fitted():
