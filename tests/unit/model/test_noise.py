@@ -181,7 +181,7 @@ def test_sizes_are_powers_of_the_loss_before(kind):
         (StudentT(loss_power=None, freedom=3.0), {"loss_power"}),
         (Smooth(), {"drift", "wobble", "wobble_length", "wobble_trend"}),
     ],
-    ids=repr,
+    ids=lambda one: "-".join(sorted(one)) if isinstance(one, set) else repr(one),
 )
 def test_only_what_is_not_given_is_inferred(error, names):
     assert set(error.hypers()) == names
