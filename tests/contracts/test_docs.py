@@ -76,7 +76,7 @@ def test_the_readme_has_two_commands_that_ci_calls():
     lines = [line for _, code in blocks("README.md", ("bash",)) for line in code.splitlines()]
     install, tests = (line for line in lines if "python3 -m venv" in line)
     assert install.endswith(".venv/bin/bayes-simfluence demo")
-    assert tests.endswith(".venv/bin/python -m pytest")
+    assert tests.endswith(".venv/bin/python -m pytest -n 2")
     assert "grep -m1 \"pip install -e '.\\[test\\]'\" README.md" in (ROOT / ".ci/run").read_text()
 
 

@@ -17,6 +17,7 @@ SMALL = {
         "--queries=3",
         "--draws=20",
         "--times=2",
+        "--parts=2",
     ],
 }
 WRITTEN = {
