@@ -295,8 +295,9 @@ def main() -> None:
             goals_table(cells.table),
             bands_table(cells.table),
             "## Parts",
-            "Score: log density (of losses in nats) of a left-out run per point under fits to the 25 runs of the first "
-            "split at 12 times of each run, minus the default's (higher is better; this chooses). "
+            "Score: log density (of losses in nats) of a left-out run per point under fits to the "
+            "25 runs of the first split at 12 times of each run, minus the default's (higher is "
+            "better; this chooses). "
             "CRPS and coverage: the 5 held-out runs.",
             parts_table(cells.table),
             "<!-- end of tables -->",
