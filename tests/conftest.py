@@ -15,10 +15,11 @@ OPTIMIZED = ("statistical", "parity", "optimized")
 """Markers of tests that compute for long; in the others compilation takes most of the time."""
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation(request: pytest.FixtureRequest):
-    wanted = any(request.node.get_closest_marker(one) for one in OPTIMIZED)
-    benchmark = "benchmark" in request.fixturenames
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before any fixture, those of wider scope included."""
+    wanted = any(item.get_closest_marker(one) for one in OPTIMIZED)
+    benchmark = "benchmark" in getattr(item, "fixturenames", ())
     jax.config.update("jax_disable_most_optimizations", not (wanted or benchmark))
 
 

@@ -56,8 +56,9 @@ def numbers_table(verdict: Verdict) -> pd.DataFrame:
     """The numbers of a verdict: ``value``, what is ``wanted``, whether it ``ok``, ``meaning``.
 
     >>> table = numbers_table(Verdict(True, "Chains agree.", numbers={"r_hat": 1.2}))
-    >>> table.loc["r_hat", ["value", "wanted", "ok"]].tolist()
-    [1.2, 'at most 1.01', False]
+    >>> value, wanted, ok = table.loc["r_hat", ["value", "wanted", "ok"]]
+    >>> float(value), wanted, bool(ok)
+    (1.2, 'at most 1.01', False)
     """
     rows = {}
     for name, value in verdict.numbers.items():

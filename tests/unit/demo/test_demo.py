@@ -14,6 +14,8 @@ from bayes_simfluence.demo.pretrain import pretrained_checkpoint
 from bayes_simfluence.networks.checkpoint import load_checkpoint, load_tokenizer
 from bayes_simfluence.progress import Silent
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
