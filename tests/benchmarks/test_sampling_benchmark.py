@@ -16,7 +16,7 @@ from bayes_simfluence.checks import FitWarning
 
 GOAL = 20
 PLAIN = bs.NUTS(warmup=20, draws=20, chains=1, max_tree_depth=6)
-COLLAPSED = bs.NUTS(warmup=200, draws=200, chains=1)
+COLLAPSED = bs.NUTS(warmup=500, draws=500, chains=1)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_collapsed_against_plain(benchmark, runs):
     ratio = (collapsed / seconds) / (plain / plain_seconds)
     benchmark.extra_info["ratio"] = ratio
     print(
-        f"\ncollapsed NUTS: {collapsed:.0f} effective draws in {seconds:.0f} s (200 + 200 "
+        f"\ncollapsed NUTS: {collapsed:.0f} effective draws in {seconds:.0f} s (500 + 500 "
         f"iterations); plain: {plain:.1f} in {plain_seconds:.0f} s (20 + 20); ratio {ratio:.0f} "
         f"(goal {GOAL})",
         end="",
