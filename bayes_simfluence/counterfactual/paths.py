@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from bayes_simfluence.checks import Misuse
 from bayes_simfluence.counterfactual.density import correlated_log_density, whitening
 from bayes_simfluence.counterfactual.fitted import (
     FittedPaths,
@@ -29,7 +28,13 @@ from bayes_simfluence.counterfactual.fitted import (
     stacked_paths,
 )
 from bayes_simfluence.counterfactual.path_draws import drawn_paths, drawn_weights
-from bayes_simfluence.counterfactual.rollout import CHUNK, Named, Planned, Simulated
+from bayes_simfluence.counterfactual.rollout import (
+    CHUNK,
+    Named,
+    Planned,
+    Simulated,
+    relative_step_size,
+)
 from bayes_simfluence.linalg import cholesky, double_precision, solve_lower
 from bayes_simfluence.model import bayesian
 from bayes_simfluence.model.bayesian import Simfluence, hypers_of, link_of, log_slope, loss_of
@@ -109,7 +114,10 @@ class PathSimulator:
         """Planned runs after the steps ``rows``: where draws deviate from, and by how much."""
         solved = self._solved(planned.batch.shape[1] / self.fitted.steps)
         paths = stacked_paths(
-            planned.batch, self._step_size(planned), self.fitted.train, self.fitted.steps
+            planned.batch,
+            relative_step_size(planned, self.largest_step_size),
+            self.fitted.train,
+            self.fitted.steps,
         )
         designs, mean = designs_and_means(
             self.model,
@@ -170,18 +178,6 @@ class PathSimulator:
     def log_widening(self, progress: Float[np.ndarray, " step"]) -> Float[np.ndarray, " step"]:
         """Log factor on the variance; constant beyond the recorded length."""
         return interpolated_widening(progress, self.widening)
-
-    def _step_size(self, planned: Planned) -> Float[np.ndarray, "run step"]:
-        if self.largest_step_size is None:
-            return np.ones(planned.batch.shape[:2])
-        if planned.step_size is None:
-            raise Misuse(
-                "runs to simulate",
-                got="no step_size",
-                expected="the step sizes that training would use, as the fitted runs have them",
-                do="pass step_size=... to runs_from_arrays or planned_runs",
-            )
-        return planned.step_size / self.largest_step_size
 
     def _solved(self, reach: float) -> "_Solved":
         """The weights' posterior, once for all queries, with knots up to ``reach`` run lengths."""

@@ -13,13 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import Curriculum
 from bayes_simfluence.counterfactual.density import one_step_log_density
 from bayes_simfluence.data.curriculum import exposures
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.transition import affine_path
 
-__all__ = ["CHUNK", "AffineSimulator", "Named", "Planned", "Simulated", "Simulator", "resampled"]
+__all__ = [
+    "CHUNK",
+    "AffineSimulator",
+    "Named",
+    "Planned",
+    "Simulated",
+    "Simulator",
+    "relative_step_size",
+    "resampled",
+]
 
 Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
 """Arrays with the names of their dimensions."""
@@ -42,6 +52,24 @@ class Planned(NamedTuple):
     step_size: Float[np.ndarray, "run step"] | None
     initial: Float[np.ndarray, "run query"]
     query: Int[np.ndarray, " query"]
+
+
+def relative_step_size(planned: Planned, largest: float | None) -> Float[np.ndarray, "run step"]:
+    """Step sizes in units of the fitted runs' largest one; ones where those had none.
+
+    Raises:
+        Misuse: no step sizes, where the fitted runs have them.
+    """
+    if largest is None:
+        return np.ones(planned.batch.shape[:2])
+    if planned.step_size is None:
+        raise Misuse(
+            "runs to simulate",
+            got="no step_size",
+            expected="the step sizes that training would use, as the fitted runs have them",
+            do="pass step_size=... to runs_from_arrays or planned_runs",
+        )
+    return planned.step_size / largest
 
 
 class Simulated(NamedTuple):

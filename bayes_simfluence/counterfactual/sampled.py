@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.counterfactual.fitted import stacked_paths
-from bayes_simfluence.counterfactual.rollout import Named, Planned, Simulated
+from bayes_simfluence.counterfactual.rollout import Named, Planned, Simulated, relative_step_size
 from bayes_simfluence.counterfactual.unrolled import of_queries, simulated
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.bayesian import Path, Simfluence, link_of, log_slope
@@ -169,17 +169,7 @@ class SampledSimulator:
         return self.model.coefficients.count(max(1.0, steps / self.recorded))
 
     def _paths(self, planned: Planned) -> Path:
-        if self.largest_step_size is None:
-            sizes = np.ones(planned.batch.shape[:2])
-        elif planned.step_size is None:
-            raise Misuse(
-                "runs to simulate",
-                got="no step_size",
-                expected="the step sizes that training would use, as the fitted runs have them",
-                do="pass step_size=... to runs_from_arrays or planned_runs",
-            )
-        else:
-            sizes = planned.step_size / self.largest_step_size
+        sizes = relative_step_size(planned, self.largest_step_size)
         return stacked_paths(planned.batch, sizes, len(self.features.train), self.recorded)
 
     def arrays(self) -> Named:

@@ -102,12 +102,10 @@ class Exact:
         return collapsed_regression(runs, model, form, sampler, key=key, progress=progress)
 
     def _paths(self, runs: Recorded, model: Simfluence, progress: Progress) -> Fitted:
-        largest = None if runs.step_size is None else float(np.max(runs.step_size)) or None
+        step_size, largest = runs.relative_step_size()
         fitted = FittedPaths(
             batch=runs.batch,
-            step_size=np.ones(runs.batch.shape[:2])
-            if largest is None or runs.step_size is None
-            else runs.step_size / largest,
+            step_size=step_size,
             loss=runs.loss,
             features=features_of(runs, model),
         )

@@ -6,12 +6,11 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from numpyro import handlers
 
-from bayes_simfluence.inference.program import Program
+from bayes_simfluence.inference.program import Program, is_own
 from bayes_simfluence.model.bayesian import Simfluence
 from bayes_simfluence.model.joint import Gaps, Observed, joint
 
@@ -36,7 +35,7 @@ class JointProgram:
 
     @classmethod
     def of(cls, program: Program, batch: int | None = None) -> "JointProgram":
-        """What ``program(batch)`` is apart from its data."""
+        """What ``program`` is apart from its data, or that of ``batch`` runs at a time."""
         gaps = program.gaps
         imputed = tuple(tuple(one) for one in gaps.imputed.tolist())
         return cls(program.model, tuple(gaps.rows.tolist()), imputed, gaps.filtered, batch)
@@ -54,18 +53,14 @@ class JointProgram:
     def sampled(self, observed: Observed, values: Mapping[str, Array]) -> dict[str, Array]:
         """Those of the values that belong to sample sites, not to what follows from them."""
         first = {name: one[0] for name, one in values.items()}
-        own = {name for name, site in _trace(self, observed, first).items() if _is_own(site)}
+        own = {name for name, site in _trace(self, observed, first).items() if is_own(site)}
         return {name: one for name, one in values.items() if name in own}
 
 
 @partial(jax.jit, static_argnums=0)
 def _sites(program: JointProgram, observed: Observed, values: dict[str, Array]) -> dict[str, Array]:
     def one(values: dict[str, Array]) -> dict[str, Array]:
-        return {
-            name: site["value"].astype(jnp.float32)
-            for name, site in _trace(program, observed, values).items()
-            if (_is_own(site) or site["type"] == "deterministic") and Program.keeps(name)
-        }
+        return Program.kept(_trace(program, observed, values))
 
     found: dict[str, Array] = jax.lax.map(one, values, batch_size=8)
     return found
@@ -75,7 +70,3 @@ def _trace(program: JointProgram, observed: Observed, values: dict[str, Array]) 
     run = handlers.substitute(handlers.seed(program, 0), values)
     found: dict[str, Any] = handlers.trace(run).get_trace(observed)
     return found
-
-
-def _is_own(site: dict[str, Any]) -> bool:
-    return site["type"] == "sample" and not site["is_observed"]

@@ -1,6 +1,6 @@
 """Recorded runs and a model as a NumPyro program, ready for a sampler or a guide."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from bayes_simfluence.model.joint import Gaps, Observed, Units, gaps_of, joint
 from bayes_simfluence.model.noise import Gaussian, StudentT
 from bayes_simfluence.model.priors import ExampleFeatures
 
-__all__ = ["LIMIT", "Program", "program_of"]
+__all__ = ["LIMIT", "Program", "is_own", "program_of"]
 
 SPREAD_ROWS = 12
 """Times of a run at which the size of effects is measured."""
@@ -47,15 +47,6 @@ class Program:
     recorded: int
     largest_step_size: float | None
 
-    def __call__(self, batch: int | None = None) -> Callable[[Observed], None]:
-        """The NumPyro program of the runs; ``batch`` of them at a time."""
-        model, gaps = self.model, self.gaps
-
-        def program(observed: Observed) -> None:
-            joint(model, observed, gaps, batch=batch)
-
-        return program
-
     @property
     def runs(self) -> int:
         """Runs, or transitions."""
@@ -71,7 +62,7 @@ class Program:
         """Draws from the prior of everything that ``keeps``, leading axis of draws."""
 
         def one(key: jax.Array) -> dict[str, Array]:
-            return self._kept(handlers.trace(handlers.seed(self._prior, key)).get_trace())
+            return self.kept(handlers.trace(handlers.seed(self._prior, key)).get_trace())
 
         found: dict[str, Array] = jax.lax.map(
             jax.jit(one), jax.random.split(key, draws), batch_size=8
@@ -81,11 +72,13 @@ class Program:
     def _prior(self) -> None:
         joint(self.model, self.observed, self.gaps, simulate=True)
 
-    def _kept(self, trace: Mapping[str, Any]) -> dict[str, Array]:
+    @staticmethod
+    def kept(trace: Mapping[str, Any]) -> dict[str, Array]:
+        """Values of everything that ``keeps``, of a trace of the program."""
         return {
             name: site["value"].astype(jnp.float32)
             for name, site in trace.items()
-            if site["type"] in ("sample", "deterministic") and self.keeps(name)
+            if (is_own(site) or site["type"] == "deterministic") and Program.keeps(name)
         }
 
     def by_transition(self) -> "Program":
@@ -130,6 +123,11 @@ class Program:
         return 4 * (effects + len(self.gaps.imputed) + 8 * queries + 64)
 
 
+def is_own(site: Mapping[str, Any]) -> bool:
+    """Whether a site of a trace is sampled: neither seen nor what follows from others."""
+    return site["type"] == "sample" and not site["is_observed"]
+
+
 def program_of(runs: Recorded, model: Simfluence, method: str) -> Program:
     """The program of ``model`` for ``runs``; call in double precision.
 
@@ -148,11 +146,7 @@ def program_of(runs: Recorded, model: Simfluence, method: str) -> Program:
             "or without multiplicative terms",
             do="leave one of them out",
         )
-    sizes = runs.step_size
-    largest = None if sizes is None else float(np.max(sizes)) or None
-    relative = (
-        np.ones(runs.batch.shape[:2]) if largest is None or sizes is None else sizes / largest
-    )
+    relative, largest = runs.relative_step_size()
     paths = stacked_paths(runs.batch, relative, runs.train, runs.batch.shape[1])
     linked = np.asarray(link_of(model, jnp.asarray(runs.loss)))
     features = features_of(runs, model)

@@ -43,6 +43,13 @@ class Recorded(NamedTuple):
         sizes = None if self.step_size is None else self.step_size[runs]
         return self._replace(batch=self.batch[runs], loss=self.loss[runs], step_size=sizes)
 
+    def relative_step_size(self) -> tuple[Float[np.ndarray, "run step"], float | None]:
+        """Step sizes in units of the largest one, and that; ones and None where there are none."""
+        largest = None if self.step_size is None else float(np.max(self.step_size)) or None
+        if self.step_size is None or largest is None:
+            return np.ones(self.batch.shape[:2]), None
+        return self.step_size / largest, largest
+
     def plan(self) -> Planned:
         """The same runs, to be simulated."""
         queries = np.arange(self.loss.shape[2])

@@ -55,7 +55,8 @@ def sampled(made):
 def density(made, values, batch=None, chosen=None):
     """Log density of the program, for some of the runs."""
     given = values if chosen is None else {**values, "runs": jnp.asarray(chosen)}
-    return float(log_density(made(batch), (made.observed,), {}, given)[0])
+    run = JointProgram.of(made, batch)
+    return float(log_density(run, (made.observed,), {}, given)[0])
 
 
 APART = {

@@ -1,12 +1,15 @@
 """Examples and queries that no fitted run knows: their features speak for them."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
+from bayes_simfluence.counterfactual.fitted import designs_and_means, stacked_paths
 from bayes_simfluence.counterfactual.unseen import _freedom
+from bayes_simfluence.linalg import double_precision
 
 pytestmark = pytest.mark.filterwarnings("ignore::bayes_simfluence.checks.FitWarning")
 KEY = jax.random.key(5)
@@ -89,14 +92,39 @@ def test_a_query_never_recorded_gets_its_features_mean_and_a_wider_band(fits):
     low, high = np.quantile(linked[:, :, -1], [0.25, 0.75], axis=0)
     spread = (high - low).mean(axis=0)
     assert spread[2:].min() > spread[:2].max()
-    # Queries that start alike but have opposite gradients part ways, as the prior mean says.
+    # Queries that start alike but have opposite gradients part ways by twice the prior mean, here
+    # with a mean that is large beside five standard errors of the medians.
     mirrored = other.isel(query=[3, 4]).copy(deep=True)
     mirrored["loss"].values[..., 1] = mirrored["loss"].values[..., 0]
+    mirrored["query_feature"].values[0] *= 20
     mirrored["query_feature"].values[1] = -mirrored["query_feature"].values[0]
-    means = reduced.simulate(mirrored, key=KEY, draws=2000)["mean_loss"].median(("chain", "draw"))
-    dots = [simulator.values[f"{part}_dot"] for part in ("staying", "fading")]
-    assert np.abs(dots).max() > 0.01
-    assert np.abs(means[0, -1, 0] - means[0, -1, 1]) > 0
+    draws = 2000
+    drawn = reduced.simulate(mirrored, key=KEY, draws=draws)["mean_loss"].values[0, :, 0, -1]
+    middle = np.log(np.expm1(np.median(drawn.astype(float), axis=0)))
+    expected = prior_mean_of(simulator, mirrored)[0, -1]
+    np.testing.assert_allclose(expected[0], -expected[1], rtol=1e-6)
+    low, high = np.quantile(np.log(np.expm1(drawn.astype(float))), [0.25, 0.75], axis=0)
+    error = 5 * 1.2 * (high - low).max() * np.sqrt(2 / draws)
+    assert abs(expected[0] - expected[1]) > 2 * error
+    np.testing.assert_allclose(middle[0] - middle[1], expected[0] - expected[1], atol=error)
+
+
+def prior_mean_of(simulator, runs):
+    """Prior mean of the change of each query, link units, from its features."""
+    features = simulator.fitted.features
+    with double_precision():
+        paths = stacked_paths(
+            known_examples(runs)["batch"].values,
+            runs["step_size"].values / simulator.largest_step_size,
+            len(features.train),
+            simulator.fitted.steps,
+        )
+        values = {name: jnp.asarray(one) for name, one in simulator.values.items()}
+        query = jnp.asarray(runs["query_feature"].values, float)
+        found = designs_and_means(
+            simulator.model, values, paths, features._replace(query=query), jnp.arange(24), knots=6
+        )
+    return np.asarray(found[1])
 
 
 def test_a_scale_known_from_others_has_the_spread_of_theirs(rng):
