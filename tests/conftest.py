@@ -1,5 +1,7 @@
 """Every test runs the package under a runtime checker of its annotated types and shapes."""
 
+from pathlib import Path
+
 from jaxtyping import install_import_hook
 
 install_import_hook("bayes_simfluence", "beartype.beartype")
@@ -21,6 +23,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     wanted = any(item.get_closest_marker(one) for one in OPTIMIZED)
     benchmark = "benchmark" in getattr(item, "fixturenames", ())
     jax.config.update("jax_disable_most_optimizations", not (wanted or benchmark))
+
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 20_000
+"""Each compiled program holds some memory maps, and Linux grants a process 65,530 of them; one more
+ends it without a word."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """After each test: drop the compiled programs when they have become too many."""
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -67,15 +67,18 @@ def gradient_features(
 
     @jax.jit
     def sketches(
-        params: PyTree, signs: list[Array], examples: PyTree
+        params: PyTree, frozen: PyTree, signs: list[Array], examples: PyTree
     ) -> Float[Array, "piece sketch"]:
+        def loss(params: PyTree, example: PyTree) -> Float[Array, ""]:
+            return task.loss(task.weights(params, frozen), example)
+
         def one(example: PyTree) -> Float[Array, " sketch"]:
-            return _sketched(jax.grad(task.loss)(params, example), signs, length)
+            return _sketched(jax.grad(loss)(params, example), signs, length)
 
         found: Array = jax.lax.map(one, examples)
         return found
 
-    made = partial(sketches, task.params, signs)
+    made = partial(sketches, task.params, task.frozen, signs)
     train, query = (
         _in_pieces(made, part, len(ids), meter)
         for part, ids in ((task.train, task.train_ids), (task.query, task.query_ids))

@@ -1,6 +1,7 @@
 """Recording runs: training and per-step evaluation of every query in one compiled program."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,14 +87,14 @@ def record(
     pending = open_store(store)["status"].values == UNRECORDED
     evaluate = _evaluation(task, query_chunk)
     segment = _segment(task, optimizer, evaluate, tell, parallel=size)
-    initial = np.asarray(jax.jit(evaluate)(task.params))
+    initial = np.asarray(jax.jit(evaluate)(task.params, task.frozen))
     with (progress or Silent()).work("record", int(pending.sum()) * curricula.shape[1]) as meter:
         for group in _groups(pending, size):
             members = [run for run in group if pending[run]]
             state = _start(task.params, optimizer, parallel=size)
             losses, sizes = [], []
             for steps in _segments(curricula[np.asarray(group)]):
-                state, (loss, rate) = segment(state, steps)
+                state, (loss, rate) = segment(state, task.frozen, steps)
                 losses.append(np.asarray(loss))
                 sizes.append(np.asarray(rate))
                 meter.advance(
@@ -106,10 +107,14 @@ def record(
     return open_runs(store)
 
 
-def _evaluation(task: Task, chunk: int | None) -> Callable[[PyTree], Float[Array, " query"]]:
-    def evaluate(params: PyTree) -> Float[Array, " query"]:
+def _evaluation(
+    task: Task, chunk: int | None
+) -> Callable[[PyTree, PyTree], Float[Array, " query"]]:
+    def evaluate(params: PyTree, frozen: PyTree) -> Float[Array, " query"]:
+        weights = task.weights(params, frozen)
+
         def loss(example: PyTree) -> Float[Array, ""]:
-            return task.loss(params, example)
+            return task.loss(weights, example)
 
         if chunk is None or chunk >= len(task.query_ids):
             return jax.vmap(loss)(task.query)
@@ -121,34 +126,37 @@ def _evaluation(task: Task, chunk: int | None) -> Callable[[PyTree], Float[Array
 def _segment(
     task: Task,
     optimizer: optax.GradientTransformation,
-    evaluate: Callable[[PyTree], Float[Array, " query"]],
+    evaluate: Callable[[PyTree, PyTree], Float[Array, " query"]],
     tell: Callable[[State, Int[Array, ""]], Float[Array, ""]],
     *,
     parallel: int,
 ) -> Callable[[Any, Int[np.ndarray, "run step slot"]], Any]:
     """The compiled program: some steps of ``parallel`` runs, and all queries after each step."""
 
-    def batch_loss(params: PyTree, members: Int[Array, " slot"]) -> Float[Array, ""]:
+    def batch_loss(
+        params: PyTree, frozen: PyTree, members: Int[Array, " slot"]
+    ) -> Float[Array, ""]:
         filled = members != EMPTY_SLOT
         examples = jax.tree.map(lambda leaf: leaf[jnp.where(filled, members, 0)], task.train)
-        losses = jax.vmap(task.loss, in_axes=(None, 0))(params, examples)
+        losses = jax.vmap(task.loss, in_axes=(None, 0))(task.weights(params, frozen), examples)
         return jnp.where(filled, losses, 0.0).sum() / jnp.maximum(filled.sum(), 1)
 
-    def step(carry: tuple[State, Array], members: Int[Array, " slot"]) -> Any:
+    def step(frozen: PyTree, carry: tuple[State, Array], members: Int[Array, " slot"]) -> Any:
         state, count = carry
-        gradient = jax.grad(batch_loss)(state.params, members)
+        gradient = jax.grad(batch_loss)(state.params, frozen, members)
         updates, memory = optimizer.update(gradient, state.optimizer, state.params)
         state = State(optax.apply_updates(state.params, updates), memory)
-        return (state, count + 1), (evaluate(state.params), tell(state, count))
+        return (state, count + 1), (evaluate(state.params, frozen), tell(state, count))
 
-    def steps(carry: tuple[State, Array], batches: Int[Array, "step slot"]) -> Any:
-        return jax.lax.scan(step, carry, batches)
+    def steps(carry: tuple[State, Array], frozen: PyTree, batches: Int[Array, "step slot"]) -> Any:
+        return jax.lax.scan(partial(step, frozen), carry, batches)
 
-    def alone(carry: Any, batches: Int[Array, "1 step slot"]) -> Any:
-        carry, kept = steps(carry, batches[0])
+    def alone(carry: Any, frozen: PyTree, batches: Int[Array, "1 step slot"]) -> Any:
+        carry, kept = steps(carry, frozen, batches[0])
         return carry, jax.tree.map(lambda leaf: leaf[None], kept)
 
-    return jax.jit(alone if parallel == 1 else jax.vmap(steps), donate_argnums=0)
+    together = jax.vmap(steps, in_axes=(0, None, 0))
+    return jax.jit(alone if parallel == 1 else together, donate_argnums=0)
 
 
 def _start(params: PyTree, optimizer: optax.GradientTransformation, *, parallel: int) -> Any:

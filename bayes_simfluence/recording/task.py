@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from bayes_simfluence.checks import Misuse
@@ -22,10 +23,18 @@ class Task:
 
     Attributes:
         params: the initial weights, a pytree of floating arrays; every run starts from them.
-        loss: ``loss(params, example) -> nats`` of ONE example, pure and differentiable.
+        loss: ``loss(weights, example) -> nats`` of ONE example, pure and differentiable; the
+            weights are ``params``, or what ``assemble`` makes of them.
         train, query: examples, pytrees whose leaves have a leading axis of examples.
         train_ids, query_ids: stable ids of the examples.
         provenance: where the task comes from; goes into the store's attributes.
+        frozen: weights that do not train, handed to ``assemble``.
+        assemble: ``assemble(params, frozen) -> weights``, pure; adapters and heads are trained by
+            it, and no gradient or optimizer state is kept for what is frozen.
+        metrics: name -> ``metric(weights, example) -> number`` of one query, recorded beside its
+            loss: accuracy, margin.
+        scores: name -> ``score(weights) -> numbers, one per query``, any Python: metrics of
+            generated text, computed between compiled steps.
 
     >>> import jax.numpy as jnp
     >>> task = Task(
@@ -44,6 +53,21 @@ class Task:
     train_ids: Sequence[Any]
     query_ids: Sequence[Any]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    frozen: Params = None
+    assemble: Callable[[Params, Params], Params] | None = None
+    metrics: Mapping[str, Callable[[Params, Example], Float[Array, ""]]] = field(
+        default_factory=dict
+    )
+    scores: Mapping[str, Callable[[Params], Float[np.ndarray, " query"]]] = field(
+        default_factory=dict
+    )
+
+    def weights(self, params: Params, frozen: Params) -> Params:
+        """What ``loss`` takes: the trained parameters in their place among the frozen weights.
+
+        Compiled programs take ``frozen`` as an argument: closed over, it would be a constant.
+        """
+        return params if self.assemble is None else self.assemble(params, frozen)
 
     def validate(self) -> "Task":
         """The task itself when its parts fit together.
@@ -63,14 +87,16 @@ class Task:
                     do="close over integer arrays in the loss instead",
                 )
         one = jax.tree.map(lambda leaf: leaf[0], self.query)
-        shape = jax.eval_shape(self.loss, self.params, one)
-        if getattr(shape, "shape", None) != ():
-            raise Misuse(
-                "task.loss",
-                got=f"{shape}",
-                expected="one number for one example",
-                do="write the loss for a single example; record maps it over batches",
-            )
+        weights = jax.eval_shape(self.weights, self.params, self.frozen)
+        for name, function in (("loss", self.loss), *self.metrics.items()):
+            shape = jax.eval_shape(function, weights, one)
+            if getattr(shape, "shape", None) != ():
+                raise Misuse(
+                    f"task.{name}",
+                    got=f"{shape}",
+                    expected="one number for one example",
+                    do="write it for a single example; record maps it over batches",
+                )
         return self
 
 
