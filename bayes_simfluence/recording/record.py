@@ -130,7 +130,7 @@ def _segment(
     tell: Callable[[State, Int[Array, ""]], Float[Array, ""]],
     *,
     parallel: int,
-) -> Callable[[Any, Int[np.ndarray, "run step slot"]], Any]:
+) -> Callable[[Any, PyTree, Int[np.ndarray, "run step slot"]], Any]:
     """The compiled program: some steps of ``parallel`` runs, and all queries after each step."""
 
     def batch_loss(
