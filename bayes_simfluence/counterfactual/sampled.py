@@ -81,8 +81,7 @@ class SampledSimulator:
         """
         chosen, shape = self._chosen(draws)
         with double_precision():
-            one = partial(_effects, self.model, self.units, self.features)
-            effects = jax.lax.map(one, chosen)
+            effects = _effects_of(self.model, self.units, self.features, chosen)
         named: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
         for name, value in chosen.items():
             if value.ndim <= 2 and name != "missing":
@@ -217,6 +216,14 @@ class SampledSimulator:
             largest_step_size=settings["largest_step_size"],
             missing=np.asarray(arrays["missing"], int),
         )
+
+
+@partial(jax.jit, static_argnums=0)
+def _effects_of(
+    model: Simfluence, units: Units, features: ExampleFeatures, draws: Sites
+) -> dict[str, Float[Array, "draw query train"]]:
+    found: dict[str, Array] = jax.lax.map(partial(_effects, model, units, features), draws)
+    return found
 
 
 def _effects(

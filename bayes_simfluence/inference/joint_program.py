@@ -40,11 +40,15 @@ class JointProgram:
         imputed = tuple(tuple(one) for one in gaps.imputed.tolist())
         return cls(program.model, tuple(gaps.rows.tolist()), imputed, gaps.filtered, batch)
 
-    def __call__(self, observed: Observed) -> None:
-        """The sites and the density."""
+    def __call__(self, observed: Observed, *, simulate: bool = False) -> None:
+        """The sites and the density; without the density, of the prior, when ``simulate``."""
         imputed = np.array(self.imputed, int).reshape(-1, 3)
         gaps = Gaps(np.array(self.rows, int), imputed, self.filtered)
-        joint(self.model, observed, gaps, batch=self.batch)
+        joint(self.model, observed, gaps, batch=self.batch, simulate=simulate)
+
+    def prior_sites(self, observed: Observed, *, key: Array, draws: int) -> dict[str, Array]:
+        """Draws from the prior of everything needed to simulate, leading axis of draws."""
+        return _prior_sites(self, observed, jax.random.split(key, draws))
 
     def sites_of(self, observed: Observed, values: Mapping[str, Array]) -> dict[str, Array]:
         """Everything needed to simulate, from draws of the sample sites (leading axis of draws)."""
@@ -55,6 +59,16 @@ class JointProgram:
         first = {name: one[0] for name, one in values.items()}
         own = {name for name, site in _trace(self, observed, first).items() if is_own(site)}
         return {name: one for name, one in values.items() if name in own}
+
+
+@partial(jax.jit, static_argnums=0)
+def _prior_sites(program: JointProgram, observed: Observed, keys: Array) -> dict[str, Array]:
+    def one(key: Array) -> dict[str, Array]:
+        run = handlers.seed(partial(program, simulate=True), key)
+        return Program.kept(handlers.trace(run).get_trace(observed))
+
+    found: dict[str, Array] = jax.lax.map(one, keys, batch_size=8)
+    return found
 
 
 @partial(jax.jit, static_argnums=0)

@@ -11,6 +11,7 @@ import xarray as xr
 from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.conventions import EFFECT_SIGN
 from bayes_simfluence.inference.containers import Prior
+from bayes_simfluence.inference.joint_program import JointProgram
 from bayes_simfluence.inference.program import program_of
 from bayes_simfluence.inference.recorded import recorded_from
 from bayes_simfluence.linalg import double_precision
@@ -52,7 +53,8 @@ class PriorOf:
         known = recorded._replace(loss=np.broadcast_to(recorded.loss[:, :1], recorded.loss.shape))
         with double_precision():
             program = program_of(known, self.model, "prior")
-            sites = program.prior_sites(key=site_key, draws=draws)
+            together = JointProgram.of(program)
+            sites = together.prior_sites(program.observed, key=site_key, draws=draws)
         simulator = program.simulator({name: np.asarray(one)[None] for name, one in sites.items()})
         simulated = simulator.simulate(recorded.plan(), key=loss_key, draws=draws)
         coords = {"chain": [0], "draw": np.arange(draws)}

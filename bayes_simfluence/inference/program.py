@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from numpyro import handlers
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.counterfactual.fitted import designs_and_means, mean_size, stacked_paths
@@ -17,7 +16,7 @@ from bayes_simfluence.inference.path_search import even_rows
 from bayes_simfluence.inference.recorded import Recorded, features_of
 from bayes_simfluence.model.bayesian import Path, Simfluence, hypers_of, link_of
 from bayes_simfluence.model.hyper import natural_values, start
-from bayes_simfluence.model.joint import Gaps, Observed, Units, gaps_of, joint
+from bayes_simfluence.model.joint import Gaps, Observed, Units, gaps_of
 from bayes_simfluence.model.noise import Gaussian, StudentT
 from bayes_simfluence.model.priors import ExampleFeatures
 
@@ -57,20 +56,6 @@ class Program:
         """Whether a site is needed to simulate; the rest is what those are made of."""
         inside = ("_own", "_local", "_global", "_slab", "_traits", "_of_features", "_of_query")
         return not name.endswith((*inside, "_is_flat")) and "_common_to_queries" not in name
-
-    def prior_sites(self, *, key: jax.Array, draws: int) -> dict[str, Array]:
-        """Draws from the prior of everything that ``keeps``, leading axis of draws."""
-
-        def one(key: jax.Array) -> dict[str, Array]:
-            return self.kept(handlers.trace(handlers.seed(self._prior, key)).get_trace())
-
-        found: dict[str, Array] = jax.lax.map(
-            jax.jit(one), jax.random.split(key, draws), batch_size=8
-        )
-        return found
-
-    def _prior(self) -> None:
-        joint(self.model, self.observed, self.gaps, simulate=True)
 
     @staticmethod
     def kept(trace: Mapping[str, Any]) -> dict[str, Array]:

@@ -157,7 +157,7 @@ def test_sites_follow_from_those_that_are_sampled(rng, name):
         joint = JointProgram.of(made)
         whole = {name: one[None] for name, one in values.items()}
         found = joint.sites_of(made.observed, whole)
-        drawn = made.prior_sites(key=KEY, draws=3)
+        drawn = JointProgram.of(made).prior_sites(made.observed, key=KEY, draws=3)
         assert set(joint.sampled(made.observed, {**found, **whole})) == set(values)
     kept = {name for name in trace if made.keeps(name)}
     assert set(found) == set(drawn) == kept
