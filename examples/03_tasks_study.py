@@ -27,7 +27,7 @@ from bayes_simfluence.counterfactual.paths import PathSimulator
 from bayes_simfluence.data.store import EXAMPLES
 from bayes_simfluence.evaluation.compare import scores_by_run
 from bayes_simfluence.inference.ridge import PENALTIES
-from bayes_simfluence.model.bayesian import log_slope
+from bayes_simfluence.model.link import log_slope
 from bayes_simfluence.progress import Bars
 from bayes_simfluence.report.plots import save_figure
 
@@ -114,7 +114,7 @@ def in_nats(posterior: bs.Posterior) -> float:
     if not isinstance(posterior.simulator, PathSimulator):
         return 0.0
     seen = posterior.runs["loss"].values[:, 1:][:, posterior.simulator.rows]
-    return float(log_slope(posterior.simulator.model, jnp.asarray(seen)).mean())
+    return float(log_slope(posterior.simulator.model.link, jnp.asarray(seen)).mean())
 
 
 def measured(posterior: bs.Posterior, test: xr.Dataset, draws: int) -> dict[str, np.ndarray]:

@@ -37,8 +37,9 @@ from bayes_simfluence.counterfactual.rollout import (
 )
 from bayes_simfluence.linalg import cholesky, double_precision, solve_lower
 from bayes_simfluence.model import bayesian
-from bayes_simfluence.model.bayesian import Simfluence, hypers_of, link_of, log_slope, loss_of
+from bayes_simfluence.model.bayesian import Simfluence, hypers_of
 from bayes_simfluence.model.hyper import Values, natural_values
+from bayes_simfluence.model.link import link_of, log_slope, loss_of
 from bayes_simfluence.model.priors import ExampleFeatures
 
 __all__ = ["PathSimulator"]
@@ -105,7 +106,7 @@ class PathSimulator:
             for first in range(0, draws, CHUNK):
                 some = slice(first, first + CHUNK)
                 linked = np.moveaxis(np.asarray(deviation)[:, some], 0, -1) + start
-                found[0, some, :, 1:] = loss_of(self.model, jnp.asarray(linked))
+                found[0, some, :, 1:] = loss_of(self.model.link, jnp.asarray(linked))
             return found
 
         return Simulated(*(in_nats(one) for one in deviations))
@@ -128,7 +129,7 @@ class PathSimulator:
             knots=solved.knots,
         )
         designs = designs / solved.size
-        linked = link_of(self.model, jnp.asarray(planned.initial, float))
+        linked = link_of(self.model.link, jnp.asarray(planned.initial, float))
         known = jnp.einsum("rtw,wq->rtq", designs, solved.weights[:, planned.query])
         centre = linked[:, None] + mean[..., planned.query] + known
         progress = paths.progress[0]
@@ -157,8 +158,8 @@ class PathSimulator:
         with double_precision():
             solved, designs, centre, error, spread = self._centred(planned, rows)
             seen = jnp.asarray(loss[:, 1:][:, rows], float)
-            change = link_of(self.model, seen) - centre
-            slope = log_slope(self.model, seen)
+            change = link_of(self.model.link, seen) - centre
+            slope = log_slope(self.model.link, seen)
             roots, pattern = whitening(error, np.isfinite(np.asarray(change)))
         small = solved.small()
         for at, query in enumerate(planned.query):
@@ -196,7 +197,7 @@ class PathSimulator:
         factor = cholesky(fitted_covariance(designs, error, known))
         flat = designs.reshape(-1, designs.shape[-1])
         gain = solve_lower(factor, solve_lower(factor, flat), transposed=True)
-        linked = link_of(self.model, jnp.asarray(fitted.loss, float))
+        linked = link_of(self.model.link, jnp.asarray(fitted.loss, float))
         change = linked[:, 1:][:, self.rows] - linked[:, :1] - mean
         change = jnp.where(known[..., None], change, 0.0)
         weights = gain.T @ change.reshape(len(flat), -1)

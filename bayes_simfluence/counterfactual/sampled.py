@@ -15,8 +15,9 @@ from bayes_simfluence.counterfactual.fitted import stacked_paths
 from bayes_simfluence.counterfactual.rollout import Named, Planned, Simulated, relative_step_size
 from bayes_simfluence.counterfactual.unrolled import of_queries, simulated
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.model.bayesian import Path, Simfluence, link_of, log_slope
+from bayes_simfluence.model.bayesian import Path, Simfluence
 from bayes_simfluence.model.joint import Sites, Units, coefficients_of, density_of, gaps_of
+from bayes_simfluence.model.link import link_of, log_slope
 from bayes_simfluence.model.priors import ExampleFeatures
 
 __all__ = ["SampledSimulator"]
@@ -58,7 +59,7 @@ class SampledSimulator:
         steps = planned.batch.shape[1]
         with double_precision():
             paths = self._paths(planned)
-            start = link_of(self.model, jnp.asarray(planned.initial, float))
+            start = link_of(self.model.link, jnp.asarray(planned.initial, float))
             unroll = partial(simulated, self.model, knots=self._knots(steps))
             found = unroll(
                 chosen, self.units, self.features, paths, start,
@@ -110,7 +111,7 @@ class SampledSimulator:
         """
         chosen, shape = self._chosen(draws)
         with double_precision():
-            linked = link_of(self.model, jnp.asarray(loss, float))
+            linked = link_of(self.model.link, jnp.asarray(loss, float))
             gaps = gaps_of(self.model, np.asarray(linked))
             drawn = self._drawn(gaps.imputed, planned.query)
             query = jnp.asarray(planned.query)
@@ -126,7 +127,7 @@ class SampledSimulator:
 
             paths = self._paths(planned)
             density = jax.lax.map(jax.jit(one), chosen)
-            jacobian = log_slope(self.model, jnp.asarray(loss[:, 1:], float))
+            jacobian = log_slope(self.model.link, jnp.asarray(loss[:, 1:], float))
             found = np.asarray(density + jacobian[None], np.float32)
         found = np.where(np.isfinite(loss[None, :, 1:]), found, np.nan)
         return found.reshape(*shape, *found.shape[1:])

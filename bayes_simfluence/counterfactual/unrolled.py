@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bayes_simfluence.linalg import cholesky
-from bayes_simfluence.model.bayesian import Path, Simfluence, gather, loss_of, rate_of
+from bayes_simfluence.model.bayesian import Path, Simfluence, gather, rate_of
 from bayes_simfluence.model.explained import Coefficients, batch_effects, multipliers
 from bayes_simfluence.model.hyper import Values
 from bayes_simfluence.model.joint import JITTER, Sites, Units, coefficients_of, noise_of
+from bayes_simfluence.model.link import loss_of
 from bayes_simfluence.model.noise import Gaussian, StudentT
 from bayes_simfluence.model.priors import ExampleFeatures
 
@@ -130,7 +131,7 @@ def _rolled(
     if _hidden(model):
         white = jax.random.normal(seen_key, (steps, queries))
         loss = loss + sites["observation"] * noise[None] * white
-    return loss_of(model, mean), loss_of(model, loss)
+    return loss_of(model.link, mean), loss_of(model.link, loss)
 
 
 def _summed(
@@ -181,7 +182,7 @@ def _scanned(
                 now = now + factor[at] * state.loss
             moved[part] = state.moved[part].at[at].set(now)
             total[part] = kept[part] * state.total[part] + weights[at] @ moved[part]
-        size = model.error.sizes(values, loss_of(model, state.loss)[None])
+        size = model.error.sizes(values, loss_of(model.link, state.loss)[None])
         push = pushes[at] if size is None else size[0] * pushes[at]
         deviation = state.error + push
         loss = start + sum(total.values()) + deviation

@@ -21,8 +21,9 @@ from bayes_simfluence.counterfactual.fitted import (
 )
 from bayes_simfluence.inference.leave_out import evidence_score, left_out, left_out_score
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.model.bayesian import Path, Simfluence, hypers_of, link_of, loss_of
+from bayes_simfluence.model.bayesian import Path, Simfluence, hypers_of
 from bayes_simfluence.model.hyper import log_prior, natural_values, start
+from bayes_simfluence.model.link import link_of, loss_of
 from bayes_simfluence.model.priors import ExampleFeatures
 from bayes_simfluence.progress import Progress
 
@@ -207,7 +208,7 @@ def _change(
     model: Simfluence, fitted: FittedPaths, rows: Int[np.ndarray, " row"]
 ) -> Float[Array, "run row query"]:
     """Change since time 0 on the scale of the link; NaN where not recorded."""
-    linked = link_of(model, jnp.asarray(fitted.loss, float))
+    linked = link_of(model.link, jnp.asarray(fitted.loss, float))
     return linked[:, 1:][:, rows] - linked[:, :1]
 
 
@@ -236,7 +237,7 @@ def band_of(
         )
         found = jax.jit(left_out)(covariance, change - mean)
         error, variance = np.asarray(found.error), np.asarray(found.variance)[..., None]
-        linked = np.asarray(link_of(model, jnp.asarray(fitted.loss, float)))
+        linked = np.asarray(link_of(model.link, jnp.asarray(fitted.loss, float)))
         truth = linked[:, 1:][:, rows]
     counted = np.broadcast_to(known[..., None], error.shape)
     scale = np.sqrt(np.square(error / np.sqrt(variance)).mean(axis=(0, 1), where=counted) + 1e-12)
@@ -249,7 +250,7 @@ def band_of(
     quantile = student_t.ppf(0.95, freedom)
 
     def nats(value: np.ndarray) -> np.ndarray:
-        return np.asarray(loss_of(model, jnp.asarray(value)))
+        return np.asarray(loss_of(model.link, jnp.asarray(value)))
 
     return Band(
         scale=scale,

@@ -14,9 +14,10 @@ from bayes_simfluence.counterfactual.fitted import designs_and_means, mean_size,
 from bayes_simfluence.counterfactual.sampled import SampledSimulator
 from bayes_simfluence.inference.path_search import even_rows
 from bayes_simfluence.inference.recorded import Recorded, features_of
-from bayes_simfluence.model.bayesian import Path, Simfluence, hypers_of, link_of
+from bayes_simfluence.model.bayesian import Path, Simfluence, hypers_of
 from bayes_simfluence.model.hyper import natural_values, start
 from bayes_simfluence.model.joint import Gaps, Observed, Units, gaps_of
+from bayes_simfluence.model.link import link_of
 from bayes_simfluence.model.noise import Gaussian, StudentT
 from bayes_simfluence.model.priors import ExampleFeatures
 
@@ -133,7 +134,7 @@ def program_of(runs: Recorded, model: Simfluence, method: str) -> Program:
         )
     relative, largest = runs.relative_step_size()
     paths = stacked_paths(runs.batch, relative, runs.train, runs.batch.shape[1])
-    linked = np.asarray(link_of(model, jnp.asarray(runs.loss)))
+    linked = np.asarray(link_of(model.link, jnp.asarray(runs.loss)))
     features = features_of(runs, model)
     units = Units(_reference(linked), _spread(model, paths, features))
     return Program(

@@ -24,7 +24,6 @@ errors of each step, for which the above is
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from numpyro.distributions import Distribution
@@ -33,6 +32,7 @@ from bayes_simfluence.checks import Misuse, choice_of
 from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.exposure import Exposure
 from bayes_simfluence.model.hyper import Hyper, Values
+from bayes_simfluence.model.link import LINKS, Link
 from bayes_simfluence.model.noise import ERRORS, Error, Gaussian, Smooth, error_from_dict
 from bayes_simfluence.model.priors import (
     Custom,
@@ -57,9 +57,6 @@ __all__ = [
     "design",
     "gather",
     "hypers_of",
-    "link_of",
-    "log_slope",
-    "loss_of",
     "mean_effect",
     "part_scale",
     "prior_mean",
@@ -69,9 +66,6 @@ __all__ = [
 
 Kind = Literal["two-timescale", "linear", "additive", "multiplicative"]
 KINDS: tuple[Kind, ...] = ("two-timescale", "linear", "additive", "multiplicative")
-SMALLEST_LOSS = 1e-6
-"""Losses at or below zero have no logarithm: they count as this many nats."""
-LINKS = ("log-odds", "log", "identity")
 TIMESCALES = {"both": ("staying", "fading"), "staying": ("staying",), "fading": ("fading",)}
 TIME_EFFECTS = ("smooth", "linear", "none")
 MULTIPLICATIVE = "multiplicative"
@@ -103,7 +97,7 @@ class Simfluence:
     """
 
     kind: Kind = "two-timescale"
-    link: Literal["log-odds", "log", "identity"] = None  # type: ignore[assignment]
+    link: Link = None  # type: ignore[assignment]
     timescales: Literal["both", "staying", "fading"] = None  # type: ignore[assignment]
     exposure: Exposure = None  # type: ignore[assignment]
     coefficients: Varying = None  # type: ignore[assignment]
@@ -127,6 +121,13 @@ class Simfluence:
         _instance("error", self.error, tuple(ERRORS.values()), "an error such as noise.Smooth()")
         _instance("exposure", self.exposure, Exposure, "an Exposure(...)")
         _instance("coefficients", self.coefficients, Varying, "a Varying(...)")
+        if not self.additive and (self.coefficients.knots > 1 or self.timescales != "staying"):
+            raise Misuse(
+                "Simfluence(kind='multiplicative')",
+                got=f"timescales={self.timescales!r}, knots={self.coefficients.knots}",
+                expected="timescales='staying' and Varying(knots=1): there are no terms b",
+                do="leave them out, or use kind='linear'",
+            )
         wanted = {"additive": False, "linear": True, "multiplicative": True}.get(self.kind)
         if wanted is not None and self.multiplicative != wanted:
             raise Misuse(
@@ -233,34 +234,6 @@ class Path(NamedTuple):
     exposure: Float[Array, "step train"]
     step_size: Float[Array, " step"]
     progress: Float[Array, " step"]
-
-
-def link_of(model: Simfluence, loss: Array) -> Array:
-    """A loss (nats) on the scale on which effects add up."""
-    if model.link == "identity":
-        return loss
-    if model.link == "log":
-        return jnp.log(jnp.maximum(loss, SMALLEST_LOSS))
-    # log(exp(L) - 1), without overflow for large losses.
-    positive = jnp.maximum(loss, SMALLEST_LOSS)
-    return positive + jnp.log(-jnp.expm1(-positive))
-
-
-def loss_of(model: Simfluence, linked: Array) -> Array:
-    """A loss in nats from the scale of the link."""
-    if model.link == "identity":
-        return linked
-    return jnp.exp(linked) if model.link == "log" else jax.nn.softplus(linked)
-
-
-def log_slope(model: Simfluence, loss: Array) -> Array:
-    """Log derivative of the link at a loss: what a density gains on the way back to nats."""
-    if model.link == "identity":
-        return jnp.zeros_like(loss)
-    positive = jnp.maximum(loss, SMALLEST_LOSS)
-    if model.link == "log":
-        return -jnp.log(positive)
-    return -jnp.log(-jnp.expm1(-positive))
 
 
 def hypers_of(model: Simfluence, features: ExampleFeatures) -> dict[str, Hyper]:

@@ -23,7 +23,6 @@ from bayes_simfluence.model.bayesian import (
     Path,
     Simfluence,
     hypers_of,
-    loss_of,
     part_scale,
     time_curve,
 )
@@ -34,6 +33,7 @@ from bayes_simfluence.model.explained import (
     multipliers,
 )
 from bayes_simfluence.model.hyper import Hyper, Values
+from bayes_simfluence.model.link import loss_of
 from bayes_simfluence.model.noise import Gaussian, StudentT
 from bayes_simfluence.model.priors import ExampleFeatures, no_features
 
@@ -305,7 +305,7 @@ def _direct_density(
     before = linked[:-1]
     error = linked[1:] - linked[:1] - explained(model, sites, coefficients, path, before)
     noise = noise_of(model, sites)[None]
-    sizes = model.error.sizes(sites, loss_of(model, before))
+    sizes = model.error.sizes(sites, loss_of(model.link, before))
     if sizes is not None:
         error = jnp.cumsum(_steps(error) / sizes, axis=0)
     unit = error / noise

@@ -197,6 +197,17 @@ class Custom(Prior):
                 "numbers",
                 do="pass for example numpyro.distributions.Laplace(0.0, 0.01)",
             )
+        for name, allowed in one.arg_constraints.items():
+            given = getattr(one, name, None)
+            if given is None or allowed.is_discrete or getattr(allowed, "_is_dependent", False):
+                continue
+            if not jnp.all(allowed(given)):
+                raise Misuse(
+                    "prior",
+                    got=f"{_described(one)}: {name} outside of {allowed}",
+                    expected="a distribution with possible parameters, scales positive",
+                    do=f"correct {name}",
+                )
         if self.features:
             raise Misuse(
                 "Custom(features=...)",

@@ -24,6 +24,7 @@ ROWS = {
         "effects",
         "embeddings",
         "priors",
+        "link",
         "bayesian",
         "explained",
         "kalman",

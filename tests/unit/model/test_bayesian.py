@@ -11,15 +11,13 @@ from bayes_simfluence.model.bayesian import (
     Simfluence,
     design,
     hypers_of,
-    link_of,
-    log_slope,
-    loss_of,
     mean_effect,
     prior_mean,
 )
 from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.exposure import FLOOR, Exposure
 from bayes_simfluence.model.hyper import natural_values, start
+from bayes_simfluence.model.link import link_of, log_slope, loss_of
 from bayes_simfluence.model.noise import AR1, Gaussian, StudentT
 from bayes_simfluence.model.priors import ExampleFeatures, no_features
 
@@ -149,27 +147,27 @@ def test_the_mean_effect_is_that_of_a_batch_of_one_example(rng, part):
 def test_the_link_is_the_inverse_of_softplus():
     loss = np.array([1e-5, 0.01, 0.6931471805599453, 3.0, 50.0, 800.0])
     with double_precision():
-        linked = np.asarray(link_of(Simfluence(), jnp.asarray(loss)))
+        linked = np.asarray(link_of(Simfluence().link, jnp.asarray(loss)))
         np.testing.assert_allclose(linked[:4], np.log(np.expm1(loss[:4])), rtol=1e-10, atol=1e-14)
         np.testing.assert_allclose(linked[4:], loss[4:], rtol=1e-12)
-        again = np.asarray(loss_of(Simfluence(), jnp.asarray(linked)))
+        again = np.asarray(loss_of(Simfluence().link, jnp.asarray(linked)))
         np.testing.assert_allclose(again, loss, rtol=1e-9)
         outer = jnp.linspace(-12.0, 40.0, 27)
-        inverse = np.asarray(link_of(Simfluence(), loss_of(Simfluence(), outer)))
+        inverse = np.asarray(link_of(Simfluence().link, loss_of(Simfluence().link, outer)))
         np.testing.assert_allclose(inverse, np.asarray(outer), atol=1e-9)
 
 
 def test_losses_without_a_logarithm_stay_finite():
-    linked = np.asarray(link_of(Simfluence(), jnp.asarray([0.0, -1.0, 1e-30, 1e-6])))
+    linked = np.asarray(link_of(Simfluence().link, jnp.asarray([0.0, -1.0, 1e-30, 1e-6])))
     assert np.isfinite(linked).all()
     np.testing.assert_allclose(linked, linked[0])
-    assert (np.asarray(loss_of(Simfluence(), jnp.asarray(linked))) > 0).all()
+    assert (np.asarray(loss_of(Simfluence().link, jnp.asarray(linked))) > 0).all()
 
 
 def test_the_identity_link_changes_nothing():
     model, loss = Simfluence(link="identity"), jnp.asarray([-1.0, 0.0, 2.0])
-    np.testing.assert_array_equal(link_of(model, loss), loss)
-    np.testing.assert_array_equal(loss_of(model, loss), loss)
+    np.testing.assert_array_equal(link_of(model.link, loss), loss)
+    np.testing.assert_array_equal(loss_of(model.link, loss), loss)
 
 
 @pytest.mark.parametrize(
@@ -232,11 +230,13 @@ def test_settings_that_contradict_the_kind_are_refused(settings, match):
 def test_the_log_slope_is_that_of_the_link(link):
     model, loss = Simfluence(link=link), np.array([0.01, 0.7, 3.0])
     with double_precision():
-        up, down = (np.asarray(link_of(model, jnp.asarray(loss * k))) for k in (1 + 1e-6, 1 - 1e-6))
+        up, down = (
+            np.asarray(link_of(model.link, jnp.asarray(loss * k))) for k in (1 + 1e-6, 1 - 1e-6)
+        )
         expected = np.log((up - down) / (2e-6 * loss))
-        found = log_slope(model, jnp.asarray(loss))
+        found = log_slope(model.link, jnp.asarray(loss))
         np.testing.assert_allclose(found, expected, atol=1e-7)
-        again = loss_of(model, link_of(model, jnp.asarray(loss)))
+        again = loss_of(model.link, link_of(model.link, jnp.asarray(loss)))
         np.testing.assert_allclose(again, loss, rtol=1e-10)
 
 
@@ -254,3 +254,13 @@ def test_every_setting_survives_as_plain_values(changes):
 
     model = Simfluence(**changes)
     assert Simfluence.from_dict(json.loads(json.dumps(model.as_dict()))) == model
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"coefficients": Varying(knots=3)}, {"timescales": "both"}],
+    ids=["knots", "timescales"],
+)
+def test_settings_of_terms_that_are_not_there_are_refused(more):
+    with pytest.raises(Misuse, match="there are no terms b"):
+        Simfluence(kind="multiplicative", **more)

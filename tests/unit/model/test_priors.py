@@ -268,6 +268,10 @@ def test_embeddings_that_do_not_fit_are_refused(train, query, match):
         (lambda: priors.Custom(), r"prior: got NoneType.*scalar NumPyro distribution"),
         (lambda: priors.Custom(dist.Normal(jnp.zeros(2), 1.0)), r"prior: got Normal\("),
         (lambda: priors.Custom(dist.Poisson(2.0)), r"prior: got Poisson\(rate=2.0\)"),
+        (
+            lambda: priors.Custom(dist.Normal(0.0, -1.0, validate_args=False)),
+            r"prior: got Normal\(.*scale outside of",
+        ),
         (lambda: priors.Custom(dist.Normal(), features=True), r"Custom\(features=...\): got True"),
     ],
 )
