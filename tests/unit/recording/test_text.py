@@ -234,14 +234,38 @@ def test_the_task_holds_tokens_and_labels_of_its_ids(config):
         assert words == expected + ["[PAD]"] * (8 - len(expected))
         assert int(task.train["label"][at]) == ["neg", "pos"].index(rows[name]["label"])
         assert np.asarray(task.train["attended"][at]).sum() == len(expected)
+    weights = sum(one.size for one in task.params.values())
     assert task.provenance == {
         "model": "tiny",
         "labels": ["neg", "pos"],
-        "tuning": "full",
+        "tuning": {
+            "name": "full",
+            "exclude": [],
+            "trained": weights,
+            "total": weights,
+            "share": 1.0,
+        },
         "padded_tokens": 8,
     }
     assert "embeddings.position_ids" not in task.params
     assert task.validate() is task
+
+
+@pytest.mark.parametrize("tuning", ["head", "lora", "ia3"])
+def test_other_tunings_start_at_the_losses_of_full_tuning(config, tuning):
+    full, task = task_of(config), task_of(changed(config, tuning=tuning, rank=2)).validate()
+    weights = [one.weights(one.params, one.frozen) for one in (full, task)]
+    losses = [jax.vmap(full.loss, in_axes=(None, 0))(one, full.query) for one in weights]
+    np.testing.assert_array_equal(*losses)
+    said = task.provenance["tuning"]
+    assert said["name"] == tuning
+    assert said["trained"] == sum(one.size for one in task.params.values())
+    assert said["trained"] < full.provenance["tuning"]["trained"] <= said["total"]
+
+
+def test_a_target_that_the_checkpoint_lacks_is_refused(config):
+    with pytest.raises(Misuse, match=r"targets 'q_proj': got no linear layer.*query"):
+        task_of(changed(config, tuning="lora", targets="q_proj"))
 
 
 def test_padding_to_another_length_keeps_the_losses(config):
