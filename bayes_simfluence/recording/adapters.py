@@ -4,7 +4,7 @@ Functions of flat dicts of tensors, whatever network takes them. Semantics and d
 those of the ``peft`` library, tested against it (``tests/unit/recording/test_peft_parity.py``).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import jax
@@ -124,7 +124,7 @@ def linear_modules(tensors: Tensors) -> list[str]:
 def chosen_modules(
     what: str,
     given: Sequence[str] | None,
-    defaults: dict[str, tuple[str, ...]],
+    defaults: Mapping[str, tuple[str, ...]],
     family: str,
     modules: Sequence[str],
 ) -> tuple[tuple[str, ...], list[str]]:

@@ -19,6 +19,8 @@ pytestmark = [
     pytest.mark.parity,
     # peft says that it corrects fan_in_fan_out for GPT-2 by itself.
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+    # peft calls names that transformers renames.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
 ]
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}

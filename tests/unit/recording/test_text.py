@@ -514,6 +514,20 @@ def test_resuming_a_finished_recording_does_nothing(config, recorded, monkeypatc
     assert before == after
 
 
+def test_a_recording_of_adapters_from_settings(config, recorded, tmp_path):
+    settings = changed(config, tuning="lora", rank=2, targets="query", learning_rate=0.1)
+    runs = record_from_config(settings, tmp_path / "runs.zarr")
+    assert runs.attrs["tuning"]["targets"] == ["query"]
+    assert 0 < runs.attrs["tuning"]["share"] < 0.5
+    start, full = runs["loss"].isel(time=0), recorded[1]["loss"].isel(time=0)
+    np.testing.assert_allclose(start, full, rtol=1e-5)
+    assert np.abs(runs["loss"].isel(time=-1) - start).max() > 0.01
+    again = record_from_config(settings, tmp_path / "runs.zarr", resume=True)
+    xr.testing.assert_identical(again, runs)
+    with pytest.raises(Misuse, match="recording with other.*tuning"):
+        record_from_config(changed(settings, alpha=1.0), tmp_path / "runs.zarr", resume=True)
+
+
 def test_resuming_with_other_settings_keeps_store_and_settings(config, recorded):
     store, runs = recorded
     said = config_path(store).read_text()
