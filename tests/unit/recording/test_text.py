@@ -524,7 +524,7 @@ def test_a_recording_of_adapters_from_settings(config, recorded, tmp_path):
     assert np.abs(runs["loss"].isel(time=-1) - start).max() > 0.01
     again = record_from_config(settings, tmp_path / "runs.zarr", resume=True)
     xr.testing.assert_identical(again, runs)
-    with pytest.raises(Misuse, match="recording with other.*tuning"):
+    with pytest.raises(Misuse, match=r"recording with other.*tuning"):
         record_from_config(changed(settings, alpha=1.0), tmp_path / "runs.zarr", resume=True)
 
 
