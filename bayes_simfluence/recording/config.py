@@ -1,7 +1,7 @@
 """The settings of a recording from text files: one dataclass for Python, command line and YAML."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bayes_simfluence.checks import (
     Misuse,
@@ -11,6 +11,9 @@ from bayes_simfluence.checks import (
     unit_interval,
 )
 from bayes_simfluence.settings import check_choices, say
+
+if TYPE_CHECKING:
+    from bayes_simfluence.recording.tuning import Tuning
 
 __all__ = ["RecordConfig"]
 
@@ -38,6 +41,11 @@ class RecordConfig:
     warmup_steps: int = say("steps of linear warm-up", 0)
     weight_decay: float = say("decoupled weight decay (adamw)", 0.01)
     momentum: float = say("momentum (sgd)", 0.0)
+    tuning: str = say("what is trained", "full", ("full", "head", "lora", "ia3"))
+    rank: int = say("rank of the changes (lora)", 8)
+    alpha: float = say("the changes are scaled by alpha / rank (lora)", 16.0)
+    targets: str = say("layers to adapt (lora, ia3), commas between; empty = the family's", "")
+    exclude: str = say("tensors that stay frozen (full), commas between", "")
     pooling: str = say("how a text becomes one vector", "mean", ("mean", "cls", "pooler"))
     max_tokens: int = say("longer texts are cut to this many tokens", 128)
     features: int = say("gradient features kept for the prior, 0 = none", 16)
@@ -60,6 +68,7 @@ class RecordConfig:
         unit_interval("momentum", self.momentum)
         unit_interval("weight_decay", self.weight_decay)
         check_choices(self)
+        self.chosen_tuning()
         for small, large in (("per_run", "examples"), ("batch_size", "per_run")):
             if getattr(self, small) > getattr(self, large):
                 raise Misuse(
@@ -69,6 +78,19 @@ class RecordConfig:
                     do=f"lower {small} or raise {large}",
                 )
         return self
+
+    def chosen_tuning(self) -> "Tuning":
+        """What is trained, as an object."""
+        # Here, so that the command line answers --help without JAX.
+        from bayes_simfluence.recording.tuning import tuning_of
+
+        return tuning_of(
+            self.tuning,
+            rank=self.rank,
+            alpha=self.alpha,
+            targets=self.targets,
+            exclude=self.exclude,
+        )
 
     @property
     def steps(self) -> int:

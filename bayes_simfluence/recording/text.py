@@ -20,6 +20,7 @@ from bayes_simfluence.networks import bert
 from bayes_simfluence.networks.checkpoint import Checkpoint, load_checkpoint, load_tokenizer
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.task import Task
+from bayes_simfluence.recording.tuning import FULL, Tuning
 
 __all__ = ["Rows", "classification_task", "curricula_of", "read_rows", "task_of"]
 
@@ -125,6 +126,7 @@ def task_of(config: RecordConfig) -> Task:
         labels=sorted(set(every_train.labels)),
         pooling=cast(bert.Pooling, config.pooling),
         max_tokens=config.max_tokens,
+        tuning=config.chosen_tuning(),
         key=jax.random.fold_in(jax.random.key(config.seed), 2),
     )
 
@@ -138,15 +140,18 @@ def classification_task(
     key: jax.Array,
     pooling: bert.Pooling = "mean",
     max_tokens: int = 128,
+    tuning: Tuning = FULL,
 ) -> Task:
-    """Fine-tuning of all weights of a BERT checkpoint with a fresh classification head.
+    """Fine-tuning of a BERT checkpoint with a fresh classification head.
 
     Args:
         labels: the label words; their order is that of the head's outputs.
-        key: decides the head's initial weights.
+        key: decides the initial weights of head and adapters.
+        tuning: what is trained.
 
     Raises:
-        Misuse: a label that is not among ``labels``, or an architecture not built here.
+        Misuse: a label that is not among ``labels``, an architecture not built here, or a tuning
+            that does not fit the checkpoint.
     """
     codes = {label: code for code, label in enumerate(labels)}
     for name, rows in (("train", train), ("query", query)):
@@ -159,11 +164,11 @@ def classification_task(
                 do="correct the label, or add an example of it to the train file",
             )
     settings = bert.settings_of(checkpoint.config, checkpoint.tensors)
-    weights = {
-        name: value
-        for name, value in checkpoint.tensors.items()
-        if jnp.issubdtype(value.dtype, jnp.floating)
-    }
+    tuned = tuning.begin(
+        bert.with_head(checkpoint.tensors, len(labels), key),
+        family=checkpoint.config.model_type,
+        key=jax.random.fold_in(key, 1),
+    )
     positions = checkpoint.config.max_position_embeddings
     tokenized = _tokenize(checkpoint.folder, [train, query], min(max_tokens, positions))
     examples = [
@@ -178,7 +183,9 @@ def classification_task(
         return -jax.nn.log_softmax(bert.classify(params, pooled))[example["label"]]
 
     return Task(
-        params=bert.with_head(weights, len(labels), key),
+        params=tuned.params,
+        frozen=tuned.frozen,
+        assemble=tuned.assemble,
         loss=loss,
         train=examples[0],
         query=examples[1],
@@ -187,7 +194,7 @@ def classification_task(
         provenance={
             "model": checkpoint.name,
             "labels": list(labels),
-            "tuning": "full",
+            "tuning": tuned.as_dict(),
             "padded_tokens": int(examples[0]["tokens"].shape[1]),
         },
     )

@@ -234,14 +234,38 @@ def test_the_task_holds_tokens_and_labels_of_its_ids(config):
         assert words == expected + ["[PAD]"] * (8 - len(expected))
         assert int(task.train["label"][at]) == ["neg", "pos"].index(rows[name]["label"])
         assert np.asarray(task.train["attended"][at]).sum() == len(expected)
+    weights = sum(one.size for one in task.params.values())
     assert task.provenance == {
         "model": "tiny",
         "labels": ["neg", "pos"],
-        "tuning": "full",
+        "tuning": {
+            "name": "full",
+            "exclude": [],
+            "trained": weights,
+            "total": weights,
+            "share": 1.0,
+        },
         "padded_tokens": 8,
     }
     assert "embeddings.position_ids" not in task.params
     assert task.validate() is task
+
+
+@pytest.mark.parametrize("tuning", ["head", "lora", "ia3"])
+def test_other_tunings_start_at_the_losses_of_full_tuning(config, tuning):
+    full, task = task_of(config), task_of(changed(config, tuning=tuning, rank=2)).validate()
+    weights = [one.weights(one.params, one.frozen) for one in (full, task)]
+    losses = [jax.vmap(full.loss, in_axes=(None, 0))(one, full.query) for one in weights]
+    np.testing.assert_array_equal(*losses)
+    said = task.provenance["tuning"]
+    assert said["name"] == tuning
+    assert said["trained"] == sum(one.size for one in task.params.values())
+    assert said["trained"] < full.provenance["tuning"]["trained"] <= said["total"]
+
+
+def test_a_target_that_the_checkpoint_lacks_is_refused(config):
+    with pytest.raises(Misuse, match=r"targets 'q_proj': got no linear layer.*query"):
+        task_of(changed(config, tuning="lora", targets="q_proj"))
 
 
 def test_padding_to_another_length_keeps_the_losses(config):
@@ -488,6 +512,20 @@ def test_resuming_a_finished_recording_does_nothing(config, recorded, monkeypatc
     xr.testing.assert_identical(record_from_config(config, store, resume=True), runs)
     after = {one: one.stat().st_mtime_ns for one in store.rglob("*") if one.is_file()}
     assert before == after
+
+
+def test_a_recording_of_adapters_from_settings(config, recorded, tmp_path):
+    settings = changed(config, tuning="lora", rank=2, targets="query", learning_rate=0.1)
+    runs = record_from_config(settings, tmp_path / "runs.zarr")
+    assert runs.attrs["tuning"]["targets"] == ["query"]
+    assert 0 < runs.attrs["tuning"]["share"] < 0.5
+    start, full = runs["loss"].isel(time=0), recorded[1]["loss"].isel(time=0)
+    np.testing.assert_allclose(start, full, rtol=1e-5)
+    assert np.abs(runs["loss"].isel(time=-1) - start).max() > 0.01
+    again = record_from_config(settings, tmp_path / "runs.zarr", resume=True)
+    xr.testing.assert_identical(again, runs)
+    with pytest.raises(Misuse, match=r"recording with other.*tuning"):
+        record_from_config(changed(settings, alpha=1.0), tmp_path / "runs.zarr", resume=True)
 
 
 def test_resuming_with_other_settings_keeps_store_and_settings(config, recorded):
