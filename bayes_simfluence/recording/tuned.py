@@ -1,7 +1,7 @@
 """A task from a network's tensors: which of them train, and which stay."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from bayes_simfluence.recording.task import Task
 __all__ = ["Tuning", "tuned_task"]
 
 
+@runtime_checkable
 class Tuning(Protocol):
     """Which parameters train: what ``begin`` gives has ``params``, ``frozen`` and ``assemble``."""
 
