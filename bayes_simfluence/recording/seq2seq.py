@@ -67,7 +67,7 @@ def seq2seq_task(
     sources = {name: Texts(one.places, filled(one, prompt, "prompt")) for name, one in rows.items()}
     targets = {name: Texts(one.places, texts[name]) for name, one in rows.items()}
     arrays, said = tokenized(model, sources, max_tokens)
-    answered, more = targets_of(model, {**targets, **_label_targets(words)}, max_tokens)
+    answered, more = targets_of(model, {**_label_targets(words), **targets}, max_tokens)
     _different(words, answered)
     examples = {
         one: {**arrays[one], **answered[one], **({"label": codes[one]} if words else {})}
