@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.networks import bert
 from bayes_simfluence.networks.checkpoint import Checkpoint, Tensors, load_tokenizer
 from bayes_simfluence.networks.network import Network
@@ -30,6 +31,15 @@ def pretrained(checkpoint: Checkpoint) -> Pretrained:
         Misuse: an architecture that is not built here, or no tokenizer in the folder.
     """
     network, tokenizer = _bert_network(checkpoint), load_tokenizer(checkpoint.folder)
+    files = list(tokenizer.vocab_files_names.values())
+    # Without them transformers makes a tokenizer of special tokens only, and every word is unknown.
+    if not any((checkpoint.folder / one).is_file() for one in files):
+        raise Misuse(
+            str(checkpoint.folder),
+            got="no tokenizer",
+            expected=f"one of {shorten(files)} beside config.json",
+            do="save the tokenizer into the folder",
+        )
     return Pretrained(checkpoint.name, network, checkpoint.tensors, tokenizer)
 
 

@@ -152,6 +152,15 @@ def test_queries_that_are_trained_on_are_refused(config, tmp_path):
         task_of(changed(config, query=str(path)))
 
 
+def test_a_checkpoint_without_a_tokenizer_is_refused(config, tmp_path):
+    folder = shutil.copytree(config.checkpoint, tmp_path / "bare")
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(
+        Misuse, match=r"bare: got no tokenizer; .*vocab.txt.*save the tokenizer into the"
+    ):
+        task_of(changed(config, checkpoint=str(folder)))
+
+
 def test_a_query_label_that_training_lacks_is_refused(config, tmp_path):
     path = write_lines(tmp_path / "other.jsonl", some_rows(9, 2, labels=("neg", "odd")))
     match = r"query label, .*other.jsonl line 2 field 'label': got odd; expected one of neg, pos"
