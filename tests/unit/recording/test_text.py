@@ -156,7 +156,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(config, tmp_path):
     folder = shutil.copytree(config.checkpoint, tmp_path / "bare")
     (folder / "vocab.txt").unlink()
     with pytest.raises(
-        Misuse, match=r"bare: got no tokenizer; .*vocab.txt.*save the tokenizer into the"
+        Misuse, match=r"bare: got no tokenizer; .*vocab.txt.*save the token"
     ):
         task_of(changed(config, checkpoint=str(folder)))
 
