@@ -24,8 +24,9 @@ from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.optimizers import optimizer_of
 from bayes_simfluence.recording.record import record
+from bayes_simfluence.recording.rows import read_rows
 from bayes_simfluence.recording.session import record_from_config
-from bayes_simfluence.recording.text import read_rows, task_of
+from bayes_simfluence.recording.text import task_of
 from bayes_simfluence.report.plots import (
     plot_coverage,
     plot_curves,
@@ -118,7 +119,7 @@ def _checkpoint_and_config(folder: Path, seed: int, progress: Progress) -> Recor
     for name in ("train.jsonl", "query.jsonl"):
         with as_file(files("bayes_simfluence.demo") / name) as source:
             (folder / name).write_bytes(source.read_bytes())
-        texts += read_rows(folder / name).texts
+        texts += read_rows(folder / name).column("text", "text_field")
     key = jax.random.fold_in(jax.random.key(seed), 1)
     pretrained_checkpoint(texts, folder / "checkpoint", key=key, progress=progress)
     return RecordConfig(
@@ -178,7 +179,7 @@ def _counterfactual(
     dropped.to_csv(folder / "dropped.csv")
     rows = read_rows(folder / "query.jsonl")
     return (
-        rows.texts[rows.ids.index(str(query))],
+        rows.column("text", "text_field")[rows.ids.index(str(query))],
         dropped,
         (float(middle), float(low), float(high)),
         float((truth[1] - truth[0])[-1]),
@@ -190,8 +191,8 @@ def _described(effects: xr.DataArray, file: Path) -> pd.DataFrame:
     places = [rows.ids.index(str(one)) for one in effects["train"].values]
     return pd.DataFrame(
         {
-            "text": [rows.texts[place] for place in places],
-            "label": [rows.labels[place] for place in places],
+            "text": [rows.fields[place]["text"] for place in places],
+            "label": [str(rows.fields[place]["label"]) for place in places],
             "probability_harmful": (effects > 0).mean(("chain", "draw")).values,
         },
         index=pd.Index(effects["train"].values, name="train"),

@@ -17,18 +17,35 @@ if TYPE_CHECKING:
 
 __all__ = ["RecordConfig"]
 
+KINDS = ("classification", "choice", "causal", "seq2seq")
+POOLINGS = ("mean", "cls", "last", "pooler")
+ONLY = {
+    "pair_field": ("classification",),
+    "completion": ("causal", "seq2seq"),
+    "choices_fields": ("choice",),
+    "label_texts": ("seq2seq",),
+}
+"""Setting -> the tasks that have it; elsewhere it would be ignored, and is refused."""
+
 
 @dataclass(frozen=True)
 class RecordConfig:
     """Everything that decides what is recorded; saved beside the store."""
 
     checkpoint: str = say("checkpoint folder, hub name, or 'minilm'", "minilm")
-    train: str = say("training examples, JSON lines", "train.jsonl")
-    query: str = say("query examples, JSON lines", "query.jsonl")
-    text_field: str = say("field of the text", "text")
-    pair_field: str = say("field of a second text, none when empty", "")
+    train: str = say("training examples: JSON lines, .csv or .parquet", "train.jsonl")
+    query: str = say("query examples: JSON lines, .csv or .parquet", "query.jsonl")
+    task: str = say("what is learned", "classification", KINDS)
+    text_field: str = say("field of the text, where no prompt is given", "text")
+    prompt: str = say("text of fields, as '{premise} {hypothesis}'; causal: none when empty", "")
+    pair_field: str = say("classification: field of a second text, none when empty", "")
+    completion: str = say("causal, seq2seq: text to predict, as ' {answer}'", "")
+    choices_fields: str = say("choice: fields of the options, as 'choice1,choice2'", "")
     label_field: str = say("field of the label", "label")
+    label_texts: str = say("seq2seq: texts of labels, as '0=bad,1=good'; else the labels", "")
     id_field: str = say("field of the id; the line number where it is absent", "id")
+    metrics: str = say("beside the loss, of accuracy,margin,bleu,rouge_l", "")
+    new_tokens: int = say("most tokens generated for bleu and rouge_l", 32)
     examples: int = say("training examples drawn from the file", 200)
     queries: int = say("queries drawn from the file", 50)
     runs: int = say("runs to record", 32)
@@ -46,7 +63,7 @@ class RecordConfig:
     alpha: float = say("the changes are scaled by alpha / rank (lora)", 16.0)
     targets: str = say("layers to adapt (lora, ia3), commas between; empty = the family's", "")
     exclude: str = say("tensors that stay frozen (full), commas between", "")
-    pooling: str = say("how a text becomes one vector", "mean", ("mean", "cls", "pooler"))
+    pooling: str = say("how a text becomes one vector", "mean", POOLINGS)
     max_tokens: int = say("longer texts are cut to this many tokens", 128)
     features: int = say("gradient features kept for the prior, 0 = none", 16)
     seed: int = say("decides examples, queries, head and curricula", 0)
@@ -60,7 +77,7 @@ class RecordConfig:
         """
         for name in ("examples", "queries", "runs", "per_run", "batch_size", "epochs"):
             positive_integer(name, getattr(self, name))
-        for name in ("max_tokens", "parallel"):
+        for name in ("max_tokens", "new_tokens", "parallel"):
             positive_integer(name, getattr(self, name))
         for name in ("features", "warmup_steps", "seed"):
             count_of(name, getattr(self, name))
@@ -69,6 +86,7 @@ class RecordConfig:
         unit_interval("weight_decay", self.weight_decay)
         check_choices(self)
         self.chosen_tuning()
+        self._check_task()
         for small, large in (("per_run", "examples"), ("batch_size", "per_run")):
             if getattr(self, small) > getattr(self, large):
                 raise Misuse(
@@ -91,6 +109,33 @@ class RecordConfig:
             targets=self.targets,
             exclude=self.exclude,
         )
+
+    def _check_task(self) -> None:
+        for name, tasks in ONLY.items():
+            if getattr(self, name) and self.task not in tasks:
+                raise Misuse(
+                    name,
+                    got=f"{getattr(self, name)!r} for the task {self.task}",
+                    expected=f"it for {' or '.join(tasks)} only",
+                    do=f"leave it out, or set --task {tasks[0]}",
+                )
+        needed = {"choice": "choices_fields", "causal": "completion"}
+        name = needed.get(self.task, "")
+        # Without any template the causal task predicts the text field.
+        if name and not getattr(self, name) and (self.task == "choice" or self.prompt):
+            raise Misuse(
+                name,
+                got="nothing",
+                expected=f"what the task {self.task} is to choose or complete",
+                do=f"give --{name.replace('_', '-')}",
+            )
+        if self.completion and self.label_texts:
+            raise Misuse(
+                "label_texts",
+                got="it and a completion",
+                expected="one of the two",
+                do="leave one out",
+            )
 
     @property
     def steps(self) -> int:

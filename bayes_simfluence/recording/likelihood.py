@@ -1,0 +1,64 @@
+"""How likely a network thinks a text: nats of its tokens, and their mean.
+
+Losses of texts are means over target tokens, so that long answers do not weigh more; ranking
+answers by them is the length-normalised ranking of Brown et al. 2020 (2.4) and T-Few (Liu et al.
+2022, eq. 3).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from bayes_simfluence.networks.checkpoint import Tensors
+from bayes_simfluence.networks.network import Network, Sequence
+
+__all__ = ["completion_logits", "mean_nats", "smallest_margin", "target_logits"]
+
+
+def completion_logits(
+    network: Network,
+    tensors: Tensors,
+    tokens: Int[Array, " token"],
+    attended: Bool[Array, " token"],
+) -> Float[Array, "token-1 vocabulary"]:
+    """A decoder's logits of each token but the first, given those before it."""
+    sequence = Sequence(tokens, jnp.zeros_like(tokens), attended)
+    return network.logits(tensors, sequence)[:-1]  # type: ignore[misc]
+
+
+def target_logits(
+    network: Network, tensors: Tensors, source: Sequence, target: Int[Array, " target"]
+) -> Float[Array, "target vocabulary"]:
+    """An encoder-decoder's logits of each target token, given the source and those before it."""
+    shifted = jnp.roll(target, 1).at[0].set(network.start_token)
+    return network.seq2seq_logits(tensors, source, shifted)  # type: ignore[misc]
+
+
+def mean_nats(
+    logits: Float[Array, "target vocabulary"],
+    target: Int[Array, " target"],
+    counted: Bool[Array, " target"],
+) -> Float[Array, ""]:
+    """Mean cross-entropy of the counted target tokens, nats."""
+    each = jax.nn.log_softmax(_exact(logits))[jnp.arange(len(target)), target]
+    return -jnp.where(counted, each, 0.0).sum() / counted.sum()
+
+
+def smallest_margin(
+    logits: Float[Array, "target vocabulary"],
+    target: Int[Array, " target"],
+    counted: Bool[Array, " target"],
+) -> Float[Array, ""]:
+    """The least log-odds of a target token against the best other one, nats.
+
+    Above 0 exactly when greedy decoding would write the target.
+    """
+    logits = _exact(logits)
+    places = jnp.arange(len(target))
+    others = logits.at[places, target].set(-jnp.inf).max(axis=-1)
+    return jnp.where(counted, logits[places, target] - others, jnp.inf).min()
+
+
+def _exact(logits: Float[Array, "target vocabulary"]) -> Float[Array, "target vocabulary"]:
+    # Sums over a vocabulary need more digits than bfloat16 has.
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
