@@ -30,6 +30,7 @@ BATCHES: Final = "train_samples_id.json"
 LOSSES: Final = "all_loss_trajectory.out"
 CONFIG: Final = "config.json"
 SETTINGS: Final = ("batch_size", "eval_steps")
+FIELDS: Final = ("step", "loss")
 
 
 @dataclass(frozen=True)
@@ -265,9 +266,8 @@ def _trajectory(where: str, entries: Any, *, keep_diverged: bool) -> dict[int, f
     where = f"{where}, field 'loss_trajectory'"
     for place, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
         said = entry if isinstance(entry, dict) else {}
-        step, loss = said.get("step"), said.get("loss")
-        whole = isinstance(step, int) and not isinstance(step, bool) and step >= 0
-        if not whole or not isinstance(loss, int | float) or isinstance(loss, bool):
+        step, loss = (None if one is True or one is False else one for one in map(said.get, FIELDS))
+        if not isinstance(step, int) or not isinstance(loss, int | float) or step < 0:
             raise Misuse(
                 f"{where}, entry {place}",
                 got=shorten([entry]),
