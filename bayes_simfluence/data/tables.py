@@ -43,7 +43,7 @@ def read_csv(path: Path) -> Table:
                     lines.append(reader.line_num)
     except (UnicodeDecodeError, csv.Error) as error:
         raise Misuse(
-            f"{path}, line {reader.line_num + 1}",
+            f"{path}, line {reader.line_num}" if isinstance(error, csv.Error) else str(path),
             got=first_line(error),
             expected="CSV text in UTF-8",
             do="save the file again",
@@ -136,7 +136,8 @@ def write_table(runs: xr.Dataset, path: Path, *, parquet: bool) -> None:
             arrow.parquet.write_table(arrow.table({one: named[one] for one in columns}), partial)
             return
         with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
+            # With this end of a line, the writer quotes lone carriage returns too.
+            writer = csv.writer(file, lineterminator="\r\n")
             writer.writerow(columns)
             writer.writerows([_text(row[at]) for at in kept] for row in rows_of(runs))
 
