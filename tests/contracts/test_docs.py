@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import bayes_simfluence as bs
+
 pytestmark = pytest.mark.optimized
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +54,8 @@ def test_getting_started(tmp_path, monkeypatch):
 def test_recording_page(tmp_path, monkeypatch):
     names = run_page("docs/recording.md", tmp_path, monkeypatch)
     assert names["runs"].sizes["run"] == 4
+    assert bs.open_runs(tmp_path / "mine.zarr").sizes["run"] == 4
+    assert bs.open_runs(tmp_path / "again.zarr").identical(names["mine"])
 
 
 def test_models_page(tmp_path, monkeypatch):
