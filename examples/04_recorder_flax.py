@@ -22,7 +22,7 @@ except ImportError:
     print("skipped: this example needs Flax, install the extra [examples]")
     sys.exit(0)
 
-TRAIN, QUERY, RUNS, FITTED = 30, 8, 20, 16
+TRAIN, QUERY, RUNS, FITTED = 30, 8, 14, 11
 
 
 class Network(nnx.Module):
