@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bayes_simfluence.checks import FitFailed, FitWarning, Misuse, RunsWarning, WorkFailed
     from bayes_simfluence.counterfactual.bands import Credible
     from bayes_simfluence.counterfactual.conformal import Conformal
+    from bayes_simfluence.data.importers import export_runs, import_runs
     from bayes_simfluence.data.runs import planned_runs, runs_from_arrays
     from bayes_simfluence.data.store import (
         append_runs,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from bayes_simfluence.model.coefficients import Varying
     from bayes_simfluence.model.exposure import Exposure
     from bayes_simfluence.recording.record import record
+    from bayes_simfluence.recording.recorder import Recorder
     from bayes_simfluence.recording.task import Task
 
 _HOME = {
@@ -39,6 +41,7 @@ _HOME = {
     "checks": ("FitFailed", "FitWarning", "Misuse", "RunsWarning", "WorkFailed"),
     "counterfactual.bands": ("Credible",),
     "counterfactual.conformal": ("Conformal",),
+    "data.importers": ("export_runs", "import_runs"),
     "data.runs": ("planned_runs", "runs_from_arrays"),
     "data.store": ("append_runs", "example_runs", "export_netcdf", "open_runs", "save_runs"),
     "evaluation.compare": ("compare",),
@@ -52,6 +55,7 @@ _HOME = {
     "model.coefficients": ("Varying",),
     "model.exposure": ("Exposure",),
     "recording.record": ("record",),
+    "recording.recorder": ("Recorder",),
     "recording.task": ("Task",),
 }
 _ROOMS = {"noise": "model.noise", "priors": "model.priors"}
@@ -61,12 +65,15 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [  # noqa: RUF022 - in the order of use
     "Task",
     "record",
+    "Recorder",
     "runs_from_arrays",
     "planned_runs",
     "open_runs",
     "save_runs",
     "append_runs",
     "export_netcdf",
+    "import_runs",
+    "export_runs",
     "example_runs",
     "fit",
     "Simfluence",

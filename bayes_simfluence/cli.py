@@ -18,7 +18,9 @@ from bayes_simfluence.commands.calibrate import calibrate
 from bayes_simfluence.commands.compare import compare
 from bayes_simfluence.commands.demo import demo
 from bayes_simfluence.commands.diagnose import diagnose
+from bayes_simfluence.commands.export_runs import export_runs
 from bayes_simfluence.commands.fit import fit
+from bayes_simfluence.commands.import_runs import import_runs
 from bayes_simfluence.commands.record import record
 from bayes_simfluence.commands.simulate import simulate
 
@@ -34,6 +36,8 @@ app = typer.Typer(
 VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "record": record,
+    "import": import_runs,
+    "export": export_runs,
     "fit": fit,
     "diagnose": diagnose,
     "simulate": simulate,

@@ -45,6 +45,7 @@ def runs_from_arrays(
     attrs: Mapping[str, Any] | None = None,
     keep_diverged: bool = False,
     missing: bool = False,
+    status: Any = None,
 ) -> xr.Dataset:
     """Recorded runs from plain arrays, validated.
 
@@ -63,6 +64,8 @@ def runs_from_arrays(
         missing: NaN means "not recorded at this time", as in a loss recorded every k steps or a
             run that was stopped; then only infinite losses are diverged. Every loss at time 0 is
             needed, and of every query one later loss in one run.
+        status: how each run ended, ``(run,)``, in the values of ``conventions``, where that is
+            known; otherwise its losses decide.
 
     Raises:
         Misuse: shapes that do not fit, runs of different length, indices out of range, a loss
@@ -89,9 +92,7 @@ def runs_from_arrays(
     variables = {
         "batch": batch,
         "loss": loss,
-        "status": run_statuses(loss, missing=missing)
-        if keep_diverged
-        else np.full(runs, COMPLETE, np.int8),
+        "status": _statuses(loss, status, keep_diverged=keep_diverged, missing=missing),
     }
     for name, feature in (("train_feature", train_feature), ("query_feature", query_feature)):
         if feature is not None:
@@ -272,6 +273,22 @@ def _dataset(
     for name in variables:
         dataset[name].attrs.update(dict(VARIABLES[name][1]))
     return dataset
+
+
+def _statuses(loss: np.ndarray, status: Any, *, keep_diverged: bool, missing: bool) -> np.ndarray:
+    if status is None:
+        found = run_statuses(loss, missing=missing)
+        return found if keep_diverged else np.full(len(loss), COMPLETE, np.int8)
+    given = np.asarray(status)
+    known = (UNRECORDED, COMPLETE, DIVERGED)
+    if given.shape != (len(loss),) or not np.isin(given, known).all():
+        raise Misuse(
+            "status",
+            got=f"{shorten(given.ravel())} of shape {given.shape}",
+            expected=f"one of {shorten(known)} for each of the {len(loss)} runs",
+            do="see conventions, or leave it out",
+        )
+    return given.astype(np.int8)
 
 
 def _rectangular(name: str, value: Any, ndim: int, dtype: Any) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import bayes_simfluence as bs
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.session import merged
 from bayes_simfluence.settings import kinds_of
@@ -56,6 +57,8 @@ def test_getting_started(tmp_path, monkeypatch):
 def test_recording_page(tmp_path, monkeypatch):
     names = run_page("docs/recording.md", tmp_path, monkeypatch)
     assert names["runs"].sizes["run"] == 4
+    assert bs.open_runs(tmp_path / "mine.zarr").sizes["run"] == 4
+    assert bs.open_runs(tmp_path / "again.zarr").identical(names["mine"])
 
 
 def test_the_recording_page_records_with_settings_that_fit():

@@ -19,25 +19,71 @@ SMALL = {
         "--times=2",
         "--parts=2",
     ],
+    "04_recorder_flax.py": [],
+    "05_recorder_trainer.py": [],
 }
 WRITTEN = {
     "01_record_fit_simulate.py": ["runs.zarr", "posterior.nc", "curves.png"],
     "02_results_study.py": ["results.md", "results.csv", "curves.png", "coverage.png"],
     "03_tasks_study.py": ["tasks.md", "tasks.csv", "tasks.png"],
+    "04_recorder_flax.py": ["runs.zarr"],
+    "05_recorder_trainer.py": ["runs.zarr"],
 }
+NEEDS = {"04_recorder_flax.py": ["flax"], "05_recorder_trainer.py": ["torch", "accelerate"]}
+"""Packages of the extra [examples], without which a script says so and ends well."""
 
 
 def test_every_example_is_run_here():
     assert sorted(SMALL) == sorted(one.name for one in (ROOT / "examples").glob("*.py"))
 
 
-@pytest.mark.parametrize("script", sorted(SMALL))
-def test_example(script, tmp_path):
-    command = [sys.executable, "-W", "error", ROOT / "examples" / script, "--out", tmp_path]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, *SMALL[script]], capture_output=True, text=True, env=environment
+def run(script, folder, *words, before=""):
+    """The script in a process of its own, after a line of Python."""
+    program = (
+        f"import runpy, sys\n{before}\nsys.argv = [{script!r}, '--out', {str(folder)!r}, "
+        f"*{list(words)!r}]\nrunpy.run_path({str(ROOT / 'examples' / script)!r}, "
+        "run_name='__main__')"
     )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+SCRIPTS = [
+    pytest.param(script, marks=[pytest.mark.parity] if script in NEEDS else [])
+    for script in sorted(SMALL)
+]
+"""Those that need packages run where PyTorch is."""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_example(script, tmp_path):
+    for package in NEEDS.get(script, []):
+        pytest.importorskip(package)
+    done = run(script, tmp_path, *SMALL[script])
     assert done.returncode == 0, done.stderr
     for name in WRITTEN[script]:
         assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("script", sorted(NEEDS))
+def test_an_example_without_its_packages_says_so(script, tmp_path):
+    for package in NEEDS[script]:
+        done = run(script, tmp_path, before=f"sys.modules[{package!r}] = None")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("skipped: ") and "[examples]" in done.stdout
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parity
+def test_the_trainer_example_refuses_batches_that_are_not_updates(tmp_path):
+    for package in NEEDS["05_recorder_trainer.py"]:
+        pytest.importorskip(package)
+    done = run("05_recorder_trainer.py", tmp_path, "--accumulate=2")
+    assert done.returncode == 1
+    assert "Misuse: TrainingArguments: got 2 accumulated batches" in done.stderr
+    assert not list(tmp_path.iterdir())

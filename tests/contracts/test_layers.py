@@ -12,7 +12,18 @@ PACKAGE = "bayes_simfluence"
 
 ROWS = {
     "": ["conventions", "checks", "progress", "files", "linalg", "settings"],
-    "data": ["curriculum", "netcdf", "runs", "identify", "store"],
+    "data": [
+        "curriculum",
+        "netcdf",
+        "runs",
+        "identify",
+        "store",
+        "cells",
+        "longform",
+        "tables",
+        "gptdynamics",
+        "importers",
+    ],
     "networks": ["checkpoint", "network", "bert"],
     "recording": [
         "adapters",
@@ -39,6 +50,8 @@ ROWS = {
         "text",
         "session",
         "peft_format",
+        "recorded_run",
+        "recorder",
     ],
     "model": [
         "hyper",
@@ -100,7 +113,17 @@ ROWS = {
 
 DEMO = "demo"
 """A folder after all rows whose modules import one another freely."""
-VERBS = ["record", "fit", "simulate", "compare", "diagnose", "calibrate", "demo"]
+VERBS = [
+    "record",
+    "import_runs",
+    "export_runs",
+    "fit",
+    "simulate",
+    "compare",
+    "diagnose",
+    "calibrate",
+    "demo",
+]
 LAST = ["commands.options", *(f"commands.{one}" for one in VERBS), "cli", "__main__"]
 ROOT_MODULE = f"{PACKAGE}.__init__"
 """``import bayes_simfluence as bs``: stands after the rows, since it re-exports them lazily."""

@@ -148,6 +148,14 @@ MISUSES = {
     ),
     "too few simulations": (["calibrate", "RUNS", "--sbc", "--simulations", "5"], "at least 20"),
     "a point to rank": (["calibrate", "RUNS", "--sbc", "--method", "ridge"], "a method that draws"),
+    "nothing to import": (["import", "no.csv", "--out", "r.zarr"], "nothing there"),
+    "import overwrites": (["import", "no.csv", "--out", "RUNS"], "something that exists"),
+    "half a column": (
+        ["import", "no.csv", "--column", "loss", "--out", "r.zarr"],
+        "--column: got loss; expected OURS=THEIRS",
+    ),
+    "no format": (["export", "RUNS", "--out", "r.xls"], "no format.*csv, parquet, npz"),
+    "export overwrites": (["export", "RUNS", "--out", "RUNS"], "something that exists"),
     "bad choice": (["record", "--optimizer", "magic", "--out", "r.zarr"], "'magic'.*adamw"),
 }
 
@@ -238,6 +246,22 @@ def test_a_sampled_fit_is_diagnosed_by_its_chains(command, tmp_path):
     assert code == 0, errors
     assert "R-hat" in out and "scale[" in out and "draws where the sampler" in out
     assert (tmp_path / "d.png").is_file()
+
+
+def test_runs_go_out_and_come_back(command, runs, tmp_path):
+    table, store = tmp_path / "runs.csv", tmp_path / "runs.zarr"
+    code, out, errors = command("export", runs, "--select", "2:5", "--out", table)
+    assert code == 0, errors
+    assert "3 runs of 96 steps" in out and "runs.csv" in out
+    assert command("import", table, "--out", store)[0] == 0
+    expected = bs.open_runs(runs).isel(run=slice(2, 5))
+    xr.testing.assert_identical(bs.open_runs(store), expected)
+    table.write_text(table.read_text().replace("loss", "nll", 1))
+    code, out, errors = command(
+        "import", table, "--format", "csv", "--column", "loss=nll", "--overwrite", "--out", store
+    )
+    assert code == 0, errors
+    xr.testing.assert_identical(bs.open_runs(store), expected)
 
 
 def test_a_method_is_calibrated_by_simulation(command, tmp_path):

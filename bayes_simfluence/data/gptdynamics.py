@@ -1,0 +1,370 @@
+"""Runs in the layout of GPTDynamics, the recordings of GPTfluence (arXiv 2404.07840).
+
+A folder per run with two files of JSON lines, as the authors' public code writes and reads them:
+``train_samples_id.json`` has ``{"step": 1, "samples_id": [17, 4, 9, 3]}`` for each update, and
+``all_loss_trajectory.out`` has ``{"id": 0, "loss_trajectory": [{"step": 1, "loss": 0.7}, ...]}``
+for each query, where the loss of a step is the one after its update.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from warnings import warn
+
+import numpy as np
+import xarray as xr
+
+from bayes_simfluence.checks import Misuse, RunsWarning, named, positive_integer, shorten
+from bayes_simfluence.conventions import COMPLETE, DIVERGED, EMPTY_SLOT, Curricula
+from bayes_simfluence.data.cells import sorted_ids, typed_ids
+from bayes_simfluence.data.runs import Ids, runs_from_arrays
+from bayes_simfluence.files import first_line
+
+__all__ = ["is_gptdynamics", "read_gptdynamics"]
+
+BATCHES: Final = "train_samples_id.json"
+LOSSES: Final = "all_loss_trajectory.out"
+CONFIG: Final = "config.json"
+SETTINGS: Final = ("batch_size", "eval_steps")
+FIELDS: Final = ("step", "loss")
+
+
+@dataclass(frozen=True)
+class _Run:
+    folder: Path
+    batches: Mapping[int, tuple[str, ...]]
+    losses: Mapping[str, Mapping[int, float]]
+    batch_size: int | None
+    diverged: bool
+
+
+def is_gptdynamics(path: Path) -> bool:
+    """Whether a folder is a run in this layout, or holds some."""
+    return path.is_dir() and bool(_folders(path))
+
+
+def read_gptdynamics(
+    path: Path, *, train_ids: Ids | None = None, keep_diverged: bool = False
+) -> xr.Dataset:
+    """The runs of a folder of run folders, in the natural order of their names.
+
+    The authors evaluate after each update and not before the first one. Where step 0 has no losses,
+    the first step that has them becomes time 0 and the updates up to it are left out, with a
+    warning. The batch size is ``bs-4`` in a folder's name, or ``batch_size`` in a ``config.json``
+    in or beside it; ``eval_steps`` there says that losses are recorded every so many steps.
+    ``train_samples_id.json`` may also be one JSON list: of batches, or of all examples one after
+    the other, which needs the batch size.
+
+    Args:
+        path: the folder of the run folders, or one of these.
+        train_ids: all examples in their order; those in some batch when omitted.
+        keep_diverged: mark runs with a loss that is not finite instead of refusing them.
+
+    Raises:
+        Misuse: files that are missing or cannot be read; gaps and repeats of steps; larger batches
+            than said; runs of different length, queries or first evaluated step.
+    """
+    runs = [_read(folder, keep_diverged=keep_diverged) for folder in _folders(path)]
+    if not runs:
+        raise Misuse(
+            str(path),
+            got=f"no folder with {BATCHES}",
+            expected=f"a folder per run with {BATCHES} and {LOSSES}",
+            do="check the path, unpack the recordings first",
+        )
+    first, last = _common(runs)
+    if first:
+        warn(
+            f"{path}: no losses before the first update; those after step {first} are taken as "
+            "time 0, and the updates up to it are left out",
+            RunsWarning,
+            stacklevel=3,
+        )
+    queries = list(runs[0].losses)
+    loss = np.full((len(runs), last - first + 1, len(queries)), np.nan)
+    for place, run in enumerate(runs):
+        for at, query in enumerate(queries):
+            for step, value in run.losses[query].items():
+                loss[place, step - first, at] = value
+    used = [[run.batches[step] for step in range(first + 1, last + 1)] for run in runs]
+    known = {one for run in runs for ids in run.batches.values() for one in ids}
+    train = sorted_ids(known) if train_ids is None else np.asarray(train_ids)
+    sizes = {run.batch_size for run in runs} - {None}
+    return runs_from_arrays(
+        batch=_indices(runs, used, train),
+        loss=loss,
+        train_ids=train,
+        query_ids=typed_ids(queries),
+        run_ids=[run.folder.absolute().name for run in runs],
+        attrs={
+            "imported_from": "gptdynamics",
+            "first_step": first,
+            **({"batch_size": sizes.pop()} if len(sizes) == 1 else {}),
+        },
+        missing=True,
+        status=[DIVERGED if run.diverged else COMPLETE for run in runs],
+    )
+
+
+def _folders(path: Path) -> list[Path]:
+    def natural(folder: Path) -> list[Any]:
+        return [
+            (part.isdecimal(), int(part) if part.isdecimal() else part, part)
+            for part in re.split(r"(\d+)", folder.name)
+        ]
+
+    def is_run(folder: Path) -> bool:
+        return (folder / BATCHES).is_file() or (folder / LOSSES).is_file()
+
+    if is_run(path):
+        return [path]
+    return sorted((one for one in path.iterdir() if one.is_dir() and is_run(one)), key=natural)
+
+
+def _read(folder: Path, *, keep_diverged: bool) -> _Run:
+    for name in (BATCHES, LOSSES):
+        if not (folder / name).is_file():
+            raise Misuse(
+                str(folder / name),
+                got="no such file",
+                expected=f"{BATCHES} and {LOSSES} in each run's folder",
+                do="restore it, or move the folder of this run away",
+            )
+    config = _config(folder)
+    said = re.search(r"(?:^|[_-])bs-(\d+)(?:_|$)", folder.absolute().name)
+    size = config.get("batch_size", int(said[1]) if said else None)
+    batches = _batches(folder / BATCHES, size)
+    losses = _losses(folder / LOSSES, keep_diverged=keep_diverged)
+    steps = next(iter(losses.values()))
+    every, top = config.get("eval_steps", 0), max(batches)
+    if max(steps) > top:
+        raise Misuse(
+            f"{folder / LOSSES}, field 'step'",
+            got=f"{max(steps)}",
+            expected=f"steps up to {top}, the last one in {BATCHES}",
+            do="complete that file, or cut the losses",
+        )
+    gaps = [one for one in range(every, top + 1, every) if one not in steps] if every else []
+    if gaps:
+        raise Misuse(
+            f"{folder / LOSSES}, field 'step'",
+            got=f"no losses at steps {shorten(gaps)}",
+            expected=f"losses every {every} steps, as {CONFIG} says in eval_steps",
+            do="evaluate these steps, or correct eval_steps or leave it out",
+        )
+    diverged = any(not math.isfinite(one) for row in losses.values() for one in row.values())
+    return _Run(folder, batches, losses, size, diverged)
+
+
+def _config(folder: Path) -> dict[str, int]:
+    """Settings of a run from its folder, or of all runs from beside their folders."""
+    for path in (folder / CONFIG, folder.absolute().parent / CONFIG):
+        if path.is_file():
+            try:
+                said = json.loads(path.read_text("utf-8"))
+            except ValueError as error:
+                raise _unreadable(str(path), first_line(error), "one JSON object") from error
+            said = said if isinstance(said, dict) else {}
+            return {
+                name: positive_integer(f"{path}, field {name!r}", said[name], do="correct it")
+                for name in SETTINGS
+                if name in said
+            }
+    return {}
+
+
+def _batches(path: Path, size: int | None) -> dict[int, tuple[str, ...]]:
+    """Ids of the examples of each step."""
+    found: dict[int, tuple[str, ...]] = {}
+    for where, step, ids in _batch_entries(path, size):
+        if isinstance(step, bool) or not isinstance(step, int) or step != len(found) + 1:
+            raise Misuse(
+                f"{where}, field 'step'",
+                got=f"{step!r}",
+                expected=f"{len(found) + 1}, steps in order from 1 without gaps or repeats",
+                do="restore the missing lines and remove repeated ones",
+            )
+        if not isinstance(ids, list) or not all(_is_id(one) for one in ids):
+            raise Misuse(
+                f"{where}, field 'samples_id'",
+                got=shorten([ids]),
+                expected="a list of ids, whole numbers or text",
+                do="correct it",
+            )
+        if size is not None and len(ids) > size:
+            raise Misuse(
+                f"{where}, field 'samples_id'",
+                got=f"{len(ids)} ids",
+                expected=f"at most {size}, the batch size by the folder's name or {CONFIG}",
+                do="correct the batch size, or join the updates as they were made",
+            )
+        found[step] = tuple(str(one) for one in ids)
+    if not found:
+        raise _unreadable(str(path), "no step", "a line for each update")
+    return found
+
+
+def _batch_entries(path: Path, size: int | None) -> Iterator[tuple[str, Any, Any]]:
+    """Place, step and ids of each entry: of JSON lines, or of one JSON list."""
+    text = _text(path)
+    if not text.lstrip().startswith("["):
+        for line, said in _lines(path, text, ("step", "samples_id")):
+            yield f"{path}, line {line}", said["step"], said["samples_id"]
+        return
+    try:
+        listed = json.loads(text)
+    except ValueError as error:
+        raise _unreadable(str(path), first_line(error), "JSON lines, or one JSON list") from error
+    if all(_is_id(one) for one in listed):
+        if size is None:
+            raise Misuse(
+                str(path),
+                got="one flat list of examples and no batch size",
+                expected=f"'bs-4' in the folder's name, or batch_size in {CONFIG}",
+                do=f'write {{"batch_size": 4}} to {path.with_name(CONFIG)}',
+            )
+        listed = [listed[at : at + size] for at in range(0, len(listed), size)]
+    for place, ids in enumerate(listed, 1):
+        yield f"{path}, entry {place}", place, ids
+
+
+def _losses(path: Path, *, keep_diverged: bool) -> dict[str, dict[int, float]]:
+    """Losses of each query by step; all queries at the same steps."""
+    found: dict[str, dict[int, float]] = {}
+    steps: set[int] = set()
+    for line, said in _lines(path, _text(path), ("id", "loss_trajectory")):
+        where, query = f"{path}, line {line}", str(said["id"])
+        if not _is_id(said["id"]) or query in found:
+            raise Misuse(
+                f"{where}, field 'id'",
+                got=f"{said['id']!r}" + (" again" if query in found else ""),
+                expected="a whole number or text, each query on one line",
+                do="remove or correct the line",
+            )
+        row = _trajectory(where, said["loss_trajectory"], keep_diverged=keep_diverged)
+        steps = steps or set(row)
+        if set(row) != steps:
+            raise Misuse(
+                f"{where}, field 'loss_trajectory'",
+                got=f"other steps than the lines before: {shorten(sorted(set(row) ^ steps))} "
+                "are in only one of them",
+                expected="losses of all queries at the same steps",
+                do="complete the losses, or remove the line or the steps",
+            )
+        found[query] = row
+    if not steps:
+        raise _unreadable(str(path), "no loss", "a line for each query with its losses")
+    return found
+
+
+def _trajectory(where: str, entries: Any, *, keep_diverged: bool) -> dict[int, float]:
+    row: dict[int, float] = {}
+    where = f"{where}, field 'loss_trajectory'"
+    for place, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
+        said = entry if isinstance(entry, dict) else {}
+        step, loss = (None if one is True or one is False else one for one in map(said.get, FIELDS))
+        if not isinstance(step, int) or not isinstance(loss, int | float) or step < 0:
+            raise Misuse(
+                f"{where}, entry {place}",
+                got=shorten([entry]),
+                expected='{"step": a whole number, "loss": a number}',
+                do="correct it",
+            )
+        if step in row:
+            raise Misuse(
+                f"{where}, entry {place}",
+                got=f"step {step} again",
+                expected="each step once",
+                do="remove the repeated entry",
+            )
+        if not math.isfinite(loss) and not keep_diverged:
+            raise Misuse(
+                f"{where}, entry {place}",
+                got=f"a loss of {loss} at step {step}",
+                expected="finite losses",
+                do="move the folder of this run away, or keep it marked with keep_diverged=True",
+            )
+        row[step] = float(loss)
+    return row
+
+
+def _common(runs: list[_Run]) -> tuple[int, int]:
+    """First evaluated and last step, the same in all runs, as their queries are."""
+    first, last = _span(runs[0])
+    for run in runs:
+        begin, end = _span(run)
+        other = shorten(sorted(set(run.losses) ^ set(runs[0].losses)))
+        for wrong, name, got, expected in (
+            (begin != first, LOSSES, f"losses from step {begin}", f"losses from step {first}"),
+            (end != last, BATCHES, f"steps up to {end}", f"steps up to {last}"),
+            (other != "", LOSSES, f"queries {other} in only one of two runs", "the same queries"),
+        ):
+            if wrong:
+                raise Misuse(
+                    str(run.folder / name),
+                    got=got,
+                    expected=f"{expected}, as in {runs[0].folder.name}",
+                    do="make them equal, or move the folder of this run away",
+                )
+    if first == last:
+        raise Misuse(
+            f"{runs[0].folder / LOSSES}, field 'step'",
+            got=f"losses at step {last} alone",
+            expected="losses at two steps or more",
+            do="evaluate the queries more often",
+        )
+    return first, last
+
+
+def _span(run: _Run) -> tuple[int, int]:
+    """First step with losses, last step."""
+    return min(next(iter(run.losses.values()))), max(run.batches)
+
+
+def _indices(runs: list[_Run], used: list[list[tuple[str, ...]]], train: np.ndarray) -> Curricula:
+    width = max(1, *(len(ids) for one in used for ids in one))
+    batch = np.full((len(used), len(used[0]), width), EMPTY_SLOT, np.int32)
+    for place, (run, steps) in enumerate(zip(runs, used, strict=True)):
+        for at, ids in enumerate(steps):
+            what = f"{run.folder / BATCHES}, field 'samples_id'"
+            batch[place, at, : len(ids)] = named(what, ids, train)
+    return batch
+
+
+def _lines(path: Path, text: str, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a file of lines, with their numbers; blank lines are left out."""
+    for line, one in enumerate(text.splitlines(), 1):
+        if not one.strip():
+            continue
+        try:
+            said = json.loads(one)
+        except ValueError as error:
+            raise _unreadable(f"{path}, line {line}", first_line(error), "JSON") from error
+        missing = [one for one in fields if not isinstance(said, dict) or one not in said]
+        if missing:
+            raise Misuse(
+                f"{path}, line {line}",
+                got=f"no field {shorten(missing)}",
+                expected=f"an object with {shorten(fields)}",
+                do="correct the line",
+            )
+        yield line, said
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise _unreadable(str(path), first_line(error), "text in UTF-8") from error
+
+
+def _unreadable(where: str, got: str, expected: str) -> Misuse:
+    return Misuse(where, got=got, expected=expected, do="write the file again")
+
+
+def _is_id(one: Any) -> bool:
+    return isinstance(one, int | str) and not isinstance(one, bool)

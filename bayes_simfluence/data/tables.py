@@ -1,0 +1,196 @@
+"""Long tables of runs as files: CSV with exact numbers, Parquet, and what lies beside them."""
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from bayes_simfluence.checks import Misuse, shorten
+from bayes_simfluence.conventions import SCHEMA_VERSION
+from bayes_simfluence.data.cells import COLUMNS, Table
+from bayes_simfluence.data.longform import rows_of
+from bayes_simfluence.data.runs import validate_runs
+from bayes_simfluence.files import atomically, first_line
+
+__all__ = ["about_path", "read_about", "read_csv", "read_parquet", "write_table"]
+
+FEATURES = ("train_feature", "query_feature")
+
+
+def about_path(path: Path) -> Path:
+    """Where what a table cannot hold lies: beside it."""
+    return path.with_name(f"{path.name}.about.json")
+
+
+def read_csv(path: Path) -> Table:
+    """The cells of a CSV file, all text, and the line of each row.
+
+    Raises:
+        Misuse: no text, no header, a name twice, a row of another length.
+    """
+    rows, lines = [], []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            for row in reader:
+                if row:
+                    rows.append(row)
+                    lines.append(reader.line_num)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise Misuse(
+            f"{path}, line {reader.line_num}" if isinstance(error, csv.Error) else str(path),
+            got=first_line(error),
+            expected="CSV text in UTF-8",
+            do="save the file again",
+        ) from error
+    twice = {one for one in header if header.count(one) > 1}
+    if not header or twice:
+        raise Misuse(
+            f"{path}, line 1",
+            got=f"columns {shorten(sorted(twice))} twice" if twice else "nothing",
+            expected=f"columns {shorten(COLUMNS, 9)}",
+            do="write a header that names each column once",
+        )
+    for row, line in zip(rows, lines, strict=True):
+        if len(row) != len(header):
+            raise Misuse(
+                f"{path}, line {line}",
+                got=f"{len(row)} fields",
+                expected=f"{len(header)}, as in the header",
+                do="quote fields that contain a comma",
+            )
+    columns = [list(one) for one in zip(*rows, strict=True)] or [[] for _ in header]
+    return Table(path, dict(zip(header, columns, strict=True)), lines)
+
+
+def read_parquet(path: Path) -> Table:
+    """The cells of a Parquet file, as they are.
+
+    Raises:
+        Misuse: no Parquet file, or pyarrow is not installed.
+    """
+    parquet = _pyarrow(path).parquet
+    try:
+        columns = parquet.read_table(path).to_pydict()
+    except Exception as error:
+        raise Misuse(
+            str(path),
+            got=f"a file that cannot be read ({first_line(error)})",
+            expected="a Parquet file",
+            do="write it again",
+        ) from error
+    rows = len(next(iter(columns.values()), []))
+    return Table(path, columns, range(1, rows + 1), "row")
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What lies beside a table that was exported, as arguments of ``longform.runs_of``.
+
+    Raises:
+        Misuse: a file there that is none of ours.
+    """
+    beside = about_path(path)
+    if not beside.exists():
+        return {}
+    try:
+        said = json.loads(beside.read_text("utf-8"))
+        version = said["schema_version"]
+        found = {one: said[one] for one in ("train_ids", "query_ids", "run_ids", "dtype")}
+        found["attrs"] = said["attrs"]
+    except (ValueError, KeyError, TypeError):
+        version, found = None, {}
+    if version != SCHEMA_VERSION:
+        raise Misuse(
+            str(beside),
+            got="no description of exported runs of this version",
+            expected=f"schema_version {SCHEMA_VERSION}, ids and attributes",
+            do="remove the file, or export the runs again",
+        )
+    features = {one: np.array(said[one], np.float32) for one in FEATURES if one in said}
+    return {**found, **features}
+
+
+def write_table(runs: xr.Dataset, path: Path, *, parquet: bool) -> None:
+    """Write valid runs as a table at ``path`` and what it cannot hold beside it.
+
+    Raises:
+        Misuse: blank ids, attributes that JSON cannot hold, pyarrow is not installed.
+    """
+    about = _about(validate_runs(runs))
+    columns = [one for one in COLUMNS if one != "step_size" or one in runs]
+    if (runs["status"].values == 1).all():
+        columns.remove("status")
+    kept = [COLUMNS.index(one) for one in columns]
+    arrow = _pyarrow(path) if parquet else None
+    with atomically(about_path(path)) as partial:
+        partial.write_text(about, "utf-8")
+    with atomically(path) as partial:
+        if arrow is not None:
+            cells = zip(*rows_of(runs), strict=True)
+            named = dict(zip(COLUMNS, map(list, cells), strict=True))
+            arrow.parquet.write_table(arrow.table({one: named[one] for one in columns}), partial)
+            return
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            # With this end of a line, the writer quotes lone carriage returns too.
+            writer = csv.writer(file, lineterminator="\r\n")
+            writer.writerow(columns)
+            writer.writerows([_text(row[at]) for at in kept] for row in rows_of(runs))
+
+
+def _text(cell: Any) -> str:
+    """A cell as text; ``repr`` of a float is read back as the same number."""
+    return "" if cell is None else repr(cell) if isinstance(cell, float) else str(cell)
+
+
+def _about(runs: xr.Dataset) -> str:
+    ids = {name: runs[name].values.tolist() for name in ("train", "query", "run")}
+    for name, listed in ids.items():
+        bad = [one for one in listed if not isinstance(one, str | int) or not str(one).strip()]
+        if bad:
+            raise Misuse(
+                f"runs['{name}']",
+                got=f"the id {bad[0]!r}",
+                expected="ids that are whole numbers or text that is not blank",
+                do="rename them with runs.assign_coords(...)",
+            )
+    said: Mapping[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        **{f"{name}_ids": listed for name, listed in ids.items()},
+        "dtype": str(runs["loss"].dtype),
+        "attrs": dict(runs.attrs),
+        **{one: runs[one].values.tolist() for one in FEATURES if one in runs},
+    }
+    try:
+        return json.dumps(said, ensure_ascii=False, default=_plain)
+    except TypeError as error:
+        raise Misuse(
+            "runs.attrs",
+            got=first_line(error),
+            expected="numbers, text, lists and mappings",
+            do="drop the attribute with runs.drop_attrs(deep=False)",
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise Misuse(
+            str(path),
+            got="a Parquet file, and no pyarrow to read or write it",
+            expected="pyarrow",
+            do="install the extra [parquet], or use CSV",
+        ) from error
+    return pyarrow
