@@ -16,8 +16,10 @@ from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.conventions import Curricula
 from bayes_simfluence.data.curriculum import random_subset_epochs
 from bayes_simfluence.files import first_line
-from bayes_simfluence.networks import bert
 from bayes_simfluence.networks.checkpoint import Checkpoint, load_checkpoint, load_tokenizer
+from bayes_simfluence.networks.families import network_of
+from bayes_simfluence.networks.heads import Pooling, check_pooling, classify, pool, with_head
+from bayes_simfluence.networks.network import Sequence as Tokens
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.task import Task
 
@@ -123,7 +125,7 @@ def task_of(config: RecordConfig) -> Task:
         train,
         query,
         labels=sorted(set(every_train.labels)),
-        pooling=cast(bert.Pooling, config.pooling),
+        pooling=cast(Pooling, config.pooling),
         max_tokens=config.max_tokens,
         key=jax.random.fold_in(jax.random.key(config.seed), 2),
     )
@@ -136,10 +138,10 @@ def classification_task(
     *,
     labels: Sequence[str],
     key: jax.Array,
-    pooling: bert.Pooling = "mean",
+    pooling: Pooling = "mean",
     max_tokens: int = 128,
 ) -> Task:
-    """Fine-tuning of all weights of a BERT checkpoint with a fresh classification head.
+    """Fine-tuning of all weights of a checkpoint with a fresh classification head.
 
     Args:
         labels: the label words; their order is that of the head's outputs.
@@ -158,13 +160,10 @@ def classification_task(
                 expected=f"one of {shorten(codes, 20)}",
                 do="correct the label, or add an example of it to the train file",
             )
-    settings = bert.settings_of(checkpoint.config, checkpoint.tensors)
-    weights = {
-        name: value
-        for name, value in checkpoint.tensors.items()
-        if jnp.issubdtype(value.dtype, jnp.floating)
-    }
-    positions = checkpoint.config.max_position_embeddings
+    network = network_of(checkpoint)
+    check_pooling(network, pooling)
+    weights = {name: checkpoint.tensors[name] for name in network.shapes}
+    positions = network.positions or max_tokens
     tokenized = _tokenize(checkpoint.folder, [train, query], min(max_tokens, positions))
     examples = [
         {**tokens, "label": jnp.asarray([codes[one] for one in rows.labels])}
@@ -172,13 +171,13 @@ def classification_task(
     ]
 
     def loss(params: dict[str, Array], example: dict[str, Array]) -> Float[Array, ""]:
-        inputs = (example["tokens"], example["segments"], example["attended"])
-        hidden = bert.encode(params, settings, *inputs)
-        pooled = bert.pool(params, settings, hidden, example["attended"], pooling)
-        return -jax.nn.log_softmax(bert.classify(params, pooled))[example["label"]]
+        inputs = Tokens(example["tokens"], example["segments"], example["attended"])
+        hidden = network.hidden(params, inputs)
+        pooled = pool(network, params, hidden, inputs.attended, pooling)
+        return -jax.nn.log_softmax(classify(params, pooled))[example["label"]]
 
     return Task(
-        params=bert.with_head(weights, len(labels), key),
+        params=with_head(network, weights, len(labels), key),
         loss=loss,
         train=examples[0],
         query=examples[1],
