@@ -107,12 +107,10 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
             folder, trust_remote_code=False, local_files_only=True
         )
     except _unreadable() as error:
-        raise Misuse(
-            str(folder),
-            got=f"no tokenizer that can be read ({first_line(error)})",
-            expected="tokenizer.json or vocab.txt beside config.json",
-            do="save the tokenizer into the folder",
-        ) from error
+        raise _no_tokenizer(folder, first_line(error)) from error
+    # Where its files are absent, transformers makes one that knows special tokens only.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise _no_tokenizer(folder, "no words")
     _check_vocabulary(tokenizer, folder / "config.json")
     return tokenizer
 
@@ -142,6 +140,15 @@ def _unreadable() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import StrictDataclassError
 
     return OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError
+
+
+def _no_tokenizer(folder: Path, reason: str) -> Misuse:
+    return Misuse(
+        str(folder),
+        got=f"no tokenizer that can be read ({reason})",
+        expected="tokenizer.json or vocab.txt beside config.json",
+        do="save the tokenizer into the folder",
+    )
 
 
 def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", config: Path) -> None:

@@ -84,7 +84,9 @@ def settings_of(config: "PretrainedConfig", tensors: Tensors) -> GPTNeoXSettings
     """
     prefix = prefix_of(tensors, "embed_in.", ["", "gpt_neox."])
     size = quotient(config, "hidden_size", "num_attention_heads")
-    head = head_name(config, tensors, f"{prefix}embed_in.weight", "embed_out.weight")
+    head = head_name(
+        config, tensors, f"{prefix}embed_in.weight", "embed_out.weight", "lm_head.weight"
+    )
     check_tensors(tensors, shapes_of(config, prefix, head), UNUSED)
     return GPTNeoXSettings(
         config.num_hidden_layers,

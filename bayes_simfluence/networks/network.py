@@ -51,8 +51,8 @@ class Network:
         width: size of a hidden state.
         vocabulary: number of tokens.
         start_token: what a decoder's input begins with (T5).
-        pooler: name of BERT's tanh layer over the first token, where the checkpoint has one.
-        shapes: every tensor that the functions read, and its shape; a checkpoint may hold more.
+        shapes: every tensor that the functions read, and BERT's pooler, with their shapes: what
+            training may change. A checkpoint may hold more (buffers, other heads).
     """
 
     family: str
@@ -67,7 +67,6 @@ class Network:
     width: int
     vocabulary: int
     start_token: int | None = None
-    pooler: str | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False, compare=False)
 
 

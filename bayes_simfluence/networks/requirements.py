@@ -83,16 +83,16 @@ def prefix_of(tensors: Tensors, marker: str, prefixes: Sequence[str]) -> str:
 
 
 def head_name(
-    config: "PretrainedConfig", tensors: Tensors, embedding: str, head: str
+    config: "PretrainedConfig", tensors: Tensors, embedding: str, *heads: str
 ) -> str | None:
-    """The tensor of the output layer: ``head``, or the tied ``embedding``, or None without either.
+    """The tensor of the output layer: the first of ``heads`` that is there, or the tied
+    ``embedding``, or None without either.
 
     A head of its own counts even where the configuration ties it, as in transformers: loading a
     checkpoint leaves out heads that are copies of the embeddings.
     """
-    if head in tensors:
-        return head
-    return embedding if config.tie_word_embeddings else None
+    tied = embedding if config.tie_word_embeddings else None
+    return next((one for one in heads if one in tensors), tied)
 
 
 def check_tensors(

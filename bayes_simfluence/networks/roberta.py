@@ -56,6 +56,5 @@ def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
         positions=config.max_position_embeddings - padding - 1,
         width=config.hidden_size,
         vocabulary=config.vocab_size,
-        pooler=f"{settings.prefix}pooler.dense" if pooler else None,
         shapes={**shapes_of(config, settings.prefix), **pooler},
     )

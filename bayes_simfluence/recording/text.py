@@ -18,7 +18,7 @@ from bayes_simfluence.data.curriculum import random_subset_epochs
 from bayes_simfluence.files import first_line
 from bayes_simfluence.networks.checkpoint import Checkpoint, load_checkpoint, load_tokenizer
 from bayes_simfluence.networks.families import network_of
-from bayes_simfluence.networks.heads import Pooling, check_pooling, classify, pool, with_head
+from bayes_simfluence.networks.heads import Pooling, check_pooling, head_logits, with_head
 from bayes_simfluence.networks.network import Sequence as Tokens
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.task import Task
@@ -161,7 +161,7 @@ def classification_task(
                 do="correct the label, or add an example of it to the train file",
             )
     network = network_of(checkpoint)
-    check_pooling(network, pooling)
+    check_pooling(network, checkpoint.tensors, pooling)
     weights = {name: checkpoint.tensors[name] for name in network.shapes}
     positions = network.positions or max_tokens
     tokenized = _tokenize(checkpoint.folder, [train, query], min(max_tokens, positions))
@@ -172,12 +172,11 @@ def classification_task(
 
     def loss(params: dict[str, Array], example: dict[str, Array]) -> Float[Array, ""]:
         inputs = Tokens(example["tokens"], example["segments"], example["attended"])
-        hidden = network.hidden(params, inputs)
-        pooled = pool(network, params, hidden, inputs.attended, pooling)
-        return -jax.nn.log_softmax(classify(params, pooled))[example["label"]]
+        logits = head_logits(network, params, inputs, pooling)
+        return -jax.nn.log_softmax(logits)[example["label"]]
 
     return Task(
-        params=with_head(network, weights, len(labels), key),
+        params=with_head(weights, network, len(labels), key),
         loss=loss,
         train=examples[0],
         query=examples[1],
