@@ -14,7 +14,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from bayes_simfluence.networks import bert
-from bayes_simfluence.networks.checkpoint import Tensors, load_tokenizer, save_tensors
+from bayes_simfluence.networks.checkpoint import load_tokenizer
+from bayes_simfluence.networks.network import Sequence as Tokens
+from bayes_simfluence.networks.tensor_files import Tensors, save_tensors
 from bayes_simfluence.progress import Progress
 
 __all__ = ["pretrained_checkpoint"]
@@ -139,7 +141,7 @@ def _trained(
         shown = jnp.where(hidden_word, mask, words)
 
         def encode(words: Int[Array, " token"], seen: Bool[Array, " token"]) -> Array:
-            return bert.encode(params, settings, words, jnp.zeros_like(words), seen)
+            return bert.encode(settings, params, Tokens(words, jnp.zeros_like(words), seen))
 
         states = jax.vmap(encode)(shown, seen)
         scores = jax.nn.log_softmax(states @ params["embeddings.word_embeddings.weight"].T)

@@ -1,33 +1,57 @@
 """BERT as a pure function of the checkpoint's tensors (Devlin et al. 2019, arXiv 1810.04805).
 
-Written for one sequence; ``vmap`` over examples outside. No dropout: a recorded run is a function
-of its curriculum alone. Tested against transformers' PyTorch model (``tests/unit/networks``).
+MiniLM checkpoints are BERT. RoBERTa is BERT with other positions (``roberta``).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from bayes_simfluence.checks import Misuse, choice_of
-from bayes_simfluence.networks.checkpoint import Tensors, require_tensors
+from bayes_simfluence.networks.layers import (
+    ACTIVATIONS,
+    attend,
+    dense,
+    embed,
+    everywhere,
+    layer_norm,
+    places,
+    split_heads,
+)
+from bayes_simfluence.networks.network import Network, Sequence
+from bayes_simfluence.networks.requirements import (
+    Shapes,
+    check_option,
+    check_tensors,
+    dense_shapes,
+    norm_shapes,
+    prefix_of,
+    quotient,
+)
+from bayes_simfluence.networks.tensor_files import Tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["BertSettings", "Pooling", "classify", "encode", "pool", "settings_of", "with_head"]
+__all__ = [
+    "BertSettings",
+    "encode",
+    "network",
+    "pooler_shapes",
+    "settings_of",
+    "shapes_of",
+]
 
-Pooling = Literal["mean", "cls", "pooler"]
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda value: jax.nn.gelu(value, approximate=False),
-    "gelu_new": lambda value: jax.nn.gelu(value, approximate=True),
-    "relu": jax.nn.relu,
-}
+UNUSED = (
+    r"(.*\.)?(position_ids|token_type_ids)",
+    r"cls\..*",
+    r"lm_head\..*",
+    r"(.*\.)?pooler\..*",
+    r"classifier\..*",
+    r"qa_outputs\..*",
+)
+"""Buffers, and heads that ``hidden`` does not pass."""
 
 
 @dataclass(frozen=True)
@@ -48,132 +72,114 @@ class BertSettings:
     prefix: str = ""
 
 
-def settings_of(config: "PretrainedConfig", tensors: Tensors) -> BertSettings:
+def settings_of(
+    config: "PretrainedConfig", tensors: Tensors, *, family: str = "bert"
+) -> BertSettings:
     """The settings of a checkpoint's ``config.json``, checked against its tensors.
 
+    Args:
+        family: what a model with a head calls the encoder inside it.
+
     Raises:
-        Misuse: another architecture, an activation or position embedding not built here, or
-            tensors that the configuration asks for and the checkpoint lacks.
+        Misuse: an option not built here, or tensors that the configuration does not describe.
     """
-    if config.model_type != "bert":
-        raise Misuse(
-            "checkpoint architecture",
-            got=repr(config.model_type),
-            expected="one of: bert",
-            do="choose a checkpoint of the BERT architecture",
-        )
-    positions = getattr(config, "position_embedding_type", "absolute")
-    choice_of("config.json position_embedding_type", positions, ["absolute"])
-    choice_of("config.json hidden_act", config.hidden_act, list(ACTIVATIONS))
-    prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
-    settings = BertSettings(
+    check_option(config, "position_embedding_type", ["absolute"], "absolute")
+    check_option(config, "is_decoder", [False], False)
+    check_option(config, "add_cross_attention", [False], False)
+    prefix = prefix_of(tensors, "embeddings.", ["", f"{family}."])
+    quotient(config, "hidden_size", "num_attention_heads")
+    check_tensors(tensors, shapes_of(config, prefix), UNUSED)
+    return BertSettings(
         config.num_hidden_layers,
         config.num_attention_heads,
         config.layer_norm_eps,
-        config.hidden_act,
+        check_option(config, "hidden_act", list(ACTIVATIONS)),
         prefix,
     )
-    last = f"{prefix}encoder.layer.{settings.layers - 1}.output"
-    words = f"{prefix}embeddings.word_embeddings.weight"
-    require_tensors(tensors, [words, f"{last}.dense.weight", f"{last}.LayerNorm.bias"], "tensors")
-    return settings
+
+
+def shapes_of(config: "PretrainedConfig", prefix: str = "") -> Shapes:
+    """The tensors that ``encode`` reads."""
+    width, wide = config.hidden_size, config.intermediate_size
+    start = f"{prefix}embeddings"
+    shapes: Shapes = {
+        f"{start}.word_embeddings.weight": (config.vocab_size, width),
+        f"{start}.position_embeddings.weight": (config.max_position_embeddings, width),
+        f"{start}.token_type_embeddings.weight": (config.type_vocab_size, width),
+        **norm_shapes(f"{start}.LayerNorm", width),
+    }
+    for layer in range(config.num_hidden_layers):
+        name = f"{prefix}encoder.layer.{layer}"
+        for part in ("self.query", "self.key", "self.value", "output.dense"):
+            shapes |= dense_shapes(f"{name}.attention.{part}", width, width)
+        shapes |= norm_shapes(f"{name}.attention.output.LayerNorm", width)
+        shapes |= dense_shapes(f"{name}.intermediate.dense", wide, width)
+        shapes |= dense_shapes(f"{name}.output.dense", width, wide)
+        shapes |= norm_shapes(f"{name}.output.LayerNorm", width)
+    return shapes
+
+
+def pooler_shapes(config: "PretrainedConfig", tensors: Tensors, prefix: str) -> Shapes:
+    """The tensors of the tanh layer over the first token, none where the checkpoint has none."""
+    shapes = dense_shapes(f"{prefix}pooler.dense", config.hidden_size, config.hidden_size)
+    if not any(name in tensors for name in shapes):
+        return {}
+    check_tensors({name: tensors[name] for name in shapes if name in tensors}, shapes)
+    return shapes
 
 
 def encode(
-    tensors: Tensors,
     settings: BertSettings,
-    tokens: Int[Array, " token"],
-    segments: Int[Array, " token"],
-    attended: Bool[Array, " token"],
+    tensors: Tensors,
+    sequence: Sequence,
+    positions: Int[Array, " token"] | None = None,
 ) -> Float[Array, "token hidden"]:
     """Hidden states of the last layer for one sequence.
 
     Args:
-        tokens: token ids.
-        segments: 0 for the first text, 1 for the second.
-        attended: False at padding, which no token attends to.
+        positions: rows of the position embeddings; 0, 1, 2, ... when None.
     """
-    start = f"{settings.prefix}embeddings."
+    start = f"{settings.prefix}embeddings"
+    table = tensors[f"{start}.position_embeddings.weight"]
     hidden = (
-        tensors[f"{start}word_embeddings.weight"][tokens]
-        + tensors[f"{start}position_embeddings.weight"][: len(tokens)]
-        + tensors[f"{start}token_type_embeddings.weight"][segments]
+        embed(tensors[f"{start}.word_embeddings.weight"], sequence.tokens)
+        + (places(table, sequence.tokens) if positions is None else embed(table, positions))
+        + embed(tensors[f"{start}.token_type_embeddings.weight"], sequence.segments)
     )
-    hidden = _layer_norm(tensors, f"{start}LayerNorm", hidden, settings.epsilon)
+    hidden = layer_norm(tensors, f"{start}.LayerNorm", hidden, settings.epsilon)
+    mask = everywhere(len(hidden), sequence.attended)
     for layer in range(settings.layers):
         name = f"{settings.prefix}encoder.layer.{layer}"
-        mixed = _attention(tensors, f"{name}.attention.self", hidden, attended, settings.heads)
-        mixed = _dense(tensors, f"{name}.attention.output.dense", mixed)
-        hidden = _layer_norm(
-            tensors, f"{name}.attention.output.LayerNorm", hidden + mixed, settings.epsilon
+        query, key, value = (
+            split_heads(dense(tensors, f"{name}.attention.self.{part}", hidden), settings.heads)
+            for part in ("query", "key", "value")
         )
-        wide = _dense(tensors, f"{name}.intermediate.dense", hidden)
-        wide = ACTIVATIONS[settings.activation](wide)
-        narrow = _dense(tensors, f"{name}.output.dense", wide)
-        hidden = _layer_norm(tensors, f"{name}.output.LayerNorm", hidden + narrow, settings.epsilon)
+        mixed = attend(query, key, value, mask, scale=query.shape[-1] ** -0.5)
+        mixed = hidden + dense(tensors, f"{name}.attention.output.dense", mixed)
+        hidden = layer_norm(tensors, f"{name}.attention.output.LayerNorm", mixed, settings.epsilon)
+        inner = dense(tensors, f"{name}.intermediate.dense", hidden)
+        inner = ACTIVATIONS[settings.activation](inner)
+        mixed = hidden + dense(tensors, f"{name}.output.dense", inner)
+        hidden = layer_norm(tensors, f"{name}.output.LayerNorm", mixed, settings.epsilon)
     return hidden
 
 
-def pool(
-    tensors: Tensors,
-    settings: BertSettings,
-    hidden: Float[Array, "token hidden"],
-    attended: Bool[Array, " token"],
-    how: Pooling,
-) -> Float[Array, " hidden"]:
-    """One vector of a sequence: mean of its tokens, first token, or BERT's tanh pooler."""
-    if how == "mean":
-        weights = attended.astype(hidden.dtype)
-        return weights @ hidden / jnp.maximum(weights.sum(), 1.0)
-    if how == "cls":
-        return hidden[0]
-    return jnp.tanh(_dense(tensors, f"{settings.prefix}pooler.dense", hidden[0]))
+def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
+    """The network of a BERT checkpoint.
 
-
-def classify(tensors: Tensors, pooled: Float[Array, " hidden"]) -> Float[Array, " label"]:
-    """Logits of the classification head (``classifier.weight``, ``classifier.bias``)."""
-    return _dense(tensors, "classifier", pooled)
-
-
-def with_head(tensors: Tensors, labels: int, key: jax.Array) -> Tensors:
-    """``tensors`` with a fresh head for ``labels`` classes: normal weights of sd .02, bias 0."""
-    name = next(one for one in tensors if one.endswith("embeddings.LayerNorm.bias"))
-    hidden = tensors[name].shape[0]
-    head = {
-        "classifier.weight": 0.02 * jax.random.normal(key, (labels, hidden)),
-        "classifier.bias": jnp.zeros(labels),
-    }
-    return {**tensors, **head}
-
-
-def _dense(
-    tensors: Tensors, name: str, value: Float[Array, "*lead inward"]
-) -> Float[Array, "*lead outward"]:
-    product = value @ tensors[f"{name}.weight"].T
-    return product + jnp.broadcast_to(tensors[f"{name}.bias"], product.shape)
-
-
-def _layer_norm(
-    tensors: Tensors, name: str, value: Float[Array, "token hidden"], epsilon: float
-) -> Float[Array, "token hidden"]:
-    centred = value - value.mean(axis=-1, keepdims=True)
-    scale = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
-    weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-    return centred * scale * weight[None, :] + bias[None, :]
-
-
-def _attention(
-    tensors: Tensors,
-    name: str,
-    hidden: Float[Array, "token hidden"],
-    attended: Bool[Array, " token"],
-    heads: int,
-) -> Float[Array, "token hidden"]:
-    def split(part: str) -> Float[Array, "token head size"]:
-        return _dense(tensors, f"{name}.{part}", hidden).reshape(len(hidden), heads, -1)
-
-    query, key, value = split("query"), split("key"), split("value")
-    scores = jnp.einsum("qhd,khd->hqk", query, key) / jnp.sqrt(query.shape[-1])
-    scores = jnp.where(attended[None, None, :], scores, np.finfo(np.float32).min)
-    mixed = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores, axis=-1), value)
-    return mixed.reshape(hidden.shape)
+    Raises:
+        Misuse: an option not built here, or tensors that the configuration does not describe.
+    """
+    settings = settings_of(config, tensors)
+    pooler = pooler_shapes(config, tensors, settings.prefix)
+    return Network(
+        family=config.model_type,
+        kind="encoder",
+        hidden=partial(encode, settings),
+        logits=None,
+        seq2seq_logits=None,
+        positions=config.max_position_embeddings,
+        width=config.hidden_size,
+        vocabulary=config.vocab_size,
+        shapes={**shapes_of(config, settings.prefix), **pooler},
+    )

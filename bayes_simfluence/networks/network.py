@@ -1,43 +1,63 @@
-"""What every network is: pure functions of a checkpoint's tensors and one sequence of tokens."""
+"""What every network of every family is to the rest of the package."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
-from bayes_simfluence.networks.checkpoint import Tensors
+from bayes_simfluence.networks.layers import vocabulary_logits
+from bayes_simfluence.networks.tensor_files import Tensors
 
-__all__ = ["Network", "Sequence"]
+__all__ = ["Hidden", "Kind", "Network", "Sequence", "decoder"]
+
+Kind = Literal["encoder", "decoder", "encoder-decoder"]
 
 
 class Sequence(NamedTuple):
-    """One sequence: token ids, segments (0 first text, 1 second), False at padding."""
+    """One text as tokens, padded at its end.
+
+    Attributes:
+        tokens: token ids.
+        segments: 0 for the first text, 1 for the second; networks without segments ignore it.
+        attended: False at padding, which no token attends to.
+    """
 
     tokens: Int[Array, " token"]
     segments: Int[Array, " token"]
     attended: Bool[Array, " token"]
 
 
+Hidden = Callable[[Tensors, Sequence], Float[Array, "token hidden"]]
+
+
 @dataclass(frozen=True)
 class Network:
-    """A forward pass over a checkpoint's own tensors; ``vmap`` over examples outside.
+    """Pure functions of a flat dict of tensors and ONE sequence; ``vmap`` over sequences outside.
+
+    No dropout: a recorded run is a function of its curriculum alone. Results at padded positions
+    mean nothing.
 
     Attributes:
-        family: ``model_type`` of the checkpoint's configuration.
-        hidden: last hidden states; the encoder's where there is a decoder too.
-        logits: a decoder's next-token logits at every position.
-        seq2seq_logits: of an encoder-decoder, at each decoder position, given the decoder's INPUT
-            tokens (shifted right already).
+        family: ``model_type`` of the configuration.
+        kind: an encoder sees the whole text, a decoder what stands to the left.
+        hidden: last hidden states, after the last norm; those of the encoder for T5.
+        logits: next-token logits at every position, in float32. None for encoders, and for
+            decoders whose checkpoint has no output layer.
+        seq2seq_logits: ``(tensors, source, inputs)``, logits in float32 at each position of the
+            decoder, given its INPUT tokens (the target shifted right by ``start_token``).
         positions: longest sequence, None = no limit.
         width: size of a hidden state.
-        vocabulary: tokens that have an embedding.
-        start_token: the decoder's first input token.
+        vocabulary: number of tokens.
+        start_token: what a decoder's input begins with (T5).
+        shapes: every tensor that the functions read, and BERT's pooler, with their shapes: what
+            training may change. A checkpoint may hold more (buffers, other heads).
     """
 
     family: str
-    kind: Literal["encoder", "decoder", "encoder-decoder"]
-    hidden: Callable[[Tensors, Sequence], Float[Array, "token hidden"]]
+    kind: Kind
+    hidden: Hidden
     logits: Callable[[Tensors, Sequence], Float[Array, "token vocabulary"]] | None
     seq2seq_logits: (
         Callable[[Tensors, Sequence, Int[Array, " target"]], Float[Array, "target vocabulary"]]
@@ -46,4 +66,39 @@ class Network:
     positions: int | None
     width: int
     vocabulary: int
-    start_token: int | None
+    start_token: int | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False, compare=False)
+
+
+def decoder(
+    family: str,
+    hidden: Hidden,
+    head: str | None,
+    *,
+    positions: int,
+    width: int,
+    vocabulary: int,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Network:
+    """A network of next-token logits.
+
+    Args:
+        head: name of the tensor that makes logits of hidden states, None where there is none.
+    """
+    return Network(
+        family=family,
+        kind="decoder",
+        hidden=hidden,
+        logits=partial(_logits, hidden, head) if head else None,
+        seq2seq_logits=None,
+        positions=positions,
+        width=width,
+        vocabulary=vocabulary,
+        shapes=shapes,
+    )
+
+
+def _logits(
+    hidden: Hidden, head: str, tensors: Tensors, sequence: Sequence
+) -> Float[Array, "token vocabulary"]:
+    return vocabulary_logits(tensors[head], hidden(tensors, sequence))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bayes_simfluence.checks import Misuse, shorten
-from bayes_simfluence.networks.checkpoint import Tensors
+from bayes_simfluence.networks.tensor_files import Tensors
 
 __all__ = [
     "DOWN",

@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.networks.checkpoint import Tensors
+from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.recording.completions import Completions, completed, prompt_tokens
 from bayes_simfluence.recording.generation import continuations, metrics_and_scores
 from bayes_simfluence.recording.likelihood import completion_logits, mean_nats, smallest_margin

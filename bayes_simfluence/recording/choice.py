@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.networks import network as networks
-from bayes_simfluence.networks.checkpoint import Tensors
+from bayes_simfluence.networks.heads import Pooling, check_pooling, head_logits, with_head
+from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.recording.completions import Completions, completed
-from bayes_simfluence.recording.heads import Pooling, check_pooling, head_logits, with_head
 from bayes_simfluence.recording.likelihood import completion_logits, mean_nats, target_logits
 from bayes_simfluence.recording.measures import Scores, chosen, measures
 from bayes_simfluence.recording.pretrained import Pretrained

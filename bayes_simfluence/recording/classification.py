@@ -8,8 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.networks import network as networks
-from bayes_simfluence.networks.checkpoint import Tensors
-from bayes_simfluence.recording.heads import Pooling, check_pooling, head_logits, with_head
+from bayes_simfluence.networks.heads import Pooling, check_pooling, head_logits, with_head
+from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.recording.measures import chosen, measures
 from bayes_simfluence.recording.pretrained import Pretrained
 from bayes_simfluence.recording.rows import Rows

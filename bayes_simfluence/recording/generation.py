@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bayes_simfluence.checks import Misuse, positive_integer
 from bayes_simfluence.networks import network as networks
-from bayes_simfluence.networks.checkpoint import Tensors
 from bayes_simfluence.networks.network import Network
+from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.recording.measures import Measure, chosen
 from bayes_simfluence.recording.pretrained import Pretrained
 from bayes_simfluence.recording.tokens import bucket, padded

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from bayes_simfluence.networks.checkpoint import Tensors
 from bayes_simfluence.networks.network import Network, Sequence
+from bayes_simfluence.networks.tensor_files import Tensors
 
 __all__ = ["completion_logits", "mean_nats", "smallest_margin", "target_logits"]
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path
-from bayes_simfluence.networks.checkpoint import Tensors
+from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.recording.adapters import (
     DOWN,
     HEAD,

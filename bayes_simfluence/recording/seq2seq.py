@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.networks import network as networks
-from bayes_simfluence.networks.checkpoint import Tensors
+from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.recording.classification import codes_of
 from bayes_simfluence.recording.generation import answers, metrics_and_scores
 from bayes_simfluence.recording.likelihood import mean_nats, target_logits

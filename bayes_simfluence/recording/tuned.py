@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from bayes_simfluence.networks.checkpoint import Tensors
+from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.recording.measures import Measure
 from bayes_simfluence.recording.pretrained import Pretrained
 from bayes_simfluence.recording.rows import Rows

@@ -21,7 +21,7 @@ from bayes_simfluence.checks import (
     positive_number,
     shorten,
 )
-from bayes_simfluence.networks.checkpoint import Tensors
+from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.recording.adapters import (
     IA3_FEEDFORWARD,
     IA3_TARGETS,

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bayes_simfluence.networks import bert
 from bayes_simfluence.networks.checkpoint import load_checkpoint
+from bayes_simfluence.networks.families import network_of
+from bayes_simfluence.networks.heads import head_logits
+from bayes_simfluence.networks.network import Sequence
 from bayes_simfluence.recording.peft_format import load_adapter, save_adapter, with_adapter
 from bayes_simfluence.recording.tuning import IA3, LoRA
 
@@ -156,13 +158,12 @@ def test_our_bert_gives_the_outputs_of_peft(tmp_path, rng, method):
     checkpoint, model = load_checkpoint(tmp_path / "base"), peft_model("bert", method)
     tuned = begun("bert", method, checkpoint.tensors)
     weights = tuned.assemble(adapter_of(model), tuned.frozen)
-    settings = bert.settings_of(checkpoint.config, checkpoint.tensors)
+    network = network_of(checkpoint)
     tokens = rng.integers(0, 30, (3, 9))
 
     def logits(tokens):
-        attended, segments = jnp.ones(9, bool), jnp.zeros(9, int)
-        hidden = bert.encode(weights, settings, tokens, segments, attended)
-        return bert.classify(weights, bert.pool(weights, settings, hidden, attended, "pooler"))
+        sequence = Sequence(tokens, jnp.zeros(9, int), jnp.ones(9, bool))
+        return head_logits(network, weights, sequence, "pooler")
 
     with torch.no_grad():
         expected = model(input_ids=torch.tensor(tokens)).logits.numpy()

@@ -20,8 +20,11 @@ import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import COMPLETE, EMPTY_SLOT
 from bayes_simfluence.data.store import open_runs, open_store
-from bayes_simfluence.networks import bert
-from bayes_simfluence.networks.checkpoint import load_checkpoint, load_tokenizer, save_tensors
+from bayes_simfluence.networks.checkpoint import load_checkpoint, load_tokenizer
+from bayes_simfluence.networks.families import network_of
+from bayes_simfluence.networks.heads import head_logits, with_head
+from bayes_simfluence.networks.network import Sequence
+from bayes_simfluence.networks.tensor_files import save_tensors
 from bayes_simfluence.recording.classification import classification_task
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.optimizers import optimizer_of
@@ -226,19 +229,18 @@ def test_the_defaults_give_the_same_task_as_before_other_kinds(config):
     """Bit for bit: what shipped recordings were made with, written out."""
     task, checkpoint = task_of(config), load_checkpoint(config.checkpoint)
     rows = {row["id"]: row for row in some_rows(12, 0) + some_rows(9, 1)}
-    settings = bert.settings_of(checkpoint.config, checkpoint.tensors)
+    network = network_of(checkpoint)
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
     floating = {one: x for one, x in checkpoint.tensors.items() if x.dtype == jnp.float32}
-    weights = bert.with_head(floating, 2, key)
+    weights = with_head(floating, network, 2, key)
     jax.tree.map(np.testing.assert_array_equal, task.params, weights)
-    assert list(task.frozen) == ["embeddings.position_ids"]
+    assert task.frozen == {}
     assert (task.metrics, task.scores) == ({}, {})
 
     def loss(params, one):
-        inputs = (one["tokens"], one["segments"], one["attended"])
-        hidden = bert.encode(params, settings, *inputs)
-        pooled = bert.pool(params, settings, hidden, one["attended"], "mean")
-        return -jax.nn.log_softmax(bert.classify(params, pooled))[one["label"]]
+        sequence = Sequence(one["tokens"], one["segments"], one["attended"])
+        logits = head_logits(network, params, sequence, "mean")
+        return -jax.nn.log_softmax(logits)[one["label"]]
 
     for ids, arrays in ((task.train_ids, task.train), (task.query_ids, task.query)):
         texts = [rows[one]["text"] for one in ids]

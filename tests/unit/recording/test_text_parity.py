@@ -8,9 +8,6 @@ from bayes_simfluence.recording.causal import causal_task
 from bayes_simfluence.recording.pretrained import pretrained
 from bayes_simfluence.recording.seq2seq import seq2seq_task
 
-# Until every family's network is merged.
-pytest.importorskip("bayes_simfluence.networks.families")
-
 pytestmark = pytest.mark.parity
 WORDS = ["<pad>", "</s>", "<s>", "<unk>", "a", "b", "c", "d", "yes", "no"]
 KEY = jax.random.key(0)

@@ -1,0 +1,162 @@
+"""GPT-NeoX, the network of Pythia, as a pure function of the checkpoint's tensors.
+
+Black et al. 2022 (arXiv 2204.06745), Biderman et al. 2023 (arXiv 2304.01373).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from bayes_simfluence.networks.layers import (
+    ACTIVATIONS,
+    attend,
+    causal,
+    dense,
+    embed,
+    layer_norm,
+    rotate,
+    split_heads,
+)
+from bayes_simfluence.networks.network import Network, Sequence, decoder
+from bayes_simfluence.networks.requirements import (
+    Shapes,
+    check_option,
+    check_tensors,
+    dense_shapes,
+    head_name,
+    norm_shapes,
+    prefix_of,
+    quotient,
+)
+from bayes_simfluence.networks.rotary import frequencies_of
+from bayes_simfluence.networks.tensor_files import Tensors
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["GPTNeoXSettings", "hidden_states", "network", "settings_of", "shapes_of"]
+
+UNUSED = (
+    r"(.*\.)?attention\.(masked_)?bias",
+    r"(.*\.)?rotary_emb\..*",
+    r"embed_out\.weight",
+    r"score\.weight",
+    r"qa_outputs\..*",
+    r"classifier\..*",
+)
+"""Buffers, and heads that ``hidden_states`` does not pass."""
+
+
+@dataclass(frozen=True)
+class GPTNeoXSettings:
+    """What the forward pass needs of a GPT-NeoX configuration.
+
+    Attributes:
+        layers, heads: depth, and attention heads of a layer.
+        epsilon: added to the variance in layer norm.
+        activation: name in ``ACTIVATIONS``.
+        parallel: attention and feed-forward both read the layer's input.
+        frequencies: of the rotary embedding, radians a token.
+        prefix: what stands before ``layers.`` in the tensor names ("" or "gpt_neox.").
+        head: name of the output layer's weight, the word embeddings' where they are tied; None
+            where the checkpoint has none.
+    """
+
+    layers: int
+    heads: int
+    epsilon: float
+    activation: str
+    parallel: bool
+    frequencies: Float[np.ndarray, " pair"]
+    prefix: str
+    head: str | None
+
+
+def settings_of(config: "PretrainedConfig", tensors: Tensors) -> GPTNeoXSettings:
+    """The settings of a checkpoint's ``config.json``, checked against its tensors.
+
+    Raises:
+        Misuse: an option not built here, or tensors that the configuration does not describe.
+    """
+    prefix = prefix_of(tensors, "embed_in.", ["", "gpt_neox."])
+    size = quotient(config, "hidden_size", "num_attention_heads")
+    head = head_name(
+        config, tensors, f"{prefix}embed_in.weight", "embed_out.weight", "lm_head.weight"
+    )
+    check_tensors(tensors, shapes_of(config, prefix, head), UNUSED)
+    return GPTNeoXSettings(
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.layer_norm_eps,
+        check_option(config, "hidden_act", list(ACTIVATIONS)),
+        config.use_parallel_residual,
+        frequencies_of(config, size),
+        prefix,
+        head,
+    )
+
+
+def shapes_of(config: "PretrainedConfig", prefix: str = "", head: str | None = None) -> Shapes:
+    """The tensors that ``hidden_states`` reads, and the head's."""
+    width, inner = config.hidden_size, config.intermediate_size
+    bias = getattr(config, "attention_bias", True)
+    shapes: Shapes = {
+        f"{prefix}embed_in.weight": (config.vocab_size, width),
+        **norm_shapes(f"{prefix}final_layer_norm", width),
+    }
+    for layer in range(config.num_hidden_layers):
+        name = f"{prefix}layers.{layer}"
+        shapes |= norm_shapes(f"{name}.input_layernorm", width)
+        shapes |= dense_shapes(f"{name}.attention.query_key_value", 3 * width, width, bias=bias)
+        shapes |= dense_shapes(f"{name}.attention.dense", width, width, bias=bias)
+        shapes |= norm_shapes(f"{name}.post_attention_layernorm", width)
+        shapes |= dense_shapes(f"{name}.mlp.dense_h_to_4h", inner, width)
+        shapes |= dense_shapes(f"{name}.mlp.dense_4h_to_h", width, inner)
+    return shapes | ({head: (config.vocab_size, width)} if head else {})
+
+
+def hidden_states(
+    settings: GPTNeoXSettings, tensors: Tensors, sequence: Sequence
+) -> Float[Array, "token hidden"]:
+    """Hidden states after the last norm for one sequence; its segments are not used."""
+    prefix, epsilon = settings.prefix, settings.epsilon
+    hidden = embed(tensors[f"{prefix}embed_in.weight"], sequence.tokens)
+    mask = causal(sequence.attended)
+    for layer in range(settings.layers):
+        name = f"{prefix}layers.{layer}"
+        normed = layer_norm(tensors, f"{name}.input_layernorm", hidden, epsilon)
+        fused = dense(tensors, f"{name}.attention.query_key_value", normed)
+        # Each head's query, key and value stand side by side.
+        query, key, value = jnp.split(split_heads(fused, settings.heads), 3, axis=-1)
+        query, key = (rotate(one, settings.frequencies) for one in (query, key))
+        mixed = attend(query, key, value, mask, scale=query.shape[-1] ** -0.5)
+        after = hidden + dense(tensors, f"{name}.attention.dense", mixed)
+        read = hidden if settings.parallel else after
+        normed = layer_norm(tensors, f"{name}.post_attention_layernorm", read, epsilon)
+        inner = ACTIVATIONS[settings.activation](
+            dense(tensors, f"{name}.mlp.dense_h_to_4h", normed)
+        )
+        hidden = after + dense(tensors, f"{name}.mlp.dense_4h_to_h", inner)
+    return layer_norm(tensors, f"{prefix}final_layer_norm", hidden, epsilon)
+
+
+def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
+    """The network of a GPT-NeoX or Pythia checkpoint.
+
+    Raises:
+        Misuse: an option not built here, or tensors that the configuration does not describe.
+    """
+    settings = settings_of(config, tensors)
+    return decoder(
+        config.model_type,
+        partial(hidden_states, settings),
+        settings.head,
+        positions=config.max_position_embeddings,
+        width=config.hidden_size,
+        vocabulary=config.vocab_size,
+        shapes=shapes_of(config, settings.prefix, settings.head),
+    )

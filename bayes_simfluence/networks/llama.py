@@ -1,0 +1,180 @@
+"""Llama and its near kin as pure functions of the checkpoint's tensors.
+
+Llama (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288), Mistral (Jiang et al. 2023, arXiv
+2310.06825; a sliding window) and Qwen 2 (arXiv 2407.10671; biases of query, key and value).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from bayes_simfluence.networks.layers import (
+    ACTIVATIONS,
+    attend,
+    causal,
+    dense,
+    embed,
+    rms_norm,
+    rotate,
+    split_heads,
+)
+from bayes_simfluence.networks.network import Network, Sequence, decoder
+from bayes_simfluence.networks.requirements import (
+    Shapes,
+    check_option,
+    check_tensors,
+    dense_shapes,
+    head_name,
+    norm_shapes,
+    prefix_of,
+    quotient,
+)
+from bayes_simfluence.networks.rotary import frequencies_of
+from bayes_simfluence.networks.tensor_files import Tensors
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["LlamaSettings", "hidden_states", "network", "settings_of", "shapes_of"]
+
+UNUSED = (
+    r"(.*\.)?rotary_emb\..*",
+    r"lm_head\.weight",
+    r"score\.weight",
+    r"qa_outputs\..*",
+    r"classifier\..*",
+)
+"""Buffers, and heads that ``hidden_states`` does not pass."""
+
+
+@dataclass(frozen=True)
+class LlamaSettings:
+    """What the forward pass needs of a Llama configuration.
+
+    Attributes:
+        layers, heads, groups: depth, attention heads of a layer, heads of its keys and values.
+        epsilon: added to the mean square in RMS norm.
+        activation: name in ``ACTIVATIONS``.
+        frequencies: of the rotary embedding, radians a token.
+        window: how many tokens a token sees at most, None = all to its left.
+        prefix: what stands before ``layers.`` in the tensor names ("" or "model.").
+        head: name of the output layer's weight, the word embeddings' where they are tied; None
+            where the checkpoint has none.
+    """
+
+    layers: int
+    heads: int
+    groups: int
+    epsilon: float
+    activation: str
+    frequencies: Float[np.ndarray, " pair"]
+    window: int | None
+    prefix: str
+    head: str | None
+
+
+def settings_of(config: "PretrainedConfig", tensors: Tensors) -> LlamaSettings:
+    """The settings of a checkpoint's ``config.json``, checked against its tensors.
+
+    Raises:
+        Misuse: an option not built here, or tensors that the configuration does not describe.
+    """
+    if config.model_type == "qwen2":
+        check_option(config, "use_sliding_window", [False], False)
+    quotient(config, "num_attention_heads", "num_key_value_heads")
+    prefix = prefix_of(tensors, "embed_tokens.", ["", "model."])
+    head = head_name(config, tensors, f"{prefix}embed_tokens.weight", "lm_head.weight")
+    check_tensors(tensors, shapes_of(config, prefix, head), UNUSED)
+    return LlamaSettings(
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.rms_norm_eps,
+        check_option(config, "hidden_act", list(ACTIVATIONS)),
+        frequencies_of(config, _size(config)),
+        config.sliding_window if config.model_type == "mistral" else None,
+        prefix,
+        head,
+    )
+
+
+def shapes_of(config: "PretrainedConfig", prefix: str = "", head: str | None = None) -> Shapes:
+    """The tensors that ``hidden_states`` reads, and the head's."""
+    width, wide, size = config.hidden_size, config.intermediate_size, _size(config)
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    outward_bias = getattr(config, "attention_bias", False)
+    inward_bias = outward_bias or config.model_type == "qwen2"
+    inner_bias = getattr(config, "mlp_bias", False)
+    shapes: Shapes = {
+        f"{prefix}embed_tokens.weight": (config.vocab_size, width),
+        **norm_shapes(f"{prefix}norm", width, bias=False),
+    }
+    for layer in range(config.num_hidden_layers):
+        name = f"{prefix}layers.{layer}"
+        for part, outward in (("q", queries), ("k", keys), ("v", keys)):
+            shapes |= dense_shapes(
+                f"{name}.self_attn.{part}_proj", outward, width, bias=inward_bias
+            )
+        shapes |= dense_shapes(f"{name}.self_attn.o_proj", width, queries, bias=outward_bias)
+        shapes |= dense_shapes(f"{name}.mlp.gate_proj", wide, width, bias=inner_bias)
+        shapes |= dense_shapes(f"{name}.mlp.up_proj", wide, width, bias=inner_bias)
+        shapes |= dense_shapes(f"{name}.mlp.down_proj", width, wide, bias=inner_bias)
+        shapes |= norm_shapes(f"{name}.input_layernorm", width, bias=False)
+        shapes |= norm_shapes(f"{name}.post_attention_layernorm", width, bias=False)
+    return shapes | ({head: (config.vocab_size, width)} if head else {})
+
+
+def hidden_states(
+    settings: LlamaSettings, tensors: Tensors, sequence: Sequence
+) -> Float[Array, "token hidden"]:
+    """Hidden states after the last norm for one sequence; its segments are not used."""
+    prefix, epsilon = settings.prefix, settings.epsilon
+    hidden = embed(tensors[f"{prefix}embed_tokens.weight"], sequence.tokens)
+    mask = causal(sequence.attended, settings.window)
+    for layer in range(settings.layers):
+        name = f"{prefix}layers.{layer}"
+        normed = rms_norm(tensors, f"{name}.input_layernorm", hidden, epsilon)
+        query, key, value = (
+            split_heads(dense(tensors, f"{name}.self_attn.{part}_proj", normed), heads)
+            for part, heads in (
+                ("q", settings.heads),
+                ("k", settings.groups),
+                ("v", settings.groups),
+            )
+        )
+        query, key = (rotate(one, settings.frequencies) for one in (query, key))
+        mixed = attend(query, key, value, mask, scale=query.shape[-1] ** -0.5)
+        hidden = hidden + dense(tensors, f"{name}.self_attn.o_proj", mixed)
+        normed = rms_norm(tensors, f"{name}.post_attention_layernorm", hidden, epsilon)
+        # SwiGLU (Shazeer 2020, arXiv 2002.05202)
+        gate = ACTIVATIONS[settings.activation](dense(tensors, f"{name}.mlp.gate_proj", normed))
+        inner = gate * dense(tensors, f"{name}.mlp.up_proj", normed)
+        hidden = hidden + dense(tensors, f"{name}.mlp.down_proj", inner)
+    return rms_norm(tensors, f"{prefix}norm", hidden, epsilon)
+
+
+def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
+    """The network of a Llama, Mistral or Qwen 2 checkpoint.
+
+    Raises:
+        Misuse: an option not built here, or tensors that the configuration does not describe.
+    """
+    settings = settings_of(config, tensors)
+    return decoder(
+        config.model_type,
+        partial(hidden_states, settings),
+        settings.head,
+        positions=config.max_position_embeddings,
+        width=config.hidden_size,
+        vocabulary=config.vocab_size,
+        shapes=shapes_of(config, settings.prefix, settings.head),
+    )
+
+
+def _size(config: "PretrainedConfig") -> int:
+    """Coordinates of one head; they need not fill the hidden size."""
+    stated: int | None = getattr(config, "head_dim", None)
+    return stated or quotient(config, "hidden_size", "num_attention_heads")

@@ -1,0 +1,141 @@
+"""What a network asks of a checkpoint's configuration and tensors, checked before any work."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from bayes_simfluence.checks import Misuse, choice_of, shorten
+from bayes_simfluence.networks.tensor_files import Tensors
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = [
+    "Shapes",
+    "check_option",
+    "check_tensors",
+    "dense_shapes",
+    "head_name",
+    "norm_shapes",
+    "prefix_of",
+    "quotient",
+]
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def dense_shapes(name: str, outward: int, inward: int, *, bias: bool = True) -> Shapes:
+    """Tensors of one dense layer.
+
+    >>> dense_shapes("pooler", 2, 3)
+    {'pooler.weight': (2, 3), 'pooler.bias': (2,)}
+    """
+    weight: Shapes = {f"{name}.weight": (outward, inward)}
+    return {**weight, f"{name}.bias": (outward,)} if bias else weight
+
+
+def norm_shapes(name: str, width: int, *, bias: bool = True) -> Shapes:
+    """Tensors of one layer norm, or of one RMS norm (no bias)."""
+    weight: Shapes = {f"{name}.weight": (width,)}
+    return {**weight, f"{name}.bias": (width,)} if bias else weight
+
+
+def check_option(
+    config: "PretrainedConfig", name: str, allowed: Collection[Any], default: Any = None
+) -> Any:
+    """The value of one option of ``config.json`` when it is one of ``allowed``.
+
+    Raises:
+        Misuse: another value, which changes what the network computes and is not built here.
+    """
+    return choice_of(f"config.json {name}", getattr(config, name, default), allowed)
+
+
+def quotient(config: "PretrainedConfig", whole: str, part: str) -> int:
+    """One option of ``config.json`` divided by another, as the hidden size by its heads.
+
+    Raises:
+        Misuse: it does not divide.
+    """
+    dividend, divisor = getattr(config, whole), getattr(config, part)
+    if divisor < 1 or dividend % divisor:
+        raise Misuse(
+            f"config.json {part}",
+            got=divisor,
+            expected=f"a divisor of {whole} = {dividend}",
+            do="check that config.json belongs to this checkpoint",
+        )
+    return int(dividend // divisor)
+
+
+def prefix_of(tensors: Tensors, marker: str, prefixes: Sequence[str]) -> str:
+    """What stands before the names of the network's tensors; a model with a head adds its own.
+
+    >>> prefix_of({"bert.embeddings.word": 0}, "embeddings.", ["", "bert."])
+    'bert.'
+    """
+    return next(
+        (one for one in prefixes if any(name.startswith(one + marker) for name in tensors)),
+        prefixes[0],
+    )
+
+
+def head_name(
+    config: "PretrainedConfig", tensors: Tensors, embedding: str, *heads: str
+) -> str | None:
+    """The tensor of the output layer: the first of ``heads`` that is there, or the tied
+    ``embedding``, or None without either.
+
+    A head of its own counts even where the configuration ties it, as in transformers: loading a
+    checkpoint leaves out heads that are copies of the embeddings.
+    """
+    tied = embedding if config.tie_word_embeddings else None
+    return next((one for one in heads if one in tensors), tied)
+
+
+def check_tensors(
+    tensors: Tensors, needed: Mapping[str, tuple[int, ...]], unused: Sequence[str] = ()
+) -> None:
+    """Raise unless ``tensors`` are those that a network needs.
+
+    Args:
+        unused: patterns of names that the network leaves alone: other heads, buffers.
+
+    Raises:
+        Misuse: a tensor that is missing, of another shape, or that would be ignored although it
+            says that the checkpoint is another network (an adapter, a further layer).
+    """
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise Misuse(
+            "checkpoint tensors",
+            got=f"no tensor {shorten(missing)}",
+            expected="the tensors that its config.json describes",
+            do="check that config.json and the safetensors file belong together",
+        )
+    wrong = {name: shape for name, shape in needed.items() if tensors[name].shape != shape}
+    if wrong:
+        name, shape = next(iter(wrong.items()))
+        raise Misuse(
+            f"checkpoint tensors {shorten(wrong)}",
+            got=f"{name} of shape {tensors[name].shape}",
+            expected=f"{shape}, as its config.json describes",
+            do="check that config.json and the safetensors file belong together",
+        )
+    known = re.compile("|".join(unused) or r"(?!)")
+    ignored = [
+        name
+        for name, value in tensors.items()
+        if name not in needed
+        and jnp.issubdtype(value.dtype, jnp.floating)
+        and not known.fullmatch(name)
+    ]
+    if ignored:
+        raise Misuse(
+            "checkpoint tensors",
+            got=f"tensors that the network would ignore: {shorten(ignored)}",
+            expected="only tensors that its config.json describes",
+            do="merge adapters into the weights, or check that config.json belongs to this file",
+        )

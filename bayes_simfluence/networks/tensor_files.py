@@ -1,0 +1,154 @@
+"""Tensors of a checkpoint folder: safetensors files, one or several shards, read and written.
+
+No pickle is ever opened. Files are mapped into memory, not read twice.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from bayes_simfluence.checks import Misuse, WorkFailed, shorten
+from bayes_simfluence.files import atomically, first_line, new_path
+
+__all__ = ["SINGLE", "Tensors", "read_tensors", "save_tensors", "write_tensors"]
+
+Tensors = dict[str, jax.Array]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+"""Element types by their name in the file's header."""
+
+HEADER = 8
+"""Bytes of the little-endian length that a file begins with; the JSON header follows."""
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint folder, each mapped from its file.
+
+    Raises:
+        Misuse: no safetensors file, one that is truncated or malformed, an index that is
+            malformed, points outside the folder or names a shard or tensor that is not there.
+    """
+    if (folder / INDEX).exists():
+        return _read_shards(folder)
+    if (folder / SINGLE).exists():
+        return _read_file(folder / SINGLE)
+    found = [one.name for one in folder.iterdir() if one.suffix in {".bin", ".pt", ".h5"}]
+    raise Misuse(
+        str(folder),
+        got=f"no {SINGLE}" + (f" but {shorten(found)}" if found else ""),
+        expected="tensors as safetensors",
+        do="save the model with safe_serialization=True" if found else "check the path",
+    )
+
+
+def write_tensors(tensors: Mapping[str, Any], path: Path) -> None:
+    """Write ``tensors`` as one safetensors file that transformers' PyTorch models load."""
+    arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+    try:
+        save_file(arrays, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise WorkFailed(f"{path} could not be written ({first_line(error)})") from error
+
+
+def save_tensors(tensors: Tensors, folder: Path, *, overwrite: bool = False) -> Path:
+    """Write ``tensors`` unchanged as ``model.safetensors`` in ``folder``, all or nothing."""
+    path = new_path(folder / SINGLE, overwrite=overwrite)
+    with atomically(path) as partial:
+        write_tensors(tensors, partial)
+    return path
+
+
+def _read_shards(folder: Path) -> dict[str, np.ndarray]:
+    places = _weight_map(folder / INDEX)
+    shards = sorted(set(places.values()))
+    outside = [one for one in shards if Path(one).name != one or not one.endswith(".safetensors")]
+    if outside:
+        raise _malformed(
+            f"shards {shorten(outside)}", "names of safetensors files beside it", folder
+        )
+    absent = [one for one in shards if not (folder / one).is_file()]
+    if absent:
+        raise Misuse(
+            str(folder),
+            got=f"no shard {shorten(absent)}",
+            expected=f"the {len(shards)} shards that {INDEX} names",
+            do="copy or download them",
+        )
+    tensors = {name: value for one in shards for name, value in _read_file(folder / one).items()}
+    lost = [name for name in places if name not in tensors]
+    if lost:
+        raise _malformed(f"tensors {shorten(lost)}, in no shard", "tensors of its shards", folder)
+    return tensors
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise _malformed(f"no JSON ({first_line(error)})", "an index", path.parent) from error
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise _malformed("no weight_map", "tensor name -> shard", path.parent)
+    if not all(isinstance(one, str) for one in places.values()):
+        raise _malformed("a weight_map of other things", "tensor name -> shard", path.parent)
+    return places
+
+
+def _malformed(got: str, expected: str, folder: Path) -> Misuse:
+    return Misuse(str(folder / INDEX), got=got, expected=expected, do="copy or download it again")
+
+
+def _read_file(file: Path) -> dict[str, np.ndarray]:
+    try:
+        # The reader of the format's own library holds the header against the file's length.
+        with safe_open(os.fspath(file), framework="np"):
+            content = np.memmap(file, mode="r", dtype=np.uint8)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Misuse(
+            str(file),
+            got=f"a file that cannot be read ({first_line(error)})",
+            expected="a whole safetensors file",
+            do="copy or download it again",
+        ) from error
+    start = HEADER + int.from_bytes(content[:HEADER].tobytes(), "little")
+    header = json.loads(content[HEADER:start].tobytes())
+    entries = {name: one for name, one in header.items() if name != "__metadata__"}
+    unknown = [
+        f"{name} ({one['dtype']})" for name, one in entries.items() if one["dtype"] not in DTYPES
+    ]
+    if unknown:
+        raise Misuse(
+            str(file),
+            got=f"tensors {shorten(unknown)}",
+            expected=f"element types among {', '.join(DTYPES)}",
+            do="save the model as float32 or bfloat16",
+        )
+    return {name: _entry(content, start, one) for name, one in entries.items()}
+
+
+def _entry(content: np.ndarray, start: int, entry: dict[str, Any]) -> np.ndarray:
+    first, last = entry["data_offsets"]
+    return (
+        content[start + first : start + last].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    )
