@@ -15,7 +15,7 @@ import numpy as np
 
 from bayes_simfluence.checks import Misuse, choice_of
 from bayes_simfluence.files import first_line
-from bayes_simfluence.networks.tensor_files import Tensors, read_tensors, save_tensors
+from bayes_simfluence.networks.tensor_files import Tensors, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "Dtype",
-    "Tensors",
     "checkpoint_folder",
     "load_checkpoint",
     "load_tokenizer",
-    "save_tensors",
 ]
 
 Dtype = Literal["float32", "bfloat16"]

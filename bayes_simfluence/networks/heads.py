@@ -26,7 +26,7 @@ def with_head(tensors: Tensors, network: Network, outputs: int, key: jax.Array) 
 
     It has the dtype of the network's own tensors.
     """
-    dtype = tensors[next(iter(network.shapes))].dtype
+    dtype = next(x.dtype for x in tensors.values() if jnp.issubdtype(x.dtype, jnp.floating))
     weight = 0.02 * jax.random.normal(key, (outputs, network.width))
     fresh = (weight.astype(dtype), jnp.zeros(outputs, dtype))
     return {**tensors, **dict(zip(HEAD, fresh, strict=True))}

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.networks.checkpoint import Checkpoint, load_tokenizer
 from bayes_simfluence.networks.families import network_of
 from bayes_simfluence.networks.network import Network
@@ -32,15 +31,6 @@ def pretrained(checkpoint: Checkpoint) -> Pretrained:
         Misuse: an architecture that is not built here, or no tokenizer in the folder.
     """
     network, tokenizer = network_of(checkpoint), load_tokenizer(checkpoint.folder)
-    files = list(tokenizer.vocab_files_names.values())
-    # Without them transformers makes a tokenizer of special tokens only, and every word is unknown.
-    if not any((checkpoint.folder / one).is_file() for one in files):
-        raise Misuse(
-            str(checkpoint.folder),
-            got="no tokenizer",
-            expected=f"one of {shorten(files)} beside config.json",
-            do="save the tokenizer into the folder",
-        )
     # Buffers and other heads of the checkpoint are not the network's.
     tensors = {name: checkpoint.tensors[name] for name in network.shapes}
     return Pretrained(checkpoint.name, network, tensors, tokenizer)

@@ -14,12 +14,17 @@ from bayes_simfluence.networks.checkpoint import (
     checkpoint_folder,
     load_checkpoint,
     load_tokenizer,
-    save_tensors,
 )
 from bayes_simfluence.networks.families import network_of
 from bayes_simfluence.networks.heads import HEAD, with_head
 from bayes_simfluence.networks.saving import save_checkpoint
-from bayes_simfluence.networks.tensor_files import INDEX, SINGLE, read_tensors, write_tensors
+from bayes_simfluence.networks.tensor_files import (
+    INDEX,
+    SINGLE,
+    read_tensors,
+    save_tensors,
+    write_tensors,
+)
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Causal, choice and seq2seq tasks against losses computed by hand, word by word."""
 
-from types import SimpleNamespace
-
 import jax
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ from bayes_simfluence.recording.causal import causal_task
 from bayes_simfluence.recording.choice import choice_task
 from bayes_simfluence.recording.classification import classification_task
 from bayes_simfluence.recording.seq2seq import seq2seq_task
+from bayes_simfluence.recording.tuning import Full
 
 WORDS = ["<pad>", "</s>", "<s>", "<unk>", "a", "b", "c", "d", "yes", "no"]
 KEY = jax.random.key(0)
@@ -78,7 +77,7 @@ def test_causal_loss_is_the_mean_over_the_completion_by_hand(toy, causal):
     np.testing.assert_allclose(every(task.loss, task), expected, rtol=1e-5)
     assert task.validate().provenance == {
         "model": "toy",
-        "tuning": "full",
+        "tuning": {"name": "full", "exclude": [], "trained": 100, "total": 100, "share": 1.0},
         "task": "causal",
         "prompt": "{q}",
         "completion": "{answer}",
@@ -169,17 +168,9 @@ def test_what_does_not_fit_a_causal_task_is_refused(toy, causal, settings, given
 
 
 def test_a_tuning_decides_what_trains(causal):
-    """Any object that splits the tensors; adapters and frozen weights go into the task."""
-
-    class OnlyOut:
-        def begin(self, tensors, *, family, key):
-            params, frozen = ({one: tensors[one]} for one in ("out", "embed"))
-            return SimpleNamespace(
-                params=params, frozen=frozen, assemble=lambda params, frozen: {**frozen, **params}
-            )
-
-    task, full = causal(tuning=OnlyOut()), causal()
-    assert list(task.validate().params) == ["out"] and task.provenance["tuning"] == "onlyout"
+    task, full = causal(tuning=Full(exclude=["embed"])), causal()
+    assert list(task.validate().params) == ["out"] and list(task.frozen) == ["embed"]
+    assert task.provenance["tuning"]["trained"] == 50
     weights = task.weights(task.params, task.frozen)
     losses = jax.vmap(task.loss, in_axes=(None, 0))(weights, task.query)
     np.testing.assert_array_equal(losses, every(full.loss, full))
