@@ -12,9 +12,24 @@ PACKAGE = "bayes_simfluence"
 
 ROWS = {
     "": ["conventions", "checks", "progress", "files", "linalg", "settings"],
-    "data": ["curriculum", "netcdf", "runs", "identify", "store"],
+    "data": ["curriculum", "netcdf", "metrics", "runs", "identify", "store", "claims"],
     "networks": ["checkpoint", "bert"],
-    "recording": ["config", "task", "features", "optimizers", "record", "text", "session"],
+    "recording": [
+        "config",
+        "task",
+        "features",
+        "optimizers",
+        "checkpoints",
+        "plan",
+        "program",
+        "step_sizes",
+        "parallel",
+        "processes",
+        "train",
+        "record",
+        "text",
+        "session",
+    ],
     "model": [
         "hyper",
         "exposure",
