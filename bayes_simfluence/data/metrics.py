@@ -27,9 +27,10 @@ COORDINATES = ("run", "step", "time", "train", "query", "slot", "feature")
 
 
 def metric_names(runs: xr.Dataset) -> list[str]:
-    """Names of the metrics that ``runs`` hold, in order."""
-    marked = METRIC.items()
-    return [str(name) for name, one in runs.data_vars.items() if marked <= one.attrs.items()]
+    """Names of the metrics that ``runs`` hold, in alphabetical order."""
+    return sorted(
+        str(name) for name, one in runs.data_vars.items() if METRIC.items() <= one.attrs.items()
+    )
 
 
 def metric_variable(

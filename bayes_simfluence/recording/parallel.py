@@ -6,22 +6,23 @@ decides the last bits of what is recorded, so it is kept with the store; that of
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
-from bayes_simfluence.checks import Misuse, positive_integer
+from bayes_simfluence.checks import positive_integer
 from bayes_simfluence.recording.program import Program
 
 __all__ = ["Parallel", "devices_for", "fitting_runs", "host_memory", "parallel_of"]
 
 log = logging.getLogger(__name__)
 
-Parallel = int | Literal["auto"]
+Parallel = int | str
+"""A number, or "auto"."""
 
 SHARE = 0.7
 """Share of the free memory that a recording may take: allocators lose some to holes."""
@@ -49,9 +50,7 @@ def parallel_of(
         alone: compiles the program of one run, whose memory decides.
     """
     if asked != "auto":
-        if isinstance(asked, str):
-            raise Misuse("parallel", got=repr(asked), expected="a number or 'auto'", do="pass one")
-        return min(positive_integer("parallel", asked), runs)
+        return min(positive_integer("parallel", asked, do="pass a whole number or 'auto'"), runs)
     if stored is not None:
         return stored
     shared_bytes = tree_bytes(shared)
@@ -59,10 +58,11 @@ def parallel_of(
     return fitting_runs(runs, devices, each=each, shared=shared_bytes)
 
 
-def fitting_runs(runs: int, devices: list[jax.Device], *, each: int, shared: int) -> int:
+def fitting_runs(runs: int, devices: Sequence[Any], *, each: int, shared: int) -> int:
     """How many of ``runs`` fit a device at once and gain from it, in groups of one size.
 
     Args:
+        devices: JAX devices of one kind.
         each: bytes that a run needs for itself.
         shared: bytes that all runs of a device use together.
     """
@@ -121,7 +121,7 @@ def host_memory() -> int | None:
     return min(found, default=None)
 
 
-def _free_bytes(device: jax.Device, devices: int) -> int | None:
+def _free_bytes(device: Any, devices: int) -> int | None:
     said = device.memory_stats() or {}
     if "bytes_limit" in said:
         return int(said["bytes_limit"]) - int(said.get("bytes_in_use", 0))

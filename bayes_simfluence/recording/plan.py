@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from operator import index
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from bayes_simfluence.checks import Misuse, count_of, positive_integer
 from bayes_simfluence.recording.checkpoints import checkpoint_steps
 
-__all__ = ["Plan", "chosen_runs", "units"]
+__all__ = ["Choice", "Plan", "chosen_runs", "units"]
+
+Choice = slice | Sequence[int] | Int[np.ndarray, " some"] | None
+"""Runs by number, all when ``None``."""
 
 STRETCH = 16
 """Most steps in one call of the compiled program: progress is reported between calls."""
@@ -103,7 +106,7 @@ def units(runs: int, size: int) -> list[list[int]]:
     return [[min(first + place, runs - 1) for place in range(size)] for first in firsts]
 
 
-def chosen_runs(runs: slice | Sequence[int] | None, total: int) -> Bool[np.ndarray, " run"]:
+def chosen_runs(runs: Choice, total: int) -> Bool[np.ndarray, " run"]:
     """Which of ``total`` runs were asked for.
 
     Raises:
@@ -113,7 +116,7 @@ def chosen_runs(runs: slice | Sequence[int] | None, total: int) -> Bool[np.ndarr
     if runs is None:
         return ~chosen
     try:
-        numbers = list(range(total))[runs] if isinstance(runs, slice) else [index(n) for n in runs]
+        numbers = range(total)[runs] if isinstance(runs, slice) else [index(one) for one in runs]
         if min(numbers, default=-1) < 0 or max(numbers) >= total:
             raise IndexError
     except (TypeError, IndexError):
@@ -123,5 +126,5 @@ def chosen_runs(runs: slice | Sequence[int] | None, total: int) -> Bool[np.ndarr
             expected=f"a slice or numbers among 0..{total - 1}, at least one",
             do="choose runs that the curricula have",
         ) from None
-    chosen[numbers] = True
+    chosen[list(numbers)] = True
     return chosen

@@ -28,6 +28,7 @@ __all__ = [
     "Training",
     "fixed_of",
     "measure_of",
+    "training_loss",
 ]
 
 AXIS = "run"
@@ -70,8 +71,8 @@ class Training:
         step_size: tells the learning rate of the step that was just made.
         query_chunk: queries measured at once, all when ``None``.
         accumulate: parts that a batch is split into, one gradient after the other.
-        remat: keep the results of matrix products with weights alone for the backward pass and
-            compute the rest again, which takes less memory and more time.
+        remat: keep only the products with weights for the backward pass and compute the rest
+            again: less memory, more time. XLA's compiler for CPUs undoes it.
         always: queries are measured after every step.
     """
 
@@ -173,6 +174,14 @@ def measure_of(
     return measure
 
 
+def training_loss(training: Training) -> Callable[[PyTree, PyTree], Float[Array, ""]]:
+    """The loss of one training example, with less kept for its backward pass under ``remat``."""
+    if not training.remat:
+        return training.task.loss
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(training.task.loss, policy=policy)
+
+
 def _stretch(training: Training, parallel: int, steps: int) -> Callable[..., Any]:
     """``parallel`` runs, with a leading axis of runs whatever their number."""
     one_run = _one_run(training, steps)
@@ -233,11 +242,7 @@ def _one_run(training: Training, steps: int) -> Callable[..., tuple[Carry, Measu
 
 def _gradient(training: Training) -> Callable[[PyTree, Fixed, Int[Array, " slot"]], PyTree]:
     """The gradient of the mean loss over the filled slots of a batch, zero for an empty batch."""
-    task = training.task
-    loss = task.loss
-    if training.remat:
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        loss = jax.checkpoint(loss, policy=policy)
+    task, loss = training.task, training_loss(training)
 
     def share(
         params: PyTree, fixed: Fixed, members: Int[Array, " slot"], size: Int[Array, ""]

@@ -21,7 +21,7 @@ from bayes_simfluence.files import PathLike, new_path
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.recording.features import Features
 from bayes_simfluence.recording.parallel import Parallel, devices_for, parallel_of
-from bayes_simfluence.recording.plan import Plan, chosen_runs, units
+from bayes_simfluence.recording.plan import Choice, Plan, chosen_runs, units
 from bayes_simfluence.recording.processes import Processes
 from bayes_simfluence.recording.program import Program, Training, fixed_of
 from bayes_simfluence.recording.step_sizes import StepSize, step_size_reader
@@ -45,7 +45,7 @@ def record(
     remat: bool = False,
     parallel: Parallel = 1,
     query_chunk: int | None = None,
-    runs: slice | Sequence[int] | None = None,
+    runs: Choice = None,
     distributed: bool | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -71,7 +71,8 @@ def record(
             first step and after the last.
         checkpoints: weights that each run saves on its way, for ``open_checkpoints``.
         accumulate: parts that a batch is split into, whose gradients are added up (less memory).
-        remat: compute activations again in the backward pass (less memory, more time).
+        remat: compute activations again in the backward pass: less memory and more time on a GPU,
+            no difference on a CPU, whose compiler undoes it.
         parallel: how many runs train at once on each device, by ``vmap`` (memory grows with it);
             ``"auto"`` chooses by memory. The last bits of the losses depend on it.
         query_chunk: evaluate this many queries at once, all when omitted.
