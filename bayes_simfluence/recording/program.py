@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bayes_simfluence.conventions import EMPTY_SLOT
+from bayes_simfluence.recording.lengths import length_groups
 from bayes_simfluence.recording.task import Task
 
 __all__ = [
@@ -157,21 +158,42 @@ def measure_of(
 ) -> Callable[[PyTree, Fixed], dict[str, Float[Array, " query"]]]:
     """Loss and metrics of every query, ``chunk`` queries at once."""
 
-    def measure(params: PyTree, fixed: Fixed) -> dict[str, Float[Array, " query"]]:
-        weights = task.weights(params, fixed.frozen)
+    functions = {"loss": task.loss, **task.metrics}
 
+    def of_group(weights: PyTree, examples: PyTree) -> dict[str, Float[Array, " some"]]:
         def of_one(example: PyTree) -> dict[str, Float[Array, ""]]:
-            functions = {"loss": task.loss, **task.metrics}
             return {
                 name: jnp.asarray(function(weights, example), jnp.float32)
                 for name, function in functions.items()
             }
 
-        if chunk is None or chunk >= len(task.query_ids):
-            return jax.vmap(of_one)(fixed.query)
-        return jax.lax.map(of_one, fixed.query, batch_size=chunk)
+        if chunk is None or chunk >= len(jax.tree.leaves(examples)[0]):
+            return jax.vmap(of_one)(examples)
+        return jax.lax.map(of_one, examples, batch_size=chunk)
+
+    def measure(params: PyTree, fixed: Fixed) -> dict[str, Float[Array, " query"]]:
+        weights = task.weights(params, fixed.frozen)
+        if task.cut is None or task.query_lengths is None:
+            return of_group(weights, fixed.query)
+        groups = length_groups(task.query_lengths)
+        found = [
+            of_group(weights, _cut(task.cut, length, fixed.query, np.array(members)))
+            for length, members in groups
+        ]
+        order = np.argsort(np.concatenate([members for _, members in groups]))
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *found)
 
     return measure
+
+
+def _cut(
+    cut: Callable[[PyTree, int], PyTree],
+    length: int,
+    examples: PyTree,
+    members: Int[np.ndarray, " some"],
+) -> PyTree:
+    some = jax.tree.map(lambda leaf: leaf[members], examples)
+    return jax.vmap(lambda example: cut(example, length))(some)
 
 
 def training_loss(training: Training) -> Callable[[PyTree, PyTree], Float[Array, ""]]:

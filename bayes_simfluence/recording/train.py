@@ -16,7 +16,7 @@ from bayes_simfluence.files import PathLike
 from bayes_simfluence.progress import Meter, Progress
 from bayes_simfluence.recording.checkpoints import new_checkpoints, write_weights
 from bayes_simfluence.recording.plan import Plan
-from bayes_simfluence.recording.program import Fixed, Program, fixed_of, measure_of
+from bayes_simfluence.recording.program import Fixed, Measured, Program, fixed_of, measure_of
 from bayes_simfluence.recording.task import Task
 
 __all__ = ["Recording", "record_together"]
@@ -104,17 +104,19 @@ def _train(
         values[name][:, 0] = one
     saved = new_checkpoints(recording.store, list(places) if plan.checkpoints else [])
     with saved as folders:
-        carry = program.begin(task.params)
+        carry, behind = program.begin(task.params), None
         at_stop = _Stops(task, plan, values, places, folders)
         for first, last in plan.stretches(at_stop.times):
             at_stop(first, carry.params)
             now = slice(first, last)
             stretch = _padded(batches[:, now], plan.looks[now], program.steps)
             carry, measured = program.advance(carry, fixed, *stretch)
-            rates[:, now] = np.asarray(measured.step_size)[:, : last - first]
-            for name, one in measured.queries.items():
-                values[name][:, first + 1 : last + 1] = np.asarray(one)[:, : last - first]
-            told(values["loss"][:, first + 1 : last + 1])
+            # What the last call left is read while this one computes.
+            if behind is not None:
+                _keep(*behind, values, rates, told)
+            behind = now, measured
+        if behind is not None:
+            _keep(*behind, values, rates, told)
         at_stop(plan.steps, carry.params)
     loss = values.pop("loss")
     for run, place in places.items():
@@ -123,6 +125,20 @@ def _train(
             recording.store, run, loss[place], rates[place], metrics=metrics, times=plan.times
         )
         recording.written(run)
+
+
+def _keep(
+    now: slice,
+    measured: Measured,
+    values: dict[str, Float[np.ndarray, "run time query"]],
+    rates: Float[np.ndarray, "run step"],
+    told: _Teller,
+) -> None:
+    count, times = now.stop - now.start, slice(now.start + 1, now.stop + 1)
+    rates[:, now] = np.asarray(measured.step_size)[:, :count]
+    for name, one in measured.queries.items():
+        values[name][:, times] = np.asarray(one)[:, :count]
+    told(values["loss"][:, times])
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ ROWS = {
         "features",
         "optimizers",
         "checkpoints",
+        "lengths",
         "plan",
         "program",
         "step_sizes",

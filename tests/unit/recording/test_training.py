@@ -65,6 +65,27 @@ def test_queries_are_not_computed_where_they_are_not_measured(toy, curricula, tm
     assert len(counted) == queries + slots + 3 * queries, "shared by both runs"
 
 
+def test_queries_cut_to_their_length_measure_the_same(toy, curricula, tmp_path, whole):
+    """Each query is padded with columns of noise that its loss does not read."""
+    lengths = [3, 20, 5, 9]
+    noise = jax.random.normal(jax.random.key(3), (4, 20))
+    padded = {**toy.query, "padding": noise}
+    seen = set()
+
+    def cut(example, length):
+        seen.add(length)
+        return {**example, "padding": example["padding"][:length]}
+
+    task = dataclasses.replace(toy, query=padded, query_lengths=lengths, cut=cut)
+    for chunk in (None, 2):
+        runs = recorded(task, curricula, tmp_path, str(chunk), query_chunk=chunk)
+        np.testing.assert_allclose(runs["loss"], whole["loss"], rtol=1e-5, atol=1e-6)
+    assert seen == {8, 16, 24}
+    for change in ({"cut": None}, {"query_lengths": lengths[1:]}, {"query_lengths": None}):
+        with pytest.raises(Misuse, match=r"task.query_lengths.*both or neither"):
+            recorded(dataclasses.replace(task, **change), curricula, tmp_path)
+
+
 def test_metrics_are_recorded_beside_the_loss(toy, curricula, whole):
     assert metric_names(whole) == ["close", "error"]
     np.testing.assert_allclose(whole["error"] ** 2, whole["loss"], rtol=1e-5)
