@@ -6,6 +6,7 @@
 | ``step`` 1..T | one update; ``batch[run, step, slot]`` holds indices into ``train``, -1 = empty |
 | ``time`` 0..T | a point between updates; ``loss[run, time, query]``, time 0 = before any update |
 | not recorded | NaN in ``loss`` of a complete run: nobody looked then; never at time 0 |
+| metric | more than the loss of a query (accuracy, margin); NaN where nobody looked |
 | ``train`` | a training example; its coordinate holds the examples' stable ids |
 | ``query`` | an evaluation example (the paper's z_test); its coordinate holds stable ids |
 | ``chain``, ``draw`` | posterior draws, in ArviZ order |
@@ -34,6 +35,8 @@ __all__ = [
     "DIVERGED",
     "EFFECT_SIGN",
     "EMPTY_SLOT",
+    "METRIC",
+    "METRIC_DIMS",
     "OPTIONAL",
     "SCHEMA_VERSION",
     "UNRECORDED",
@@ -99,6 +102,12 @@ VARIABLES: Final[dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
     ),
 }
 """The run schema: variable -> (dimensions, attributes)."""
+
+METRIC: Final = {"role": "metric"}
+"""Attribute of a variable that is recorded beside the loss under a name of its own."""
+
+METRIC_DIMS: Final = ("run", "time", "query")
+"""Dimensions of every metric, a floating variable."""
 
 OPTIONAL: Final = ("step_size", "train_feature", "query_feature")
 """Variables that a recording may lack."""

@@ -25,6 +25,7 @@ __all__ = [
     "apart",
     "config_of",
     "opened",
+    "positions",
     "posteriors_of",
     "printed",
     "progress_of",
@@ -117,24 +118,27 @@ def opened(path: Path) -> Any:
 
 def selected(runs: Any, text: str, option: str) -> Any:
     """Some of the runs, by position."""
-    if not text:
-        return runs
+    return runs.isel(run=positions(text, runs.sizes["run"], option)) if text else runs
+
+
+def positions(text: str, total: int, option: str) -> list[int]:
+    """The positions among ``total`` runs that ``text`` names, as in 0:25 or 0,3,5."""
     try:
         if ":" in text:
             first, last = (int(part) if part else None for part in text.split(":"))
-            chosen = list(range(runs.sizes["run"]))[first:last]
+            chosen = list(range(total))[first:last]
         else:
-            chosen = [range(runs.sizes["run"])[int(part)] for part in text.split(",")]
+            chosen = [range(total)[int(part)] for part in text.split(",")]
     except (ValueError, IndexError):
         chosen = []
     if not chosen:
         raise Misuse(
             option,
             got=repr(text),
-            expected=f"positions among the {runs.sizes['run']} runs, as in 0:25 or 0,3,5",
+            expected=f"positions among the {total} runs, as in 0:25 or 0,3,5",
             do="correct them",
         )
-    return runs.isel(run=chosen)
+    return chosen
 
 
 def posteriors_of(named: list[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from bayes_simfluence.commands.options import (
     Overwrite,
     Quiet,
     config_of,
+    positions,
     progress_of,
     with_settings,
 )
@@ -26,15 +27,39 @@ def _record(
         bool, typer.Option("--resume", help="Continue an interrupted store.")
     ] = False,
     overwrite: Overwrite = False,
+    only: Annotated[
+        str,
+        typer.Option(
+            help="Numbers of the runs to record here, as in '0:16' or '0,3'; other processes "
+            "record others into the same store (all with --resume)."
+        ),
+    ] = "",
+    distributed: Annotated[
+        str,
+        typer.Option(
+            help="Share the runs with other processes: 'auto' in a job of SLURM, Open MPI or "
+            "Kubernetes, else HOST:PORT,PROCESSES,NUMBER of this one."
+        ),
+    ] = "",
     quiet: Quiet = False,
     **given: Any,
 ) -> None:
     """Fine-tune a checkpoint in many runs and record every query's loss at every step."""
     settings = config_of(RecordConfig, config, given).validate()
+    if distributed:
+        from bayes_simfluence.recording.processes import join_processes
+
+        join_processes(distributed)
     from bayes_simfluence.recording.session import record_from_config
 
     runs = record_from_config(
-        settings, out, resume=resume, overwrite=overwrite, progress=progress_of(quiet)
+        settings,
+        out,
+        runs=positions(only, settings.runs, "--only") if only else None,
+        distributed=bool(distributed),
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress_of(quiet),
     )
     print(f"{runs.sizes['run']} runs of {runs.sizes['step']} steps in {out}")
     print(f"settings in {config_path(out)}")

@@ -19,6 +19,7 @@ from bayes_simfluence.conventions import (
     VARIABLES,
 )
 from bayes_simfluence.data.curriculum import drop
+from bayes_simfluence.data.metrics import validate_metrics
 
 __all__ = [
     "planned_runs",
@@ -202,11 +203,9 @@ def validate_runs(runs: xr.Dataset) -> xr.Dataset:
             expected=str(SCHEMA_VERSION),
             do="record again or rebuild the dataset with runs_from_arrays(...)",
         )
-    for name in ("batch", "loss", "status"):
+    for name in ("batch", "loss", "status", *(one for one in OPTIONAL if one in runs)):
         _present(runs, name)
-    for name in OPTIONAL:
-        if name in runs:
-            _present(runs, name)
+    validate_metrics(runs)
     for name in ("run", "train", "query", "step", "time"):
         _coordinate(runs, name)
     if runs.sizes["time"] != runs.sizes["step"] + 1:

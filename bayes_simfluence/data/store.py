@@ -4,8 +4,9 @@ A new store appears under its name only when it is whole. A finished run is its 
 its ``status`` last, each file replaced atomically: a killed writer leaves the run unrecorded.
 """
 
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 
 from bayes_simfluence.checks import Misuse, WorkFailed, choice_of
 from bayes_simfluence.conventions import (
@@ -24,11 +25,13 @@ from bayes_simfluence.conventions import (
     Curricula,
     Trajectory,
 )
+from bayes_simfluence.data.metrics import metric_names, metric_variable
 from bayes_simfluence.data.netcdf import plain, read_group, write_groups
 from bayes_simfluence.data.runs import Ids, run_statuses, validate_runs
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path, old_path
 
 __all__ = [
+    "CHECKPOINTS",
     "append_runs",
     "create_store",
     "example_runs",
@@ -36,9 +39,12 @@ __all__ = [
     "open_runs",
     "open_store",
     "save_runs",
+    "stored_statuses",
     "write_run",
 ]
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a store that holds the weights saved on the way, one folder a run."""
 
 EXAMPLES = {
     "sst2": "example_runs.nc",
@@ -75,7 +81,7 @@ def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
                 expected=f"the same {name} as in {path}",
                 do="save these runs to a store of their own",
             )
-    for name in OPTIONAL:
+    for name in (*OPTIONAL, *{*metric_names(stored), *metric_names(runs)}):
         if (name in stored) != (name in runs):
             raise Misuse(
                 name,
@@ -95,7 +101,8 @@ def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
                 do=f"take it from the store: runs.assign({name}=stored['{name}'])",
             )
     both = xr.concat([stored, runs], dim="run", data_vars="minimal", coords="minimal", join="exact")
-    return _write_store(validate_runs(both.assign_attrs(stored.attrs)), Path(path))
+    both = validate_runs(both.assign_attrs(stored.attrs))
+    return _write_store(both, Path(path), like=Path(path))
 
 
 def open_runs(path: PathLike) -> xr.Dataset:
@@ -179,9 +186,14 @@ def create_store(
     query_ids: Ids,
     attrs: Mapping[str, Any],
     features: Mapping[str, np.ndarray] | None = None,
+    metrics: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Path:
-    """A store with the curricula (and features) of runs that are still to be recorded."""
+    """A store with the curricula (and features) of runs that are still to be recorded.
+
+    Args:
+        metrics: names of what will be recorded beside the loss.
+    """
     runs, steps, _ = curricula.shape
     values = {
         "batch": curricula.astype(np.int32),
@@ -191,7 +203,10 @@ def create_store(
         **dict(features or {}),
     }
     dataset = xr.Dataset(
-        {name: (VARIABLES[name][0], value, VARIABLES[name][1]) for name, value in values.items()},
+        {
+            **{name: (VARIABLES[name][0], one, VARIABLES[name][1]) for name, one in values.items()},
+            **{name: metric_variable(name, values["loss"]) for name in metrics},
+        },
         coords={
             "run": np.arange(runs),
             "step": np.arange(1, steps + 1),
@@ -205,20 +220,37 @@ def create_store(
 
 
 def write_run(
-    path: PathLike, run: int, loss: Trajectory, step_size: Float[np.ndarray, " step"]
+    path: PathLike,
+    run: int,
+    loss: Trajectory,
+    step_size: Float[np.ndarray, " step"],
+    *,
+    metrics: Mapping[str, Trajectory] | None = None,
+    times: Sequence[int] | slice = slice(None),
 ) -> None:
-    """Write one finished run of a store made by ``create_store``; its status goes last."""
+    """Write one finished run of a store made by ``create_store``; its status goes last.
+
+    Args:
+        metrics: what was recorded beside the loss, as named to ``create_store``.
+        times: when the loss was recorded; it is NaN at all others.
+    """
     _sweep(Path(path), run)
     try:
         group: Any = zarr.open_group(str(path), mode="r+", use_consolidated=False)
-        group["loss"][run] = loss
-        group["step_size"][run] = step_size
-        group["status"][run] = run_statuses(loss[None])[0]
+        for name, values in {"loss": loss, "step_size": step_size, **dict(metrics or {})}.items():
+            group[name][run] = values
+        group["status"][run] = run_statuses(loss[None, times])[0]
     except OSError as error:
         raise WorkFailed(
             f"run {run} could not be written to {path} ({first_line(error)}); the runs before it "
             "are safe, make room and record again with resume"
         ) from error
+
+
+def stored_statuses(path: PathLike) -> Int8[np.ndarray, " run"]:
+    """The status of every run of a store, read without the losses."""
+    group: Any = zarr.open_group(str(path), mode="r", use_consolidated=False)
+    return np.asarray(group["status"][:])
 
 
 def _read(path: Path) -> xr.Dataset:
@@ -228,7 +260,7 @@ def _read(path: Path) -> xr.Dataset:
         return plain(opened.load())
 
 
-def _write_store(runs: xr.Dataset, path: Path) -> Path:
+def _write_store(runs: xr.Dataset, path: Path, *, like: Path | None = None) -> Path:
     # Zarr has no specification for fixed-width text yet; variable-length text it has.
     texts = {
         name: runs[name].astype(object) for name in runs.coords if runs[name].dtype.kind == "U"
@@ -242,16 +274,15 @@ def _write_store(runs: xr.Dataset, path: Path) -> Path:
     with atomically(path) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         runs.to_zarr(partial, zarr_format=3, consolidated=True, encoding=chunks)
+        if like is not None and (like / CHECKPOINTS).is_dir():
+            shutil.copytree(like / CHECKPOINTS, partial / CHECKPOINTS)
     return path
 
 
 def _sweep(path: Path, run: int) -> None:
     """Remove what a killed writer of this run left behind."""
-    for name in ("loss", "step_size", "status"):
-        for partial in (path / name / "c" / str(run)).glob("**/*.partial"):
-            partial.unlink()
-        for partial in (path / name / "c").glob(f"{run}.*.partial"):
-            partial.unlink()
+    for partial in (*path.glob(f"*/c/{run}/**/*.partial"), *path.glob(f"*/c/{run}.*.partial")):
+        partial.unlink()
 
 
 def _same(stored: xr.Dataset, runs: xr.Dataset, name: str) -> bool:

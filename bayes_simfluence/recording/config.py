@@ -65,9 +65,14 @@ class RecordConfig:
     exclude: str = say("tensors that stay frozen (full), commas between", "")
     pooling: str = say("how a text becomes one vector", "mean", POOLINGS)
     max_tokens: int = say("longer texts are cut to this many tokens", 128)
-    features: int = say("gradient features kept for the prior, 0 = none", 16)
+    features: int = say("gradient features kept for the prior, 0 = none", 64)
     seed: int = say("decides examples, queries, head and curricula", 0)
-    parallel: int = say("runs trained at once by vmap", 1)
+    parallel: int | str = say("runs trained at once on each device, a number or auto", 1)
+    evaluate_every: int = say("steps between two measurements of the queries", 1)
+    scores_every: int = say("steps between two scores of generated text, 0 = at the end", 0)
+    checkpoints: int = say("weights that each run saves on its way, for TracIn", 0)
+    accumulate: int = say("parts of a batch whose gradients are added up", 1)
+    remat: bool = say("compute activations twice to save memory", False)
 
     def validate(self) -> "RecordConfig":
         """The settings themselves when each is possible.
@@ -77,9 +82,11 @@ class RecordConfig:
         """
         for name in ("examples", "queries", "runs", "per_run", "batch_size", "epochs"):
             positive_integer(name, getattr(self, name))
-        for name in ("max_tokens", "new_tokens", "parallel"):
+        for name in ("max_tokens", "new_tokens", "evaluate_every", "accumulate"):
             positive_integer(name, getattr(self, name))
-        for name in ("features", "warmup_steps", "seed"):
+        if self.at_once != "auto":
+            positive_integer("parallel", self.at_once, do="pass a whole number or auto")
+        for name in ("features", "warmup_steps", "seed", "scores_every", "checkpoints"):
             count_of(name, getattr(self, name))
         positive_number("learning_rate", self.learning_rate)
         unit_interval("momentum", self.momentum)
@@ -136,6 +143,12 @@ class RecordConfig:
                 expected="one of the two",
                 do="leave one out",
             )
+
+    @property
+    def at_once(self) -> Any:
+        """``parallel`` as a number where it is one; options come as text."""
+        said = self.parallel
+        return int(said) if isinstance(said, str) and said.isdigit() else said
 
     @property
     def steps(self) -> int:

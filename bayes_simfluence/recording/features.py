@@ -44,7 +44,7 @@ class Features:
 def gradient_features(
     task: Task,
     *,
-    rank: int = 16,
+    rank: int = 64,
     sketch: int = 2048,
     key: jax.Array,
     meter: Meter | None = None,

@@ -1,38 +1,34 @@
 """Recording runs: training and per-step evaluation of every query in one compiled program."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import xarray as xr
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Bool
 
 from bayes_simfluence.checks import Misuse, positive_integer
 from bayes_simfluence.conventions import EMPTY_SLOT, UNRECORDED, Curricula
-from bayes_simfluence.data.store import create_store, open_runs, open_store, write_run
-from bayes_simfluence.files import PathLike
+from bayes_simfluence.data.claims import alone_in, claimed
+from bayes_simfluence.data.metrics import check_metric_name
+from bayes_simfluence.data.store import create_store, open_runs, open_store, stored_statuses
+from bayes_simfluence.files import PathLike, new_path
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.recording.features import Features
+from bayes_simfluence.recording.parallel import Parallel, devices_for, parallel_of
+from bayes_simfluence.recording.plan import Choice, Plan, chosen_runs, units
+from bayes_simfluence.recording.processes import Processes
+from bayes_simfluence.recording.program import Program, Training, fixed_of
+from bayes_simfluence.recording.step_sizes import StepSize, step_size_reader
 from bayes_simfluence.recording.task import Task
+from bayes_simfluence.recording.train import Recording, record_together
 
 __all__ = ["record"]
-
-StepSize = float | Callable[[Any], Any]
-SEGMENT = 16
-"""Most steps in one call of the compiled program: progress is reported between calls."""
-
-
-class State(NamedTuple):
-    """What training carries from step to step."""
-
-    params: PyTree
-    optimizer: PyTree
 
 
 def record(
@@ -42,8 +38,15 @@ def record(
     *,
     store: PathLike,
     step_size: StepSize | None = None,
-    parallel: int = 1,
+    evaluate_every: int = 1,
+    scores_every: int = 0,
+    checkpoints: int = 0,
+    accumulate: int = 1,
+    remat: bool = False,
+    parallel: Parallel = 1,
     query_chunk: int | None = None,
+    runs: Choice = None,
+    distributed: bool | None = None,
     resume: bool = False,
     overwrite: bool = False,
     features: Features | None = None,
@@ -57,14 +60,26 @@ def record(
     whose loss is not finite is kept and marked as diverged.
 
     Args:
-        task: what is trained and measured.
+        task: what is trained and measured; its metrics are recorded beside the loss.
         curricula: indices into ``task.train``, ``(run, step, slot)``, -1 = empty slot.
         optimizer: any optax transformation.
         store: path of the Zarr store.
         step_size: the optimizer's learning rate or schedule, to be recorded. Not needed when the
             optimizer was made by ``optax.inject_hyperparams``, whose state tells it.
-        parallel: how many runs train at once by ``vmap`` (memory grows with it).
+        evaluate_every: measure the queries after every so many steps, and after the last one.
+        scores_every: compute the task's scores after every so many steps; 0 = only before the
+            first step and after the last.
+        checkpoints: weights that each run saves on its way, for ``open_checkpoints``.
+        accumulate: parts that a batch is split into, whose gradients are added up (less memory).
+        remat: compute activations again in the backward pass: less memory and more time on a GPU,
+            no difference on a CPU, whose compiler undoes it.
+        parallel: how many runs train at once on each device, by ``vmap`` (memory grows with it);
+            ``"auto"`` chooses by memory. The last bits of the losses depend on it.
         query_chunk: evaluate this many queries at once, all when omitted.
+        runs: record only these, by number; other processes record the others into the same store
+            (with ``resume``, so that whoever comes first makes it).
+        distributed: share the runs among the processes of ``jax.distributed``; when omitted, if
+            there are several.
         resume: continue a store of the same recording; finished runs are not touched.
         overwrite: replace a store that exists.
         features: gradient features of the task's examples, kept with the runs for the default
@@ -76,134 +91,125 @@ def record(
         The recorded runs, as ``open_runs(store)``.
 
     Raises:
-        Misuse: before any work, for whatever does not fit.
+        Misuse: before any work, for whatever does not fit, and for runs that another process
+            records right now.
         WorkFailed: a run could not be written; the runs before it are safe.
     """
     curricula = _checked_curricula(task.validate(), curricula)
-    size = min(positive_integer("parallel", parallel), len(curricula))
-    tell = _step_size_reader(optimizer, task.params, step_size)
-    attrs = {**task.provenance, **dict(provenance or {}), "versions": _versions(), "parallel": size}
-    _prepare(store, task, curricula, attrs, features, resume=resume, overwrite=overwrite)
-    pending = open_store(store)["status"].values == UNRECORDED
-    evaluate = _evaluation(task, query_chunk)
-    segment = _segment(task, optimizer, evaluate, tell, parallel=size)
-    initial = np.asarray(jax.jit(evaluate)(task.params, task.frozen))
-    with (progress or Silent()).work("record", int(pending.sum()) * curricula.shape[1]) as meter:
-        for group in _groups(pending, size):
-            members = [run for run in group if pending[run]]
-            state = _start(task.params, optimizer, parallel=size)
-            losses, sizes = [], []
-            for steps in _segments(curricula[np.asarray(group)]):
-                state, (loss, rate) = segment(state, task.frozen, steps)
-                losses.append(np.asarray(loss))
-                sizes.append(np.asarray(rate))
-                meter.advance(
-                    steps.shape[1] * len(members), f"mean query loss {losses[-1][:, -1].mean():.3f}"
-                )
-            loss, rate = np.concatenate(losses, axis=1), np.concatenate(sizes, axis=1)
-            for run in members:
-                place = group.index(run)
-                write_run(store, run, np.concatenate([initial[None], loss[place]]), rate[place])
+    total, steps, slots = curricula.shape
+    plan = Plan(steps, evaluate_every, scores_every, checkpoints).validate()
+    training = Training(
+        task,
+        optimizer,
+        step_size_reader(optimizer, task.params, step_size, steps),
+        query_chunk,
+        _parts(accumulate, slots),
+        remat,
+        always=bool(plan.looks.all()),
+    )
+    chosen, processes = chosen_runs(runs, total), Processes.here(distributed)
+    program = partial(Program.of, training, slots, steps=plan.longest)
+    attrs = {
+        **task.provenance,
+        **dict(provenance or {}),
+        "versions": _versions(),
+        "evaluate_every": evaluate_every,
+        "scores_every": scores_every,
+        "checkpoints": checkpoints,
+        "accumulate": accumulate,
+        "remat": remat,
+    }
+
+    def prepare() -> None:
+        begun = open_store(store) if resume and Path(store).exists() else None
+        at_once = parallel_of(
+            parallel,
+            runs=total,
+            devices=jax.local_devices(),
+            stored=None if begun is None else begun.attrs.get("parallel"),
+            shared=fixed_of(task),
+            alone=partial(program, parallel=1, devices=jax.local_devices()[:1]),
+        )
+        said = {**attrs, "parallel": at_once}
+        if begun is None:
+            _create(store, task, curricula, said, features, overwrite=overwrite)
+        else:
+            _same_recording(store, begun, task, curricula, said)
+
+    def prepare_alone() -> None:
+        if not (resume and Path(store).exists()):
+            new_path(store, overwrite=overwrite)
+        with alone_in(Path(store).absolute().parent):
+            prepare()
+
+    processes.once(prepare_alone)
+    size = int(open_store(store).attrs["parallel"])
+    mine = processes.share([unit for unit in units(total, size) if chosen[unit].any()])
+    wanted = chosen & _members(mine, total)
+    with claimed(store, np.flatnonzero(wanted & _unrecorded(store)).tolist()) as claims:
+        # Some may have been finished by others before they were claimed.
+        wanted &= _unrecorded(store)
+        pending = [unit for unit in mine if wanted[unit].any()]
+        if pending:
+            devices = devices_for(len(pending))
+            recording = Recording(
+                task, curricula, plan, store, wanted, claims.release, training.query_chunk
+            )
+            record_together(
+                recording,
+                pending,
+                partial(program, parallel=size, devices=devices),
+                progress or Silent(),
+            )
+    processes.wait()
     return open_runs(store)
 
 
-def _evaluation(
-    task: Task, chunk: int | None
-) -> Callable[[PyTree, PyTree], Float[Array, " query"]]:
-    def evaluate(params: PyTree, frozen: PyTree) -> Float[Array, " query"]:
-        weights = task.weights(params, frozen)
-
-        def loss(example: PyTree) -> Float[Array, ""]:
-            return task.loss(weights, example)
-
-        if chunk is None or chunk >= len(task.query_ids):
-            return jax.vmap(loss)(task.query)
-        return jax.lax.map(loss, task.query, batch_size=chunk)
-
-    return evaluate
-
-
-def _segment(
+def _create(
+    store: PathLike,
     task: Task,
-    optimizer: optax.GradientTransformation,
-    evaluate: Callable[[PyTree, PyTree], Float[Array, " query"]],
-    tell: Callable[[State, Int[Array, ""]], Float[Array, ""]],
+    curricula: Curricula,
+    attrs: Mapping[str, Any],
+    features: Features | None,
     *,
-    parallel: int,
-) -> Callable[[Any, PyTree, Int[np.ndarray, "run step slot"]], Any]:
-    """The compiled program: some steps of ``parallel`` runs, and all queries after each step."""
-
-    def batch_loss(
-        params: PyTree, frozen: PyTree, members: Int[Array, " slot"]
-    ) -> Float[Array, ""]:
-        filled = members != EMPTY_SLOT
-        examples = jax.tree.map(lambda leaf: leaf[jnp.where(filled, members, 0)], task.train)
-        losses = jax.vmap(task.loss, in_axes=(None, 0))(task.weights(params, frozen), examples)
-        return jnp.where(filled, losses, 0.0).sum() / jnp.maximum(filled.sum(), 1)
-
-    def step(frozen: PyTree, carry: tuple[State, Array], members: Int[Array, " slot"]) -> Any:
-        state, count = carry
-        gradient = jax.grad(batch_loss)(state.params, frozen, members)
-        updates, memory = optimizer.update(gradient, state.optimizer, state.params)
-        state = State(optax.apply_updates(state.params, updates), memory)
-        return (state, count + 1), (evaluate(state.params, frozen), tell(state, count))
-
-    def steps(carry: tuple[State, Array], frozen: PyTree, batches: Int[Array, "step slot"]) -> Any:
-        return jax.lax.scan(partial(step, frozen), carry, batches)
-
-    def alone(carry: Any, frozen: PyTree, batches: Int[Array, "1 step slot"]) -> Any:
-        carry, kept = steps(carry, frozen, batches[0])
-        return carry, jax.tree.map(lambda leaf: leaf[None], kept)
-
-    together = jax.vmap(steps, in_axes=(0, None, 0))
-    return jax.jit(alone if parallel == 1 else together, donate_argnums=0)
+    overwrite: bool,
+) -> None:
+    kept = {"train_feature": features.train, "query_feature": features.query} if features else {}
+    create_store(
+        store,
+        curricula=curricula,
+        train_ids=task.train_ids,
+        query_ids=task.query_ids,
+        attrs=attrs,
+        features=kept,
+        metrics=[check_metric_name(one) for one in (*task.metrics, *task.scores)],
+        overwrite=overwrite,
+    )
 
 
-def _start(params: PyTree, optimizer: optax.GradientTransformation, *, parallel: int) -> Any:
-    # Copies, because the program reuses the memory of the state it is handed.
-    carry = (State(params, optimizer.init(params)), jnp.zeros((), jnp.int32))
-    if parallel == 1:
-        return jax.tree.map(jnp.array, carry)
-    return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], parallel, axis=0), carry)
-
-
-def _step_size_reader(
-    optimizer: optax.GradientTransformation, params: PyTree, step_size: StepSize | None
-) -> Callable[[State, Int[Array, ""]], Float[Array, ""]]:
-    if step_size is not None:
-        schedule = step_size if callable(step_size) else lambda count: step_size
-        return lambda state, count: jnp.asarray(schedule(count), jnp.float32)
-
-    def told(state: PyTree) -> Any:
-        parts = jax.tree.leaves(state, is_leaf=lambda part: hasattr(part, "hyperparams"))
-        rates = [getattr(part, "hyperparams", {}).get("learning_rate") for part in parts]
-        return next((rate for rate in rates if rate is not None), None)
-
-    if jax.eval_shape(lambda weights: told(optimizer.init(weights)), params) is None:
+def _same_recording(
+    store: PathLike,
+    stored: xr.Dataset,
+    task: Task,
+    curricula: Curricula,
+    attrs: Mapping[str, Any],
+) -> None:
+    """Raise unless the store belongs to this very recording."""
+    same = {
+        "curricula": np.array_equal(stored["batch"].values, curricula),
+        "train ids": _same_ids(stored["train"], task.train_ids),
+        "query ids": _same_ids(stored["query"], task.query_ids),
+        **{f"metric {one}": one in stored for one in (*task.metrics, *task.scores)},
+        **{name: stored.attrs.get(name) == value for name, value in attrs.items()},
+    }
+    other = [name for name, agrees in same.items() if not agrees]
+    if other:
         raise Misuse(
-            "step_size",
-            got="nothing, and the optimizer's state does not tell it",
-            expected="the learning rate or schedule of the optimizer",
-            do="pass step_size=schedule, or make the optimizer with "
-            "optax.inject_hyperparams(optax.adamw)(learning_rate=schedule)",
+            str(store),
+            got=f"a recording with other {', '.join(other)}",
+            expected="the recording that is to be resumed",
+            do="repeat the settings it was started with, or record to a new path",
         )
-    return lambda state, count: jnp.asarray(told(state.optimizer), jnp.float32)
-
-
-def _groups(pending: np.ndarray, size: int) -> Iterator[list[int]]:
-    """Runs that train together, fixed by their number: a resumed run meets the same neighbours."""
-    for first in range(0, len(pending), size):
-        members = list(range(first, min(first + size, len(pending))))
-        if pending[members].any():
-            yield members + [members[-1]] * (size - len(members))
-
-
-def _segments(curricula: Curricula) -> Iterator[Curricula]:
-    """Equal pieces, so that one program serves them all."""
-    steps = curricula.shape[1]
-    length = next(one for one in range(min(SEGMENT, steps), 0, -1) if steps % one == 0)
-    for first in range(0, steps, length):
-        yield curricula[:, first : first + length]
 
 
 def _checked_curricula(task: Task, curricula: Curricula) -> Curricula:
@@ -227,52 +233,36 @@ def _checked_curricula(task: Task, curricula: Curricula) -> Curricula:
             expected=f"-1 (empty slot) or 0..{top}",
             do="make the curricula for this task's examples",
         )
+    largest = int((curricula != EMPTY_SLOT).sum(axis=2).max())
+    if largest > len(task.train_ids):
+        raise Misuse(
+            "curricula",
+            got=f"a batch of {largest} examples",
+            expected=f"at most the task's {len(task.train_ids)} training examples",
+            do="make smaller batches, or give the task more examples",
+        )
     return curricula.astype(np.int32)
 
 
-def _prepare(
-    store: PathLike,
-    task: Task,
-    curricula: Curricula,
-    attrs: Mapping[str, Any],
-    features: Features | None,
-    *,
-    resume: bool,
-    overwrite: bool,
-) -> None:
-    """Make the store, or check that the one there belongs to this very recording."""
-    if not (resume and Path(store).exists()):
-        create_store(
-            store,
-            curricula=curricula,
-            train_ids=task.train_ids,
-            query_ids=task.query_ids,
-            attrs=attrs,
-            features=_as_variables(features),
-            overwrite=overwrite,
-        )
-        return
-    stored = open_store(store)
-    same = {
-        "curricula": np.array_equal(stored["batch"].values, curricula),
-        "train ids": _same_ids(stored["train"], task.train_ids),
-        "query ids": _same_ids(stored["query"], task.query_ids),
-        **{name: stored.attrs.get(name) == value for name, value in attrs.items()},
-    }
-    other = [name for name, agrees in same.items() if not agrees]
-    if other:
+def _parts(accumulate: int, slots: int) -> int:
+    if positive_integer("accumulate", accumulate) > slots:
         raise Misuse(
-            str(store),
-            got=f"a recording with other {', '.join(other)}",
-            expected="the recording that is to be resumed",
-            do="repeat the settings it was started with, or record to a new path",
+            "accumulate",
+            got=accumulate,
+            expected=f"at most the {slots} slots of a batch",
+            do="split a batch into fewer parts",
         )
+    return accumulate
 
 
-def _as_variables(features: Features | None) -> dict[str, np.ndarray]:
-    if features is None:
-        return {}
-    return {"train_feature": features.train, "query_feature": features.query}
+def _members(groups: Sequence[Sequence[int]], total: int) -> Bool[np.ndarray, " run"]:
+    found = np.zeros(total, bool)
+    found[[run for group in groups for run in group]] = True
+    return found
+
+
+def _unrecorded(store: PathLike) -> Bool[np.ndarray, " run"]:
+    return stored_statuses(store) == UNRECORDED
 
 
 def _same_ids(stored: xr.DataArray, ids: Any) -> bool:

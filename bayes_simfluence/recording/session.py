@@ -7,11 +7,14 @@ from typing import Any
 import jax
 import xarray as xr
 
+from bayes_simfluence.data.claims import alone_in
 from bayes_simfluence.files import PathLike, new_path
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.features import Features, gradient_features
 from bayes_simfluence.recording.optimizers import optimizer_of
+from bayes_simfluence.recording.plan import Choice
+from bayes_simfluence.recording.processes import Processes
 from bayes_simfluence.recording.record import record
 from bayes_simfluence.recording.task import Task
 from bayes_simfluence.recording.text import curricula_of, task_of
@@ -33,11 +36,16 @@ def record_from_config(
     config: RecordConfig,
     store: PathLike,
     *,
+    runs: Choice = None,
+    distributed: bool | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """Record the runs that ``config`` describes into ``store``; its settings go beside it.
+
+    Args:
+        runs, distributed, resume, overwrite: as for ``record``.
 
     Raises:
         Misuse: settings, files or paths that do not fit, before any work.
@@ -47,16 +55,25 @@ def record_from_config(
     begun = resume and Path(store).exists()
     if not begun:
         new_path(store, overwrite=overwrite)
+    makes = not begun and Processes.here(distributed).number == 0
     task = task_of(config.validate())
-    features = None if begun else _features(task, config, progress)
-    if not begun:
-        save_config(config.as_dict(), config_path(store))
+    features = _features(task, config, progress) if makes else None
+    if makes:
+        with alone_in(Path(store).absolute().parent):
+            save_config(config.as_dict(), config_path(store))
     return record(
         task,
         curricula_of(config),
         optimizer_of(config),
         store=store,
-        parallel=config.parallel,
+        evaluate_every=config.evaluate_every,
+        scores_every=config.scores_every,
+        checkpoints=config.checkpoints,
+        accumulate=config.accumulate,
+        remat=config.remat,
+        parallel=config.at_once,
+        runs=runs,
+        distributed=distributed,
         resume=resume,
         overwrite=overwrite,
         features=features,
@@ -79,7 +96,7 @@ def _features(task: Task, config: RecordConfig, progress: Progress) -> Features 
 
 def _provenance(config: RecordConfig) -> dict[str, Any]:
     """The settings without the paths of the machine that recorded."""
-    settings = config.as_dict()
+    settings = {**config.as_dict(), "parallel": config.at_once}
     for name in ("checkpoint", "train", "query"):
         settings[name] = Path(settings[name]).name
     return {"settings": settings, "seed": config.seed, "optimizer": config.optimizer}

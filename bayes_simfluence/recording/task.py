@@ -35,6 +35,9 @@ class Task:
             loss: accuracy, margin.
         scores: name -> ``score(weights) -> numbers, one per query``, any Python: metrics of
             generated text, computed between compiled steps.
+        query_lengths, cut: how much of each padded query is filled, and ``cut(example, length) ->
+            example`` without what lies beyond; queries of like length are then measured in
+            smaller arrays. Loss and metrics must not depend on the padding.
 
     >>> import jax.numpy as jnp
     >>> task = Task(
@@ -62,6 +65,9 @@ class Task:
         default_factory=dict
     )
 
+    query_lengths: Sequence[int] | None = None
+    cut: Callable[[Example, int], Example] | None = None
+
     def weights(self, params: Params, frozen: Params) -> Params:
         """What ``loss`` takes: the trained parameters in their place among the frozen weights.
 
@@ -78,6 +84,8 @@ class Task:
         """
         for name in ("train", "query"):
             _leading(name, getattr(self, name), len(getattr(self, f"{name}_ids")))
+        if self.query_lengths is not None or self.cut is not None:
+            _lengths(self.query_lengths, self.cut, len(self.query_ids))
         for path, leaf in jax.tree.leaves_with_path(self.params):
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 raise Misuse(
@@ -98,6 +106,16 @@ class Task:
                     do="write it for a single example; record maps it over batches",
                 )
         return self
+
+
+def _lengths(lengths: Sequence[int] | None, cut: Any, queries: int) -> None:
+    if cut is None or lengths is None or len(lengths) != queries or min(lengths) < 1:
+        raise Misuse(
+            "task.query_lengths",
+            got="no lengths" if lengths is None else f"{len(lengths)} lengths, cut = {cut}",
+            expected=f"{queries} lengths of at least 1, and task.cut",
+            do="give both or neither",
+        )
 
 
 def _leading(name: str, examples: Example, size: int) -> None:

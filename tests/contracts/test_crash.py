@@ -48,6 +48,8 @@ def small_task():
         query={name: jnp.asarray(one[6:]) for name, one in data.items()},
         train_ids=list("abcdef"),
         query_ids=list("wxyz"),
+        metrics={"below": lambda params, example: loss(params, example) < 0.5},
+        scores={"norm": lambda params: np.full(4, np.linalg.norm(params["v"]))},
     )
 
 
@@ -59,6 +61,7 @@ def record_small(store, **settings):
         rng.integers(-1, 6, (RUNS, STEPS, 2)),
         optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.05, 0.0, STEPS)),
         store=store,
+        checkpoints=1,
         features=Features(
             rng.normal(size=(6, 2)).astype("f4"), rng.normal(size=(4, 2)).astype("f4"), 1.0
         ),
@@ -164,11 +167,18 @@ def finished_runs(store, reference):
         return 0
     done = found["status"].values == COMPLETE
     assert set(found["status"].values) <= {COMPLETE, UNRECORDED}
-    for name in ("batch", "loss", "step_size"):
+    for name in ("batch", "loss", "step_size", "below", "norm"):
         np.testing.assert_array_equal(found[name].values[done], reference[name].values[done])
     for name in ("train_feature", "query_feature"):
         np.testing.assert_array_equal(found[name], reference[name])
     return int(done.sum())
+
+
+def weights_in(store):
+    """Name -> bytes of every file of weights."""
+    folder = store / "checkpoints"
+    files = [one for one in folder.rglob("*") if one.is_file()]
+    return {str(one.relative_to(folder)): one.read_bytes() for one in files}
 
 
 def assert_same_bits(found, reference):
@@ -188,6 +198,10 @@ def test_killed_at_random_instants_a_recording_resumes_bit_for_bit(tmp_path, ref
     assert recorder.record(tmp_path / "timed.zarr")
     whole = time.monotonic() - began
     assert_same_bits(open_runs(tmp_path / "timed.zarr"), reference)
+    saved = weights_in(tmp_path / "timed.zarr")
+    assert sorted(saved) == sorted(
+        f"{run}/{name}.safetensors" for run in range(RUNS) for name in ("final", "step-000007")
+    )
     kills, stores, seen = 0, 0, set()
     while kills < KILLS:
         stores += 1
@@ -195,18 +209,20 @@ def test_killed_at_random_instants_a_recording_resumes_bit_for_bit(tmp_path, ref
         ended = False
         while not ended:
             anywhere = (0, rng.uniform(0.0, whole))
-            writing = (int(rng.integers(1, 3)), rng.uniform(0.0, 0.02))
+            writing = (int(rng.integers(1, 5)), rng.uniform(0.0, 0.02))
             instant = anywhere if kills % 2 else writing
             ended = recorder.record(store, instant if kills < KILLS else None)
             kills += not ended
             seen.add(finished_runs(store, reference))
         assert_same_bits(open_runs(store), reference)
+        assert weights_in(store) == saved
+        assert not (store / "claims").exists()
         assert not list(store.rglob("*.partial")), "rests of killed writers"
         assert not list(store.parent.glob(f".{store.name}*")), "rests of killed writers"
     assert len(seen - {0, RUNS}) >= 2, f"kills met only stores with {seen} finished runs"
 
 
-@pytest.mark.parametrize("variable", ["loss", "step_size", "status"])
+@pytest.mark.parametrize("variable", ["loss", "step_size", "below", "status"])
 def test_a_full_disk_ends_the_work_and_resume_finishes_it(
     tmp_path, monkeypatch, reference, variable
 ):
@@ -225,6 +241,45 @@ def test_a_full_disk_ends_the_work_and_resume_finishes_it(
     with pytest.warns(UserWarning, match="1 of 6 runs recorded so far"):
         assert open_runs(store).sizes["run"] == 1
     monkeypatch.undo()
+    assert_same_bits(record_small(store, resume=True), reference)
+
+
+def test_a_disk_full_of_weights_ends_the_work_and_resume_finishes_it(
+    tmp_path, monkeypatch, reference
+):
+    store, written = tmp_path / "runs.zarr", Path.write_bytes
+
+    def full(path, data):
+        if path.suffix == ".safetensors" and path.parent.name == ".1.partial":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(WorkFailed, match=r"checkpoints.1 could not be written .*No space left"):
+        record_small(store)
+    assert open_store(store)["status"].values.tolist() == [COMPLETE] + [UNRECORDED] * 5
+    assert finished_runs(store, reference) == 1
+    monkeypatch.undo()
+    assert_same_bits(record_small(store, resume=True), reference)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_disk_that_takes_no_more_of_a_file_leaves_a_readable_store(tmp_path, reference):
+    """The system's own refusal, by a limit on the size of files: that of the weights is over it."""
+    store = tmp_path / "runs.zarr"
+    program = (
+        "import resource, runpy, signal\n"
+        f"names = runpy.run_path({str(Path(__file__).absolute())!r})\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "class Limit(names['Told']):\n"
+        "    def advance(self, amount=1, note=''):\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+        f"names['record_small']({str(store)!r}, progress=Limit())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "WorkFailed" in done.stderr and "File too large" in done.stderr
+    assert finished_runs(store, reference) == 0
     assert_same_bits(record_small(store, resume=True), reference)
 
 

@@ -1,5 +1,6 @@
-"""Toy networks of every kind, with a tokenizer of ten words, for tasks from text."""
+"""What several files record: a small task, and toy networks of every kind with a tokenizer."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from bayes_simfluence.networks.network import Network
 from bayes_simfluence.recording.pretrained import Pretrained
 from bayes_simfluence.recording.rows import Rows
+from bayes_simfluence.recording.task import Task
 
 WORDS = ["<pad>", "</s>", "<s>", "<unk>", "a", "b", "c", "d", "yes", "no"]
 VOCABULARY, WIDTH = len(WORDS), 5
@@ -95,3 +97,38 @@ def logits(tensors, sequence):
 def seq2seq_logits(tensors, source, inputs):
     read = jnp.where(source.attended[:, None], hidden(tensors, source), 0.0).sum(axis=0)
     return (decayed(tensors["embed"][inputs]) + read[None]) @ tensors["out"].T
+
+
+@pytest.fixture(scope="session")
+def squares() -> Task:
+    """Least squares with a hidden layer: 6 training examples, 4 queries, two metrics."""
+    rng = np.random.default_rng(7)
+    inputs = rng.normal(size=(10, 3)).astype("f4")
+    data = {"x": jnp.asarray(inputs), "y": jnp.asarray(np.sin(inputs.sum(axis=1)))}
+
+    def error(params, example):
+        return jnp.tanh(params["w"] @ example["x"]) @ params["v"] - example["y"]
+
+    return Task(
+        params={
+            "w": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32),
+            "v": jnp.asarray(rng.normal(size=5), jnp.float32),
+        },
+        loss=lambda params, example: error(params, example) ** 2,
+        train=jax.tree.map(lambda leaf: leaf[:6], data),
+        query=jax.tree.map(lambda leaf: leaf[6:], data),
+        train_ids=list("abcdef"),
+        query_ids=list("wxyz"),
+        metrics={
+            "error": error,
+            "close": lambda params, example: jnp.abs(error(params, example)) < 1.0,
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def curricula() -> np.ndarray:
+    """Three runs of seven steps of four slots, some of them empty."""
+    drawn = np.random.default_rng(1).integers(-1, 6, (3, 7, 4))
+    drawn[0, 2] = -1
+    return drawn

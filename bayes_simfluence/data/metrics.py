@@ -1,0 +1,94 @@
+"""Metrics: what is recorded of a query beside its loss, under names of their own.
+
+A metric is a floating variable with the dimensions of the loss and the attribute ``METRIC``:
+accuracy, margin, BLEU. It is NaN where it was not recorded, also at time 0. Fits read the loss
+alone.
+"""
+
+import re
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.conventions import METRIC, METRIC_DIMS, VARIABLES
+
+__all__ = [
+    "check_metric_name",
+    "metric_names",
+    "metric_variable",
+    "validate_metrics",
+    "with_metric",
+]
+
+WORD = re.compile(r"[A-Za-z][\w.-]*")
+COORDINATES = ("run", "step", "time", "train", "query", "slot", "feature")
+
+
+def metric_names(runs: xr.Dataset) -> list[str]:
+    """Names of the metrics that ``runs`` hold, in alphabetical order."""
+    return sorted(
+        str(name) for name, one in runs.data_vars.items() if METRIC.items() <= one.attrs.items()
+    )
+
+
+def metric_variable(
+    name: str, like: np.ndarray
+) -> tuple[tuple[str, ...], np.ndarray, dict[str, Any]]:
+    """A metric that is not recorded yet, of the shape of a loss ``(run, time, query)``."""
+    return METRIC_DIMS, np.full(like.shape, np.nan, np.float32), {"long_name": name, **METRIC}
+
+
+def with_metric(runs: xr.Dataset, name: str, values: Any) -> xr.Dataset:
+    """``runs`` with one metric more; values ``(run, time, query)``, NaN where not recorded.
+
+    >>> from bayes_simfluence.data.runs import runs_from_arrays
+    >>> runs = runs_from_arrays(batch=[[[0, 1]]], loss=[[[0.7], [0.6]]])
+    >>> metric_names(with_metric(runs, "accuracy", [[[0.0], [1.0]]]))
+    ['accuracy']
+
+    Raises:
+        Misuse: a name that means something else, values of another shape.
+    """
+    array = np.asarray(values, np.float32)
+    if array.shape != runs["loss"].shape:
+        raise Misuse(
+            f"metric {name!r}",
+            got=f"shape {array.shape}",
+            expected=f"{METRIC_DIMS} = {runs['loss'].shape}, as the loss",
+            do="fill what was not recorded with NaN",
+        )
+    dims, _, attrs = metric_variable(check_metric_name(name), array)
+    return runs.assign({name: (dims, array, attrs)})
+
+
+def check_metric_name(name: str) -> str:
+    """``name`` when the schema does not use it for something else.
+
+    Raises:
+        Misuse: it does, or it is no text.
+    """
+    taken = (*VARIABLES, *COORDINATES)
+    if not isinstance(name, str) or not WORD.fullmatch(name) or name in taken:
+        raise Misuse(
+            "name of a metric",
+            got=repr(name),
+            expected=f"a word other than {', '.join(taken)}",
+            do="rename it",
+        )
+    return name
+
+
+def validate_metrics(runs: xr.Dataset) -> None:
+    """Raise unless every metric of ``runs`` is floating and has the dimensions of the loss."""
+    for name in metric_names(runs):
+        check_metric_name(name)
+        found = runs[name]
+        if found.dims != METRIC_DIMS or not np.issubdtype(found.dtype, np.floating):
+            raise Misuse(
+                f"runs['{name}']",
+                got=f"{found.dtype} with dimensions {found.dims}",
+                expected=f"a floating metric with dimensions {METRIC_DIMS}",
+                do="make it with data.metrics.with_metric(runs, name, values)",
+            )

@@ -1,0 +1,129 @@
+"""How many runs train at once: chosen from memory, and spread over the devices of this process.
+
+Each device trains ``parallel`` runs by ``vmap``; with several devices each has as many. The number
+decides the last bits of what is recorded, so it is kept with the store; that of devices does not.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from bayes_simfluence.checks import positive_integer
+from bayes_simfluence.recording.program import Program
+
+__all__ = ["Parallel", "devices_for", "fitting_runs", "host_memory", "parallel_of"]
+
+log = logging.getLogger(__name__)
+
+Parallel = int | str
+"""A number, or "auto"."""
+
+SHARE = 0.7
+"""Share of the free memory that a recording may take: allocators lose some to holes."""
+MOST = 64
+"""Runs at once beyond which one call of the program gains nothing more."""
+CACHED = 16 * 2**20
+"""Bytes of a CPU's caches, roughly: runs that need more together gain nothing from ``vmap``."""
+
+
+def parallel_of(
+    asked: Parallel,
+    *,
+    runs: int,
+    devices: list[jax.Device],
+    stored: int | None,
+    shared: PyTree,
+    alone: Callable[[], Program],
+) -> int:
+    """Runs at once on each device: what was asked for, else what a store says, else what fits.
+
+    Args:
+        asked: a number or ``"auto"``.
+        stored: the number that the store to be resumed was recorded with.
+        shared: arrays that all runs use.
+        alone: compiles the program of one run, whose memory decides.
+    """
+    if asked != "auto":
+        return min(positive_integer("parallel", asked, do="pass a whole number or 'auto'"), runs)
+    if stored is not None:
+        return stored
+    shared_bytes = tree_bytes(shared)
+    each = program_bytes(alone(), shared_bytes)
+    return fitting_runs(runs, devices, each=each, shared=shared_bytes)
+
+
+def fitting_runs(runs: int, devices: Sequence[Any], *, each: int, shared: int) -> int:
+    """How many of ``runs`` fit a device at once and gain from it, in groups of one size.
+
+    Args:
+        devices: JAX devices of one kind.
+        each: bytes that a run needs for itself.
+        shared: bytes that all runs of a device use together.
+    """
+    free = _free_bytes(devices[0], len(devices))
+    per_device = -(-runs // len(devices))
+    most = min(MOST, per_device)
+    if devices[0].platform == "cpu":
+        most = min(most, CACHED // max(each, 1))
+    if free is not None:
+        most = min(most, int((SHARE * free - shared) // max(each, 1)))
+    groups = -(-per_device // max(most, 1))
+    chosen = -(-per_device // groups)
+    log.info(
+        "%d runs at once on each of %d devices: %.1f MiB a run, %s free",
+        chosen,
+        len(devices),
+        each / 2**20,
+        "unknown" if free is None else f"{free / 2**20:.0f} MiB",
+    )
+    return chosen
+
+
+def devices_for(units: int) -> list[jax.Device]:
+    """The devices of this process that get work when ``units`` groups of runs are recorded."""
+    return jax.local_devices()[: max(units, 1)]
+
+
+def program_bytes(program: Program, shared: int) -> int:
+    """Memory of a program beside the ``shared`` bytes that all runs use, as the compiler counts."""
+    found: Any = program.advance.memory_analysis()
+    if found is None:
+        return 1
+    taken = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return max(int(taken) - int(found.alias_size_in_bytes) - shared, 1)
+
+
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes of the arrays of a pytree."""
+    leaves = [jax.numpy.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def host_memory() -> int | None:
+    """Bytes of this machine, or of the container this runs in, that nobody uses."""
+    found = []
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+        line = next(one for one in lines if one.startswith("MemAvailable:"))
+        found.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{one}").read_text("utf-8") for one in ("max", "current"))
+        found.append(int(limit) - int(used))
+    with suppress(OSError, ValueError, AttributeError):
+        found = found or [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]
+    return min(found, default=None)
+
+
+def _free_bytes(device: Any, devices: int) -> int | None:
+    said = device.memory_stats() or {}
+    if "bytes_limit" in said:
+        return int(said["bytes_limit"]) - int(said.get("bytes_in_use", 0))
+    host = host_memory()
+    return None if host is None else host // devices
