@@ -56,7 +56,10 @@ PARTS: dict[str, bs.Simfluence] = {
     "link: log": bs.Simfluence(link="log"),
     "link: identity": bs.Simfluence(link="identity"),
     "prior: no gradient features": bs.Simfluence(prior=bs.priors.Normal(features=False)),
+    "prior: 16 gradient features": bs.Simfluence(),
 }
+WITH_FEATURES = {"prior: 16 gradient features": 16}
+"""Parts for which a recording keeps its first gradient features alone."""
 
 
 class Cells:
@@ -159,7 +162,8 @@ def study(cells: Cells, options: argparse.Namespace) -> None:
         for recording in parts_on:
             fit, _, test = split(recordings[recording], 0)
             for name, model in parts.items():
-                make = partial(bs.fit, fit, model=model, method=method, key=jax.random.key(0))
+                fitted = fit.isel(feature=slice(0, WITH_FEATURES.get(name)))
+                make = partial(bs.fit, fitted, model=model, method=method, key=jax.random.key(0))
                 keep(
                     make, test, study="parts", recording=recording, method=name, fitted=FITTED,
                     split=0,
