@@ -29,8 +29,8 @@ SHARE = 0.7
 MOST = 64
 """Runs at once beyond which one call of the program gains nothing more."""
 SMALL, MOST_ON_CPU = 2**20, 16
-"""On a CPU runs gain from ``vmap`` while each needs less than about a megabyte: on two cores, networks
-of .05, .4 and 2.7 MiB a run took .6, .6 and 1.7 times as long, 16 at once, as one by one."""
+"""On a CPU runs gain from ``vmap`` while each needs less than about a megabyte: on two cores, runs
+of .05, .4 and 2.7 MiB took .6, .6 and 1.7 times as long, 16 at once, as one by one."""
 
 
 def parallel_of(
