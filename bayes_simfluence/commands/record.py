@@ -46,6 +46,7 @@ def _record(
 ) -> None:
     """Fine-tune a checkpoint in many runs and record every query's loss at every step."""
     settings = config_of(RecordConfig, config, given).validate()
+    share = positions(only, settings.runs, "--only") if only else None
     if distributed:
         from bayes_simfluence.recording.processes import join_processes
 
@@ -55,7 +56,7 @@ def _record(
     runs = record_from_config(
         settings,
         out,
-        runs=positions(only, settings.runs, "--only") if only else None,
+        runs=share,
         distributed=bool(distributed),
         resume=resume,
         overwrite=overwrite,

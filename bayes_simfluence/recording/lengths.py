@@ -1,6 +1,6 @@
 """Queries of like length measured together, in arrays without most of their padding."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
@@ -24,19 +24,19 @@ def length_groups(lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
     kinds, counts = np.unique(rounded, return_counts=True)
     below = np.concatenate([[0], np.cumsum(counts)])
 
-    def filled(tops: Iterable[int]) -> int:
+    def filled(tops: tuple[int, ...]) -> int:
         """Elements of all groups when these kinds are the longest of theirs."""
-        tops = list(tops)
         edges = [0, *(top + 1 for top in tops)]
         sizes = np.diff(below[edges])
-        return int(sizes @ kinds[tops])
+        return int(sizes @ kinds[list(tops)])
 
     last = len(kinds) - 1
-    choices: list[Sequence[int]] = [
+    choices: list[tuple[int, ...]] = [
         (*tops, last)
         for count in range(min(GROUPS, len(kinds)))
         for tops in combinations(range(last), count)
     ]
-    tops = kinds[list(min(choices, key=filled))]
+    best = min(choices, key=filled)
+    tops = kinds[list(best)]
     group = np.searchsorted(tops, rounded)
     return [(int(top), np.flatnonzero(group == at).tolist()) for at, top in enumerate(tops)]

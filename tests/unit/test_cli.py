@@ -88,6 +88,11 @@ MISUSES = {
     "not a posterior": (["simulate", "RUNS", "RUNS", "--out", "s.nc"], "cannot be read"),
     "no config": (["record", "--config", "no.yaml", "--out", "r.zarr"], "no such file"),
     "no data": (["record", "--train", "no.jsonl", "--out", "r.zarr"], "no such file"),
+    "no such run": (["record", "--only", "40:50", "--out", "r.zarr"], "among the 32 runs"),
+    "no such job": (
+        ["record", "--distributed", "here", "--out", "r.zarr"],
+        "HOST:PORT,PROCESSES,NUMBER",
+    ),
     "impossible sizes": (["record", "--per-run", "300", "--out", "r.zarr"], "at most examples"),
     "setting of another method": (
         ["fit", "RUNS", "--chains", "2", "--out", "p.nc"],

@@ -38,7 +38,7 @@ def whole(squares, curricula, tmp_path_factory):
     return recorded(squares, curricula, tmp_path_factory.mktemp("whole"))
 
 
-@pytest.mark.parametrize(("every", "parallel"), [(2, 1), (3, 2), (9, 1)])
+@pytest.mark.parametrize(("every", "parallel"), [(2, 1), (3, 2)])
 def test_queries_measured_every_so_many_steps(squares, curricula, tmp_path, whole, every, parallel):
     runs = recorded(squares, curricula, tmp_path, evaluate_every=every, parallel=parallel)
     times = sorted({*range(0, 8, every), 7})
@@ -78,8 +78,8 @@ def test_queries_cut_to_their_length_measure_the_same(squares, curricula, tmp_pa
 
     task = dataclasses.replace(squares, query=padded, query_lengths=lengths, cut=cut)
     for chunk in (None, 2):
-        runs = recorded(task, curricula, tmp_path, str(chunk), query_chunk=chunk)
-        np.testing.assert_allclose(runs["loss"], whole["loss"], rtol=1e-5, atol=1e-6)
+        runs = recorded(task, curricula[:1], tmp_path, str(chunk), query_chunk=chunk)
+        np.testing.assert_allclose(runs["loss"], whole["loss"][:1], rtol=1e-5, atol=1e-6)
     assert seen == {8, 16, 24}
     for change in ({"cut": None}, {"query_lengths": lengths[1:]}, {"query_lengths": None}):
         with pytest.raises(Misuse, match=r"task.query_lengths.*both or neither"):
@@ -125,7 +125,7 @@ def test_scores_of_another_shape_are_refused_before_any_training(squares, curric
         recorded(task, curricula, tmp_path)
 
 
-@pytest.mark.parametrize("settings", [{"accumulate": 2}, {"accumulate": 3}, {"remat": True}])
+@pytest.mark.parametrize("settings", [{"accumulate": 3}, {"accumulate": 2, "remat": True}])
 def test_less_memory_is_the_same_training(squares, curricula, tmp_path, whole, settings):
     runs = recorded(squares, curricula, tmp_path, parallel=2, **settings)
     np.testing.assert_allclose(runs["loss"], whole["loss"], rtol=1e-4, atol=1e-5)
