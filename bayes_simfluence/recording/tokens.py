@@ -27,10 +27,12 @@ __all__ = [
     "Texts",
     "bucket",
     "cut_said",
+    "filled_lengths",
     "known_tokens",
     "limit_of",
     "padded",
     "padding_of",
+    "shortened",
     "targets_of",
     "tokenized",
     "without_special",
@@ -143,6 +145,23 @@ def padding_of(tokenizer: "PreTrainedTokenizerBase") -> int:
     stand_in = tokenizer.eos_token_id
     log.info("no padding token: %s stands in, unattended", tokenizer.eos_token or "token 0")
     return 0 if stand_in is None else int(stand_in)
+
+
+def filled_lengths(examples: Examples) -> list[int]:
+    """Tokens of each example that are not padding; of the longest where it has several texts."""
+    filled = np.asarray(examples["attended"]).sum(axis=-1)
+    return [int(one) for one in filled.reshape(len(filled), -1).max(axis=1)]
+
+
+def shortened(example: Examples, length: int) -> Examples:
+    """One example without padding beyond ``length`` tokens; what a decoder writes stays whole."""
+    along = {"tokens", "segments", "attended", "target"} - _of_decoder(example)
+    return {name: x[..., :length] if name in along else x for name, x in example.items()}
+
+
+def _of_decoder(example: Examples) -> set[str]:
+    """Arrays along an encoder-decoder's target, not along its source."""
+    return {"target", "counted"} if "counted" in example else set()
 
 
 def cut_said(cut: Mapping[str, int], total: int, limit: int) -> dict[str, int]:

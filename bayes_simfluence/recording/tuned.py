@@ -10,6 +10,7 @@ from bayes_simfluence.recording.measures import Measure
 from bayes_simfluence.recording.pretrained import Pretrained
 from bayes_simfluence.recording.rows import Rows
 from bayes_simfluence.recording.task import Task
+from bayes_simfluence.recording.tokens import filled_lengths, shortened
 from bayes_simfluence.recording.tuning import Tuning
 
 __all__ = ["tuned_task"]
@@ -47,5 +48,7 @@ def tuned_task(
         query_ids=list(rows["query"].ids),
         metrics=dict(metrics),
         scores=dict(scores),
+        query_lengths=filled_lengths(examples["query"]),
+        cut=shortened,
         provenance={"model": model.name, "tuning": tuned.as_dict(), **provenance},
     )

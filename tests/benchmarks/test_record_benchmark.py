@@ -12,11 +12,14 @@ import optax
 import pytest
 
 from bayes_simfluence.data.curriculum import random_subset_epochs
-from bayes_simfluence.networks import bert
 from bayes_simfluence.networks.checkpoint import load_checkpoint
+from bayes_simfluence.networks.families import network_of
+from bayes_simfluence.networks.heads import head_logits, with_head
+from bayes_simfluence.networks.network import Sequence
 from bayes_simfluence.recording.program import fixed_of, measure_of
 from bayes_simfluence.recording.record import record
 from bayes_simfluence.recording.task import Task
+from bayes_simfluence.recording.tokens import filled_lengths, shortened
 
 INPUTS, WIDTH, LABELS = 64, 384, 10
 TRAIN, QUERIES, RUNS = 400, 200, 4
@@ -92,7 +95,7 @@ def small_task():
 def minilm_task(tokens=32, train=64, queries=50):
     """Two-class fine-tuning of all weights of MiniLM on random texts of mixed length."""
     checkpoint = load_checkpoint("minilm")
-    network = bert.settings_of(checkpoint.config, checkpoint.tensors)
+    network = network_of(checkpoint)
     rng = np.random.default_rng(0)
 
     def examples(count):
@@ -105,28 +108,24 @@ def minilm_task(tokens=32, train=64, queries=50):
 
     def loss(params, example):
         tokens, attended = example["tokens"], example["attended"]
-        hidden = bert.encode(params, network, tokens, jnp.zeros_like(tokens), attended)
-        pooled = bert.pool(params, network, hidden, attended, "mean")
-        return -jax.nn.log_softmax(bert.classify(params, pooled))[example["label"]]
+        sequence = Sequence(tokens, jnp.zeros_like(tokens), attended)
+        logits = head_logits(network, params, sequence, "mean")
+        return -jax.nn.log_softmax(logits)[example["label"]]
 
     query = examples(queries)
     weights = {
-        name: one
-        for name, one in checkpoint.tensors.items()
-        if jnp.issubdtype(one.dtype, jnp.floating) and not name.startswith("pooler")
+        name: checkpoint.tensors[name] for name in network.shapes if not name.startswith("pooler")
     }
     return Task(
-        params=bert.with_head(weights, 2, jax.random.key(0)),
+        params=with_head(weights, network, 2, jax.random.key(0)),
         loss=loss,
         train=examples(train),
         query=query,
         train_ids=range(train),
         query_ids=range(queries),
         provenance={"folder": str(checkpoint.folder)},
-        query_lengths=np.asarray(query["attended"]).sum(axis=1).tolist(),
-        cut=lambda example, length: {
-            name: one[:length] if one.ndim else one for name, one in example.items()
-        },
+        query_lengths=filled_lengths(query),
+        cut=shortened,
     )
 
 

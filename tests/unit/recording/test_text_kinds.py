@@ -1,5 +1,7 @@
 """Causal, choice and seq2seq tasks against losses computed by hand, word by word."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.recording.causal import causal_task
 from bayes_simfluence.recording.choice import choice_task
 from bayes_simfluence.recording.classification import classification_task
+from bayes_simfluence.recording.lengths import length_groups
+from bayes_simfluence.recording.program import fixed_of, measure_of
 from bayes_simfluence.recording.seq2seq import seq2seq_task
 from bayes_simfluence.recording.tuning import Full
 
@@ -326,6 +330,34 @@ def test_networks_of_another_kind_are_refused(toy, rows_of):
         causal_task(toy("encoder"), rows_of(TRAIN), rows_of(QUERY), key=KEY)
     with pytest.raises(Misuse, match=r"'seq2seq' with toy .*\(decoder\); expected an encoder-dec"):
         seq2seq(toy("decoder"), rows_of)
+
+
+# Queries of like length
+
+
+@pytest.mark.parametrize("kind", ["causal", "choice", "choice by likelihood", "seq2seq"])
+def test_queries_without_their_padding_have_the_same_losses(kind, toy, rows_of, monkeypatch):
+    monkeypatch.setattr("bayes_simfluence.recording.lengths.MULTIPLE", 1)
+    rest = {"answer": "yes", "label": "0", "one": "no", "two": "yes yes"}
+    rows = [{"q": " ".join("abcd"[:length]), **rest} for length in (1, 4, 2)]
+    files, of_choice = (rows_of(rows), rows_of(rows, "query")), {"options": ["one", "two"]}
+    task = {
+        "causal": lambda: causal_task(
+            toy("decoder"), *files, prompt="{q}", completion="{answer}", key=KEY
+        ),
+        "choice": lambda: choice_task(toy("encoder"), *files, prompt="{q}", key=KEY, **of_choice),
+        "choice by likelihood": lambda: choice_task(
+            toy("decoder"), *files, prompt="{q}", key=KEY, **of_choice
+        ),
+        "seq2seq": lambda: seq2seq(toy("encoder-decoder"), rows_of, query=rows),
+    }[kind]()
+    whole = dataclasses.replace(task.validate(), query_lengths=None, cut=None)
+    assert len(length_groups(task.query_lengths)) > 1
+    found, expected = (
+        jax.jit(measure_of(one, None))(one.params, fixed_of(one)) for one in (task, whole)
+    )
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
 
 
 # Classification by other networks
