@@ -57,10 +57,13 @@ class Claims:
             (self._folder / str(run)).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Release what is still held; the folder goes with its last claim."""
+        """Release what is still held; the folder goes with its last claim of a living process."""
         for run in tuple(self._held):
             self.release(run)
         with suppress(OSError), alone_in(self._folder):
+            for path in self._folder.iterdir():
+                if _forsaken(path):
+                    path.unlink()
             self._folder.rmdir()
 
 

@@ -46,6 +46,18 @@ def test_the_claim_of_a_dead_process_is_taken_over(tmp_path):
         assert owner["pid"] == os.getpid()
 
 
+def test_claims_of_the_dead_are_swept_by_whoever_comes_next(tmp_path):
+    """A process killed between writing its last run and releasing it leaves a claim on it."""
+    claim_of(tmp_path / "claims", host=socket.gethostname(), pid=os.getpid(), born="before")
+    with claimed(tmp_path, []):
+        assert (tmp_path / "claims" / "3").exists()
+    assert list(tmp_path.iterdir()) == []
+    claim_of(tmp_path / "claims", host="elsewhere", pid=1, born="1")
+    with claimed(tmp_path, []):
+        pass
+    assert (tmp_path / "claims" / "3").exists(), "it may live"
+
+
 def test_a_number_given_to_another_process_is_no_owner(tmp_path):
     claim_of(tmp_path / "claims", host=socket.gethostname(), pid=os.getpid(), born="before")
     with claimed(tmp_path, [3]):
