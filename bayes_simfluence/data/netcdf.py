@@ -49,7 +49,7 @@ def _encoded(attrs: dict[Any, Any]) -> dict[str, Any]:
     complex_ones = [
         name
         for name, value in attrs.items()
-        if not isinstance(value, str | int | float | np.generic)
+        if isinstance(value, bool) or not isinstance(value, str | int | float | np.generic)
     ]
     encoded = {name: json.dumps(attrs[name]) for name in complex_ones}
     return {**attrs, **encoded, AS_JSON: json.dumps(complex_ones)}

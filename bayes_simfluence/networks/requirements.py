@@ -70,10 +70,10 @@ def quotient(config: "PretrainedConfig", whole: str, part: str) -> int:
     return int(dividend // divisor)
 
 
-def prefix_of(tensors: Tensors, marker: str, prefixes: Sequence[str]) -> str:
+def prefix_of(tensors: Collection[str], marker: str, prefixes: Sequence[str]) -> str:
     """What stands before the names of the network's tensors; a model with a head adds its own.
 
-    >>> prefix_of({"bert.embeddings.word": 0}, "embeddings.", ["", "bert."])
+    >>> prefix_of(["bert.embeddings.word"], "embeddings.", ["", "bert."])
     'bert.'
     """
     return next(

@@ -22,7 +22,7 @@ def some_runs(rng, names=("a", "b", "c"), step_size=0.1):
         train_ids=[f"t{i}" for i in range(6)],
         query_ids=list(range(queries)),
         run_ids=list(names),
-        attrs={"model": "m", "versions": {"jax": "1"}, "labels": ["x", "y"]},
+        attrs={"model": "m", "versions": {"jax": "1"}, "labels": ["x", "y"], "remat": False},
     )
 
 

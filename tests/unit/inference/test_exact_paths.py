@@ -212,10 +212,10 @@ def test_features_that_are_there_may_be_left_unused():
     used, unused = (
         features_of(found, bs.Simfluence(prior=Normal(features=one))) for one in (True, False)
     )
-    assert used.train.shape == (200, 16) and used.query.shape == (QUERY, 16)
+    assert used.train.shape == (200, 64) and used.query.shape == (QUERY, 64)
     assert unused.train.shape == (200, 0) and unused.query.shape == (QUERY, 0)
     alone = features_of(found._replace(query_feature=None), bs.Simfluence())
-    assert alone.train.shape == (200, 16) and alone.query.shape == (QUERY, 0)
+    assert alone.train.shape == (200, 64) and alone.query.shape == (QUERY, 0)
 
 
 def test_two_runs_are_enough_and_one_is_not():

@@ -192,13 +192,13 @@ def test_what_cannot_be_simulated_is_refused(posteriors, held_out, method):
     # Without features nothing tells of other ids; with them see test_unseen.py.
     bare = held_out.drop_vars(["train_feature", "query_feature"])
     unknown = bare.assign_coords(query=["x", *held_out["query"].values[1:]])
-    with pytest.raises(Misuse, match=r"queries: got unknown ids x|expected 16 features of x"):
+    with pytest.raises(Misuse, match=r"queries: got unknown ids x|expected 64 features of x"):
         posterior.simulate(unknown, key=KEY)
     used = int(held_out["batch"].values[0, 0, 0])
     names = held_out["train"].values.astype(object)
     names[used] = "stranger"
     unknown = bare.assign_coords(train=names.astype(str))
-    said = r"examples in the curricula: got unknown ids stranger|expected 16 features of stranger"
+    said = r"examples in the curricula: got unknown ids stranger|expected 64 features of stranger"
     with pytest.raises(Misuse, match=said):
         posterior.simulate(unknown, key=KEY)
     held_out["loss"].values[0, 0, 1], held_out["status"].values[:] = np.nan, 0

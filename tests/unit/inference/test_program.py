@@ -1,6 +1,7 @@
 """The program: transitions as runs, minibatches, sites, and draws from the prior."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +47,14 @@ def program(model, recorded):
     return program_of(recorded_from(recorded, model.prior), model, "test")
 
 
+def prior_trace(made):
+    run = handlers.seed(partial(JointProgram.of(made), simulate=True), KEY)
+    return handlers.trace(run).get_trace(made.observed)
+
+
 def sampled(made):
     """Values of the sample sites, from the prior."""
-    trace = handlers.trace(handlers.seed(made._prior, KEY)).get_trace()
+    trace = prior_trace(made)
     return {name: site["value"] for name, site in trace.items() if site["type"] == "sample"}
 
 
@@ -125,7 +131,8 @@ def test_the_program_is_prior_times_density_of_the_losses(rng, model):
         made = program(model, runs(rng, lost))
         assert made.gaps.imputed.tolist() == [list(one) for one in lost]
         values = sampled(made)
-        prior = log_density(made._prior, (), {}, values)[0]
+        of_prior = partial(JointProgram.of(made), simulate=True)
+        prior = log_density(of_prior, (made.observed,), {}, values)[0]
         sites = JointProgram.of(made).sites_of(
             made.observed, {name: one[None] for name, one in values.items()}
         )
@@ -152,7 +159,7 @@ def test_sites_follow_from_those_that_are_sampled(rng, name):
     recorded = runs(rng)
     with double_precision():
         made = program(SITES[name], recorded)
-        trace = handlers.trace(handlers.seed(made._prior, KEY)).get_trace()
+        trace = prior_trace(made)
         values = sampled(made)
         joint = JointProgram.of(made)
         whole = {name: one[None] for name, one in values.items()}

@@ -137,7 +137,7 @@ def test_a_scale_known_from_others_has_the_spread_of_theirs(rng):
 def test_features_are_asked_for_where_they_are_needed(fits):
     _, reduced = fits
     changed = with_unused(recording(), 2)
-    with pytest.raises(Misuse, match=r"runs\['train_feature'\]: got nothing; expected 16 features"):
+    with pytest.raises(Misuse, match=r"runs\['train_feature'\]: got nothing; expected 64 features"):
         reduced.simulate(changed.drop_vars("train_feature"), key=KEY)
     other = recording(query=slice(3, 6))
     with pytest.raises(Misuse, match=r"runs\['query_feature'\]: got 3 features"):

@@ -27,8 +27,8 @@ SETTINGS = {
 }
 
 
-def test_settings_are_those_of_the_recording(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "task_of", lambda config: toy)
+def test_settings_are_those_of_the_recording(squares, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "task_of", lambda config: squares)
     config = session.merged(SETTINGS)
     store = tmp_path / "runs.zarr"
     runs = session.record_from_config(config, store)
