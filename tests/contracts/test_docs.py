@@ -48,6 +48,9 @@ def run_page(page, folder, monkeypatch):
 
 
 def test_getting_started(tmp_path, monkeypatch):
+    """As written, on ten of the fifty queries."""
+    recorded = bs.example_runs
+    monkeypatch.setattr(bs, "example_runs", lambda *name: recorded(*name).isel(query=slice(0, 10)))
     names = run_page("docs/getting-started.md", tmp_path, monkeypatch)
     assert names["table"].loc["bayes", "mse"] < names["table"].loc["mean", "mse"]
     made = {"runs.nc", "mine.zarr", "posterior.nc", "simulated.nc", "curves.png", "table.md"}

@@ -18,6 +18,7 @@ SMALL = {
         "--draws=20",
         "--times=2",
         "--parts=2",
+        "--priors=1",
     ],
     "04_recorder_flax.py": [],
     "05_recorder_trainer.py": [],
