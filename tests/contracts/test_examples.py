@@ -54,8 +54,14 @@ def run(script, folder, *words, before=""):
     )
 
 
+LONG = ["02_results_study.py"]
+"""Runs with the long suites: what it does on one recording the next study does on several."""
 SCRIPTS = [
-    pytest.param(script, marks=[pytest.mark.parity] if script in NEEDS else [])
+    pytest.param(
+        script,
+        marks=[pytest.mark.parity] * (script in NEEDS)
+        + [pytest.mark.statistical] * (script in LONG),
+    )
     for script in sorted(SMALL)
 ]
 """Those that need packages run where PyTorch is."""

@@ -132,6 +132,7 @@ def both(runs, model, warmup, draws, **distorted):
     ]  # fmt: skip
 
 
+@long
 def test_collapsed_and_plain_nuts_agree():
     model = bs.Simfluence(kind="additive")
     right, (same, shifted, narrow) = both(recording(), model, 200, 400, shift=0.5, ratio=0.6)

@@ -165,6 +165,7 @@ def test_a_simulation_needs_nothing_but_the_start(posterior):
     assert one.equals(other)
 
 
+@pytest.mark.statistical
 def test_a_thin_recording_predicts_nearly_as_well_as_the_whole():
     steps = 48
     fitted, held_out = recording(8, steps=steps), recording(8, first=16, steps=steps)
