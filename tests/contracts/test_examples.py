@@ -54,8 +54,8 @@ def run(script, folder, *words, before=""):
     )
 
 
-LONG = ["02_results_study.py"]
-"""Runs with the long suites: what it does on one recording the next study does on several."""
+LONG = ["02_results_study.py", "03_tasks_study.py"]
+"""Studies: they run with the long suites, at a small size."""
 SCRIPTS = [
     pytest.param(
         script,
