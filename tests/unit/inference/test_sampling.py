@@ -140,6 +140,7 @@ except bs.Misuse as error:
 """
 
 
+@pytest.mark.statistical
 def test_chains_over_devices():
     forced = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
