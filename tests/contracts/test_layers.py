@@ -131,7 +131,7 @@ ROWS = {
         "posterior",
         "fit",
     ],
-    "baselines": ["simple"],
+    "baselines": ["simple", "scores", "additive", "gradients"],
     "evaluation": ["metrics", "ranks", "synthetic", "compare", "calibration", "whole_runs"],
     "report": ["tables", "plots", "diagnose"],
 }
