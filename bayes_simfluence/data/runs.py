@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool
 
-from bayes_simfluence.checks import Misuse, RunsWarning, named, shorten
+from bayes_simfluence.checks import Misuse, RunsWarning, shorten
 from bayes_simfluence.conventions import (
     COMPLETE,
     DIVERGED,
@@ -18,7 +18,6 @@ from bayes_simfluence.conventions import (
     UNRECORDED,
     VARIABLES,
 )
-from bayes_simfluence.data.curriculum import drop
 from bayes_simfluence.data.metrics import validate_metrics
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "runs_from_arrays",
     "usable_runs",
     "validate_runs",
-    "without_examples",
 ]
 
 Ids = Sequence[Any] | np.ndarray
@@ -154,22 +152,6 @@ def planned_runs(
         attrs={},
     )
     return validate_runs(planned)
-
-
-def without_examples(runs: xr.Dataset, ids: Ids) -> xr.Dataset:
-    """The same runs planned without the examples of these ids: their slots are empty.
-
-    >>> runs = runs_from_arrays(batch=[[[0, 1]]], loss=[[[0.7], [0.6]]], train_ids=["a", "b"])
-    >>> without_examples(runs, ["b"])["batch"].values.tolist()
-    [[[0, -1]]]
-    """
-    indices = named("examples to drop", ids, runs["train"].values)
-    return planned_runs(
-        runs,
-        np.stack([drop(batch, indices) for batch in runs["batch"].values]),
-        step_size=runs["step_size"].values if "step_size" in runs else None,
-        run_ids=runs["run"].values,
-    )
 
 
 def run_statuses(loss: np.ndarray, *, missing: bool = False) -> np.ndarray:

@@ -17,6 +17,7 @@ ROWS = {
         "netcdf",
         "metrics",
         "runs",
+        "edits",
         "identify",
         "store",
         "claims",
