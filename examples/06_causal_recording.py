@@ -28,7 +28,7 @@ from bayes_simfluence.recording.likelihood import mean_nats
 from bayes_simfluence.recording.session import merged, record_from_config
 
 END = "<|endoftext|>"
-LAYERS, WIDTH, HEADS, POSITIONS, VOCABULARY = 4, 128, 4, 64, 2000
+WIDTH, HEADS, POSITIONS = 128, 4, 64
 LENGTH, BATCH, RATE = 32, 32, 2e-3
 MADE_UP = {"runs": 4, "examples": 16, "queries": 4, "per_run": 8, "epochs": 1, "features": 8}
 """Size of the recording where no files are given."""
@@ -41,7 +41,7 @@ def made_up(count: int, subjects: list[str]) -> list[str]:
     return [f"the {draw(subjects)} {draw(verbs)} {draw(ends)} {number}" for number in range(count)]
 
 
-def write_folder(texts: list[str], folder: Path, vocabulary: int) -> None:
+def write_folder(texts: list[str], folder: Path, vocabulary: int, layers: int) -> None:
     """Config and tokenizer of a small GPT-2 whose vocabulary is learned from ``texts``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Config, PreTrainedTokenizerFast
@@ -62,7 +62,7 @@ def write_folder(texts: list[str], folder: Path, vocabulary: int) -> None:
     words.save_pretrained(folder)
     GPT2Config(
         vocab_size=len(words),
-        n_layer=LAYERS,
+        n_layer=layers,
         n_embd=WIDTH,
         n_head=HEADS,
         n_positions=POSITIONS,
@@ -75,7 +75,7 @@ def random_tensors(folder: Path, key: jax.Array) -> Tensors:
     """Weights as GPT-2 begins: normal with sd .02, norms one, biases zero."""
     config = json.loads((folder / "config.json").read_text())
     shapes = {"wte.weight": (config["vocab_size"], WIDTH), "wpe.weight": (POSITIONS, WIDTH)}
-    for layer in range(LAYERS):
+    for layer in range(config["n_layer"]):
         inside = f"h.{layer}"
         shapes |= {f"{inside}.{norm}.weight": (WIDTH,) for norm in ("ln_1", "ln_2")}
         shapes[f"{inside}.attn.c_attn.weight"] = (WIDTH, 3 * WIDTH)
@@ -123,10 +123,12 @@ def pretrain(network: Network, tensors: Tensors, stream: jax.Array, steps: int) 
     return carry[0]
 
 
-def make_checkpoint(texts: list[str], folder: Path, vocabulary: int, steps: int) -> None:
+def make_checkpoint(
+    texts: list[str], folder: Path, *, vocabulary: int, layers: int, steps: int
+) -> None:
     """A folder with config, tokenizer and safetensors."""
     folder.mkdir(parents=True)
-    write_folder(texts, folder, vocabulary)
+    write_folder(texts, folder, vocabulary, layers)
     tensors = random_tensors(folder, jax.random.key(0))
     save_tensors(tensors, folder)
     words = load_tokenizer(folder)
@@ -147,7 +149,8 @@ def main() -> None:
     given = parser.parse_args()
     folder = given.out / "gpt2-small-text"
     if given.text is None:
-        texts, steps, vocabulary = made_up(200, ["cat", "bear", "child"]), 50, 300
+        texts = made_up(200, ["cat", "bear", "child"])
+        made = {"vocabulary": 300, "layers": 1, "steps": 50}
         other = made_up(60, ["king", "queen", "robot", "cook"])
         size = MADE_UP
         for name, part in (("train", other[:40]), ("query", other[40:])):
@@ -157,9 +160,10 @@ def main() -> None:
             setattr(given, name, path)
     else:
         texts = [json.loads(line)["text"] for line in given.text.read_text().splitlines()]
-        steps, vocabulary, size = given.steps, VOCABULARY, {}
+        made = {"vocabulary": 2000, "layers": 4, "steps": given.steps}
+        size = {}
     if not folder.exists():
-        make_checkpoint(texts, folder, vocabulary, steps)
+        make_checkpoint(texts, folder, **made)
     config = merged(
         {"task": "causal", "checkpoint": str(folder), "max_tokens": 32, "learning_rate": 5e-4},
         {"train": str(given.train), "query": str(given.query), **size},

@@ -69,8 +69,8 @@ def simulate(
 
     import jax
 
-    from bayes_simfluence.data.netcdf import write_groups
     from bayes_simfluence.data.edits import without_examples
+    from bayes_simfluence.data.netcdf import write_groups
     from bayes_simfluence.inference.posterior import load_posterior
     from bayes_simfluence.report.plots import plot_curves, save_figure
 

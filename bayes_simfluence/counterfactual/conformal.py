@@ -59,16 +59,7 @@ def conformal_quantile(scores: Float[np.ndarray, "run query"], probability: floa
     """
     known = np.isfinite(scores)
     scores, known = scores[known.any(axis=1)], known[known.any(axis=1)]
-    runs = len(scores)
-    if runs < runs_needed(probability):
-        raise Misuse(
-            "calibration runs",
-            got=runs,
-            expected=f"at least {runs_needed(probability)}, without which a conformal band of "
-            f"probability {probability:g} is infinitely wide",
-            do="record more runs, or lower the probability to at most "
-            f"{_floored(runs / (runs + 1)):g}",
-        )
+    runs = _enough(len(scores), probability)
     weight = np.broadcast_to(1.0 / known.sum(axis=1, keepdims=True), scores.shape)
     order = np.argsort(scores[known], kind="stable")
     reached = np.cumsum(weight[known][order]) >= probability * (runs + 1) - 1e-9
@@ -102,7 +93,8 @@ class Conformal:
 
     Attributes:
         runs: recorded runs that were not fitted; None for left-out predictions of the fitted ones.
-        probability: in (0, 1); needs ``probability / (1 - probability)`` runs, 9 for 90%.
+        probability: in (0, 1); needs ``probability / (1 - probability)`` runs, 9 for 90%: fewer
+            are refused.
         simultaneous: one factor for all times, from each run's largest score along time.
 
     >>> import jax, bayes_simfluence as bs
@@ -120,6 +112,8 @@ class Conformal:
 
     def __post_init__(self) -> None:
         open_unit_interval("Conformal(probability=...)", self.probability)
+        if self.runs is not None:
+            _enough(self.runs.sizes["run"], self.probability)
 
     def edges(
         self, simulated: xr.Dataset, posterior: Simulates, *, key: jax.Array, draws: int
@@ -154,6 +148,19 @@ class Conformal:
             "calibration": "fitted runs left out" if self.runs is None else "runs not fitted",
         }
         return banded(simulated, shape, factor, about)
+
+
+def _enough(runs: int, probability: float) -> int:
+    if runs < runs_needed(probability):
+        raise Misuse(
+            "calibration runs",
+            got=runs,
+            expected=f"at least {runs_needed(probability)}, without which a conformal band of "
+            f"probability {probability:g} is infinitely wide",
+            do="record more runs, or lower the probability to at most "
+            f"{_floored(runs / (runs + 1)):g}",
+        )
+    return runs
 
 
 class _Scored(NamedTuple):

@@ -22,6 +22,7 @@ SMALL = {
     ],
     "04_recorder_flax.py": [],
     "05_recorder_trainer.py": [],
+    "06_causal_recording.py": [],
 }
 WRITTEN = {
     "01_record_fit_simulate.py": ["runs.zarr", "posterior.nc", "curves.png"],
@@ -29,6 +30,7 @@ WRITTEN = {
     "03_tasks_study.py": ["tasks.md", "tasks.csv", "tasks.png"],
     "04_recorder_flax.py": ["runs.zarr"],
     "05_recorder_trainer.py": ["runs.zarr"],
+    "06_causal_recording.py": ["runs.zarr", "gpt2-small-text/model.safetensors"],
 }
 NEEDS = {"04_recorder_flax.py": ["flax"], "05_recorder_trainer.py": ["torch", "accelerate"]}
 """Packages of the extra [examples], without which a script says so and ends well."""

@@ -321,9 +321,9 @@ def test_what_cannot_be_banded_is_refused(many):
     posterior = believing(fitted)
     few = many.isel(run=slice(20, 28))
     with pytest.raises(Misuse, match=r"got 8; expected at least 9.*probability to at most 0.888"):
-        posterior.simulate(new, **SETTINGS, band=bs.Conformal(few))
+        bs.Conformal(few)  # before anything is simulated
     with pytest.raises(Misuse, match=r"at least 19.*infinitely wide"):
-        posterior.simulate(new, **SETTINGS, band=bs.Conformal(few, probability=0.95))
+        bs.Conformal(few, probability=0.95)
     posterior.simulate(new, **SETTINGS, band=bs.Conformal(few, probability=0.888))
     with pytest.raises(Misuse, match=r"without predictions of left-out runs.*pass Conformal\(runs"):
         posterior.simulate(new, **SETTINGS, band=bs.Conformal())
@@ -335,7 +335,7 @@ def test_what_cannot_be_banded_is_refused(many):
     with pytest.raises(Misuse, match=r"got one draw.*Conformal"):
         believing(fitted, noise=None).simulate(new, **SETTINGS, band=bs.Credible())
     with pytest.raises(Misuse, match=r"queries: got unknown ids"):
-        strange = few.assign_coords(query=["x", "y"])
+        strange = many.isel(run=slice(20, 30)).assign_coords(query=["x", "y"])
         posterior.simulate(new, **SETTINGS, band=bs.Conformal(strange))
     with pytest.raises(Misuse, match=r"band: got Conformal; expected.*pass an instance"):
         posterior.simulate(new, **SETTINGS, band=bs.Conformal)
