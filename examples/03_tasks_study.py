@@ -304,22 +304,22 @@ def priors_section(table: pd.DataFrame) -> list[str]:
 def picture(table: pd.DataFrame) -> plt.Figure:
     """Coverage against the number of runs fitted."""
     bands = table[(table["study"] == "bands") & (table["method"] == DEFAULT)]
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(10.5, 3.8), sharey=True, layout="constrained")
     names = {"coverage_90": "all steps", "final_coverage_90": "final step"}
     for axes, (metric, name) in zip(panels, names.items(), strict=True):
         axes.axhspan(0.87, 0.93, color="0.9")
         axes.axhline(0.90, color="0.5", linewidth=1)
-        for shift, recording in enumerate(bands["recording"].unique()):
+        recordings = bands["recording"].unique()
+        for shift, recording in enumerate(recordings):
             rows = bands[bands["recording"] == recording]
             found = [with_interval(rows[rows["fitted"] == one], metric) for one in COUNTS]
             value, low, high = np.array(found).T
-            place = np.array(COUNTS) + 0.25 * (shift - 1.5)
-            axes.errorbar(
-                place, value, yerr=[value - low, high - value], marker="o", label=recording
-            )
+            place = np.array(COUNTS) + 0.22 * (shift - (len(recordings) - 1) / 2)
+            reach = [value - low, high - value]
+            axes.errorbar(place, value, yerr=reach, marker="o", markersize=4, label=recording)
         axes.set(title=f"90% band, {name}", xlabel="runs fitted", xticks=COUNTS, ylim=(0.5, 1.0))
     panels[0].set_ylabel("share of held-out points inside")
-    panels[1].legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
 
 

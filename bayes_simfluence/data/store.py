@@ -51,6 +51,11 @@ EXAMPLES = {
     "trec": "example_runs_trec.nc",
     "copa": "example_runs_copa.nc",
     "sst2-sgd": "example_runs_sst2_sgd.nc",
+    "sst2-lora": "example_runs_sst2_lora.nc",
+    "sst2-ia3": "example_runs_sst2_ia3.nc",
+    "trec-ia3": "example_runs_trec_ia3.nc",
+    "copa-ia3": "example_runs_copa_ia3.nc",
+    "trec-causal": "example_runs_trec_causal.nc",
 }
 """Recordings that ship with the package."""
 
@@ -159,15 +164,17 @@ def export_netcdf(runs: xr.Dataset, path: PathLike, *, overwrite: bool = False) 
 
 
 def example_runs(name: str = "sst2") -> xr.Dataset:
-    """32 recorded runs of MiniLM that ship with the package (ids and losses, no text).
+    """32 recorded runs that ship with the package (ids and losses, no text).
 
     The standard protocol: each run 128 of 200 examples, batch 4, 3 epochs (96 steps), AdamW with
     linear decay, 50 queries; ``docs/recording.md`` has the commands that recorded them.
 
     Args:
-        name: ``sst2`` (sentiment, two classes), ``trec`` (questions, six classes), ``copa`` (pairs
-            of sentences, plausible or not), or ``sst2-sgd``: plain SGD at a high rate, where runs
-            are chaotic and hard to predict.
+        name: MiniLM fully fine-tuned on ``sst2`` (sentiment, two classes), ``trec`` (questions, six
+            classes) or ``copa`` (pairs of sentences, plausible or not); with adapters in
+            ``sst2-lora``, ``sst2-ia3``, ``trec-ia3`` and ``copa-ia3``; ``sst2-sgd``: plain SGD at a
+            high rate, where runs are chaotic and hard to predict; ``trec-causal``: a small GPT-2
+            on questions as text.
 
     >>> example_runs().sizes["run"]
     32
