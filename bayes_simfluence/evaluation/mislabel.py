@@ -5,7 +5,7 @@ self-influence; here also by the posterior probability that an example does harm
 """
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ class Flipped(NamedTuple):
         flipped: which ones are wrong.
     """
 
-    labels: list
+    labels: list[Any]
     flipped: Bool[np.ndarray, " train"]
 
 
@@ -70,9 +70,7 @@ def flip_labels(labels: Sequence[Label], share: float, *, key: jax.Array) -> Fli
     return Flipped(found, flipped)
 
 
-def probability_of_harm(
-    posterior: Posterior, *, key: jax.Array, draws: int = 1000
-) -> xr.DataArray:
+def probability_of_harm(posterior: Posterior, *, key: jax.Array, draws: int = 1000) -> xr.DataArray:
     """Posterior probability that training on an example raises the summed loss of the queries.
 
     The effect of an example on a query is the one that stays (``staying``, on the scale of the
@@ -93,7 +91,7 @@ def probability_of_harm(
     found = posterior.samples(key=key, draws=draws)
     if "staying" in found:
         effect = found["staying"]
-    elif {"a", "b"} <= set(found.data_vars) and getattr(posterior.simulator, "keep", 1.0):
+    elif {"a", "b"} <= set(found.data_vars) and getattr(posterior.simulator, "keep", True):
         effect = found["b"] + found["a"] * posterior.runs["loss"].mean(("run", "time"))
     else:
         effect = xr.DataArray(np.zeros((1, 1)), dims=("chain", "draw"))

@@ -17,6 +17,7 @@ ROWS = {
         "netcdf",
         "metrics",
         "runs",
+        "subsets",
         "identify",
         "store",
         "claims",
@@ -131,9 +132,19 @@ ROWS = {
         "posterior",
         "fit",
     ],
-    "baselines": ["simple", "scores", "additive", "gradients"],
-    "evaluation": ["metrics", "ranks", "synthetic", "compare", "calibration", "whole_runs"],
-    "report": ["tables", "plots", "diagnose"],
+    "baselines": ["simple", "scores", "score_files", "additive", "datamodel", "gradients"],
+    "evaluation": [
+        "metrics",
+        "ranks",
+        "synthetic",
+        "compare",
+        "calibration",
+        "whole_runs",
+        "lds",
+        "mislabel",
+    ],
+    "report": ["tables", "plots", "diagnose", "attribution"],
+    "study": ["config", "jobs", "methods", "cell", "stages", "report", "run"],
 }
 """Folder -> its modules; a module imports only from rows above, or from before it in its row."""
 
@@ -148,6 +159,7 @@ VERBS = [
     "compare",
     "diagnose",
     "calibrate",
+    "study",
     "demo",
 ]
 LAST = ["commands.options", *(f"commands.{one}" for one in VERBS), "cli", "__main__"]

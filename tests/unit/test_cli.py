@@ -71,9 +71,8 @@ def test_fit_simulate_compare(command, runs, tmp_path):
 def test_scores_are_compared_as_simulators(command, runs, tmp_path):
     recorded = bs.open_runs(runs)
     values = np.random.default_rng(0).normal(size=(recorded.sizes["train"], 3))
-    made = score_array(
-        values, recorded["train"].values, recorded["query"].values, method="chance", units="nat"
-    )
+    ids = (recorded[one].values.tolist() for one in ("train", "query"))
+    made = score_array(values, *ids, method="chance", units="nat")
     save_scores(made, tmp_path / "chance.nc")
     save_scores(made.isel(train=slice(1, None)), tmp_path / "few.nc")
     words = [

