@@ -118,17 +118,17 @@ class Cell:
                 do="record more, or lower counts, validate or held_out",
             )
         most = max(study.counts)
-        end = most + study.validate
+        end = most + study.protocol.validate
         return Split(
             fitted=runs.isel(run=slice(0, count)),
-            validation=runs.isel(run=slice(most, end)) if study.validate else None,
-            held_out=runs.isel(run=slice(end, end + study.held_out)),
+            validation=runs.isel(run=slice(most, end)) if study.protocol.validate else None,
+            held_out=runs.isel(run=slice(end, end + study.protocol.held_out)),
         )
 
     def key(self, job: str) -> jax.Array:
         """A key of a piece of work, the same in every call and on every machine."""
         number = crc32(f"{self.config.name}/{job}".encode())
-        return jax.random.fold_in(jax.random.key(self.study.seed), number)
+        return jax.random.fold_in(jax.random.key(self.study.protocol.seed), number)
 
     def tables(self) -> Mapping[int, pd.DataFrame]:
         """The comparisons that are there, by number of fitted runs."""

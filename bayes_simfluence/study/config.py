@@ -1,22 +1,20 @@
 """The settings of a study: cells (a data set and a tuning each), methods, numbers of runs."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from bayes_simfluence.checks import Misuse, choice_of, count_of, positive_integer, shorten
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.settings import layered, say
 
-__all__ = ["ALL", "EXAMPLE", "CellConfig", "StudyConfig", "study_of"]
+__all__ = ["ALL", "EXAMPLE", "CellConfig", "StudyConfig", "StudyProtocol", "study_of"]
 
 EXAMPLE = "example:"
 """Before the name of a recording that ships with the package."""
 ALL = "all"
 """As many checkpoints as there are steps."""
 NESTED = ("cells", "counts", "methods", "simulators")
-GROWING = ("cells", "counts", "methods", "simulators")
-"""What a later call of the same study may add to."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +34,9 @@ class CellConfig:
 
 
 @dataclass(frozen=True)
-class StudyConfig:
-    """Everything that decides a study; saved in its folder.
+class StudyProtocol:
+    """What all cells, methods and numbers of runs have in common."""
 
-    Attributes:
-        cells: recordings.
-        counts: numbers of runs that simulators are fitted to: the first ones of each recording.
-        methods: attributions whose scores become simulators; all that there are when ``None``.
-        simulators: what is fitted to runs without scores; all that there are when ``None``.
-    """
-
-    cells: tuple[CellConfig, ...] = say("recordings", ())
-    counts: tuple[int, ...] = say("numbers of fitted runs", (5, 10, 15, 20, 25))
-    methods: tuple[str, ...] | None = say("attributions, all when left out", None)
-    simulators: tuple[str, ...] | None = say("simulators, all when left out", None)
     validate: int = say("runs after the fitted ones that choose penalties (ridge)", 2)
     held_out: int = say("runs after those that everything is judged on", 5)
     pilot: int = say("number of the run whose weights methods see", 0)
@@ -58,18 +45,40 @@ class StudyConfig:
     resamples: int = say("bootstrap resamples over runs", 1000)
     seed: int = say("decides fits, projections and draws", 0)
 
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Everything that decides a study; saved in its folder.
+
+    Attributes:
+        cells: recordings.
+        counts: numbers of runs that simulators are fitted to: the first ones of each recording.
+        methods: attributions whose scores become simulators; all that there are when ``None``.
+        simulators: what is fitted to runs without scores; all that there are when ``None``.
+        protocol: the rest.
+    """
+
+    cells: tuple[CellConfig, ...]
+    counts: tuple[int, ...] = (5, 10, 15, 20, 25)
+    methods: tuple[str, ...] | None = None
+    simulators: tuple[str, ...] | None = None
+    protocol: StudyProtocol = StudyProtocol()
+
     def checked(self) -> "StudyConfig":
         """The settings themselves when each is possible.
 
         Raises:
             Misuse: the first one that is not.
         """
+        protocol = self.protocol
         for name in ("held_out", "draws", "resamples"):
-            positive_integer(name, getattr(self, name))
+            positive_integer(name, getattr(protocol, name))
         for name in ("validate", "pilot", "seed"):
-            count_of(name, getattr(self, name))
-        if self.checkpoints != ALL:
-            positive_integer("checkpoints", self.checkpoints, do=f"pass a whole number or {ALL}")
+            count_of(name, getattr(protocol, name))
+        if protocol.checkpoints != ALL:
+            positive_integer(
+                "checkpoints", protocol.checkpoints, do=f"pass a whole number or {ALL}"
+            )
         for one in self.counts:
             positive_integer("counts", one)
         names = [one.name for one in self.cells]
@@ -88,21 +97,23 @@ class StudyConfig:
     @property
     def needed(self) -> int:
         """Runs that a recording must have."""
-        return max(self.counts) + self.validate + self.held_out
+        return max(self.counts) + self.protocol.validate + self.protocol.held_out
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for YAML."""
-        plain = asdict(self)
-        for name in NESTED:
-            plain[name] = None if plain[name] is None else list(plain[name])
-        return plain
+        listed = {name: getattr(self, name) for name in ("counts", "methods", "simulators")}
+        return {
+            **{name: None if one is None else list(one) for name, one in listed.items()},
+            **asdict(self.protocol),
+            "cells": [asdict(one) for one in self.cells],
+        }
 
     def continues(self, earlier: "StudyConfig", where: str) -> None:
         """Raise when results of ``earlier`` would be mixed with results of other settings."""
         other = [
             one.name
-            for one in fields(self)
-            if one.name not in GROWING and getattr(self, one.name) != getattr(earlier, one.name)
+            for one in fields(StudyProtocol)
+            if getattr(self.protocol, one.name) != getattr(earlier.protocol, one.name)
         ]
         if max(self.counts) != max(earlier.counts):
             # Then other runs would be held out.
@@ -113,8 +124,8 @@ class StudyConfig:
             raise Misuse(
                 where,
                 got=f"a study with other {shorten(other)}",
-                expected="the settings that it was begun with; cells, methods and smaller counts may "
-                "join",
+                expected="the settings that it was begun with; only cells, methods and smaller "
+                "counts may join",
                 do="restore them, or choose another folder",
             )
 
@@ -133,25 +144,26 @@ class StudyConfig:
             )
         if cell.record is None:
             return
+        said = self.protocol
         if cell.record.runs < self.needed:
             raise Misuse(
                 f"{what}: runs",
                 got=cell.record.runs,
                 expected=f"at least {self.needed}: {max(self.counts)} fitted, "
-                f"{self.validate} to validate, {self.held_out} held out",
+                f"{said.validate} to validate, {said.held_out} held out",
                 do="record more, or lower counts",
             )
-        if self.pilot >= cell.record.runs:
+        if said.pilot >= cell.record.runs:
             raise Misuse(
                 "pilot",
-                got=self.pilot,
+                got=said.pilot,
                 expected=f"a run among 0..{cell.record.runs - 1}",
                 do="choose a fitted run",
             )
-        if self.checkpoints != ALL and int(self.checkpoints) > cell.record.steps:
+        if said.checkpoints != ALL and int(said.checkpoints) > cell.record.steps:
             raise Misuse(
                 "checkpoints",
-                got=self.checkpoints,
+                got=said.checkpoints,
                 expected=f"at most the {cell.record.steps} steps of a run of {what}",
                 do=f"ask for fewer, or for {ALL}",
             )
@@ -172,16 +184,15 @@ def study_of(settings: Mapping[str, Any]) -> StudyConfig:
     """
     common = _mapping("common", settings.get("common") or {})
     plain = {name: one for name, one in settings.items() if name not in (*NESTED, "common")}
-    scalars = layered(StudyConfig, plain)
-    nested: dict[str, Any] = {
-        "cells": tuple(
-            _cell(_mapping("cells", one), common) for one in _items("cells", settings, dict)
-        )
+    listed: dict[str, Any] = {
+        name: tuple(_items(name, settings, kind))
+        for name, kind in (("counts", int), ("methods", str), ("simulators", str))
+        if settings.get(name) is not None
     }
-    for name, kind in (("counts", int), ("methods", str), ("simulators", str)):
-        if settings.get(name) is not None:
-            nested[name] = tuple(_items(name, settings, kind))
-    return replace(scalars, **nested).checked()
+    said = (_mapping("cells", one) for one in _items("cells", settings, dict))
+    cells = tuple(_cell(one, common) for one in said)
+    protocol = layered(StudyProtocol, plain)
+    return StudyConfig(cells=cells, protocol=protocol, **listed).checked()
 
 
 def _cell(said: Mapping[str, Any], common: Mapping[str, Any]) -> CellConfig:

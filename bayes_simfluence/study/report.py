@@ -1,6 +1,6 @@
 """The report of a study: a page, tables as CSV, pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ __all__ = ["write_report"]
 
 BY_RUNS = ("mse", "spearman_change")
 """Metrics that are shown against the number of runs."""
+BAYES = "bayes"
 GIBIBYTE = 2.0**30
 
 
@@ -49,17 +50,19 @@ def write_report(cells: Sequence[Cell], folder: Path) -> Path:
 
 
 def _title(cells: Sequence[Cell]) -> str:
-    study = cells[0].study
+    held_out = cells[0].study.protocol.held_out
     return (
         "# Study\n\n"
-        f"Every method sees the first runs of a recording and is judged on {study.held_out} others "
-        f"that none has seen. Intervals: {INTERVAL:.0%}, bootstrap over these runs. The scale of "
+        f"Every method sees the first runs of a recording and is judged on {held_out} others that "
+        f"none has seen. Intervals: {INTERVAL:.0%}, bootstrap over these runs. The scale of "
         "scores is fitted on the fitted runs. The best of each column is bold. Seconds include "
         "compilation; memory is the most that the process held."
     )
 
 
-def _section(cell: Cell, tables: dict[int, pd.DataFrame], spent: pd.DataFrame, folder: Path) -> str:
+def _section(
+    cell: Cell, tables: Mapping[int, pd.DataFrame], spent: pd.DataFrame, folder: Path
+) -> str:
     name = cell.config.name
     parts = [f"## {name}"]
     if not tables:
@@ -84,18 +87,20 @@ def _headline(cell: Cell, table: pd.DataFrame) -> str:
     """The Bayesian simulator against the best one made of scores."""
     scored = [name for name in cell.attributions if name in table.index]
     of_scores = table.loc[scored]
-    if "bayes" not in table.index or not np.isfinite(of_scores["mse"]).any():
+    if BAYES not in table.index or not np.isfinite(of_scores["mse"]).any():
         return ""
-    best, ours = of_scores["mse"].idxmin(), table.loc["bayes"]
-    error = ours["mse"] / of_scores.loc[best, "mse"]
-    rank = of_scores["spearman_change"].max()
+    best, error, rank = (
+        of_scores["mse"].idxmin(),
+        float(table["mse"][BAYES] / of_scores["mse"].min()),
+        float(of_scores["spearman_change"].max()),
+    )
     return (
         f"MSE of bayes over that of the best scores ({best}): {error:.3g}. Spearman of the change: "
-        f"{ours['spearman_change']:.3g} against at most {rank:.3g}."
+        f"{table['spearman_change'][BAYES]:.3g} against at most {rank:.3g}."
     )
 
 
-def _by_runs(tables: dict[int, pd.DataFrame]) -> str:
+def _by_runs(tables: Mapping[int, pd.DataFrame]) -> str:
     found = pd.DataFrame({count: table["mse"] for count, table in tables.items()})
     lines = [
         "| method | " + " | ".join(f"{one} runs" for one in found) + " |",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pandas as pd
 
 from bayes_simfluence.baselines.additive import additive_simulator
 from bayes_simfluence.baselines.score_files import load_scores, save_scores
@@ -45,10 +46,10 @@ def _checkpoints(cell: Cell, retry: bool, progress: Progress) -> None:
     config = cell.config.record
     if config is None or not cell.attributions or cell.recorded(cell.pilot):
         return
-    task, batch = task_of(config), curricula_of(config)[[cell.study.pilot]]
+    task, batch = task_of(config), curricula_of(config)[[cell.study.protocol.pilot]]
     runs = cell.runs
     same = (
-        np.array_equal(runs["batch"].values[cell.study.pilot], batch[0])
+        np.array_equal(runs["batch"].values[cell.study.protocol.pilot], batch[0])
         and [str(one) for one in runs["train"].values] == [str(one) for one in task.train_ids]
         and [str(one) for one in runs["query"].values] == [str(one) for one in task.query_ids]
     )
@@ -117,15 +118,14 @@ def _compare(cell: Cell, retry: bool, progress: Progress) -> None:
         }
         failed = {name for name, one in methods.items() if isinstance(one, Failed)}
         table = known.get(count)
-        if table is not None and list(table.index) == list(methods):
-            if {name for name, one in table.iterrows() if one.get(FAILED, "")} == failed:
-                continue
+        if table is not None and _up_to_date(table, list(methods), failed):
+            continue
         found = compare(
             methods,
             cell.split(count).held_out,
             key=cell.key("compare"),
-            draws=cell.study.draws,
-            resamples=cell.study.resamples,
+            draws=cell.study.protocol.draws,
+            resamples=cell.study.protocol.resamples,
             progress=progress,
         )
         save_table(found, cell.table(count), overwrite=True)
@@ -142,7 +142,7 @@ STAGES: dict[str, Stage] = {
 
 
 def _count(cell: Cell, config: RecordConfig) -> int:
-    said = cell.study.checkpoints
+    said = cell.study.protocol.checkpoints
     return config.steps if said == ALL else int(said)
 
 
@@ -186,6 +186,12 @@ def _unscored(cell: Cell, name: str) -> str:
         return ""
     outcome = outcome_of(cell.scores(name))
     return "its scores were not computed" if outcome is None else outcome.failed
+
+
+def _up_to_date(table: pd.DataFrame, methods: list[str], failed: set[str]) -> bool:
+    """Whether a table has these methods, and a reason for these and no others."""
+    said = {str(name) for name, one in table.iterrows() if one.get(FAILED, "")}
+    return list(table.index) == methods and said == failed
 
 
 def _method(cell: Cell, name: str, count: int) -> Compared:

@@ -29,7 +29,7 @@ def test_cells_share_what_is_common():
 def test_defaults_are_the_protocol():
     study = study_of({"cells": [CELL]})
     assert study.counts == (5, 10, 15, 20, 25) and study.needed == 32
-    assert study.checkpoints == 10 and study.methods is None
+    assert study.protocol.checkpoints == 10 and study.methods is None
     assert study_of({"cells": [CELL], "checkpoints": "all", "methods": []}).methods == ()
 
 
@@ -43,7 +43,7 @@ def test_defaults_are_the_protocol():
         ({"cells": [CELL], "counts": [0]}, "counts: got 0"),
         ({"cells": [CELL], "counts": ["five"]}, "counts: got 'five'; expected a list of int"),
         ({"cells": [CELL], "counts": 5}, "counts: type: got 'int'; expected one of list"),
-        ({"cells": [CELL], "count": [5]}, "unknown names count; expected names among cells"),
+        ({"cells": [CELL], "count": [5]}, "unknown names count; expected names among validate"),
         ({"cells": [CELL], "draws": "many"}, "draws: got 'many'; expected a whole number"),
         ({"cells": [CELL], "checkpoints": "few"}, "checkpoints: got 'few'"),
         ({"cells": ["a"]}, "cells: got 'a'; expected a list of dict"),
@@ -68,7 +68,7 @@ def test_a_study_may_grow_but_not_change():
     study_of({"cells": [CELL, RECORDED], "counts": [3, 5]}).continues(study, "here")
     with pytest.raises(Misuse, match="other largest of counts"):
         study_of({"cells": [CELL], "counts": [5, 10]}).continues(study, "here")
-    with pytest.raises(Misuse, match="here: got a study with other seed, draws"):
+    with pytest.raises(Misuse, match="here: got a study with other draws, seed"):
         study_of({"cells": [CELL], "seed": 1, "draws": 3, "counts": [5]}).continues(study, "here")
     with pytest.raises(Misuse, match="other a;"):
         changed = {"name": "a", "runs": "example:sst2"}
