@@ -32,6 +32,11 @@ class CellConfig:
     runs: str = ""
     record: RecordConfig | None = None
 
+    def continues(self, earlier: "CellConfig") -> bool:
+        """Whether results of ``earlier`` are results of this one; settings may have joined."""
+        known = earlier.record is None or earlier.record == self.record
+        return known and earlier.runs == self.runs
+
 
 @dataclass(frozen=True)
 class StudyProtocol:
@@ -119,7 +124,7 @@ class StudyConfig:
             # Then other runs would be held out.
             other.append("largest of counts")
         before = {one.name: one for one in earlier.cells}
-        other += [one.name for one in self.cells if before.get(one.name, one) != one]
+        other += [one.name for one in self.cells if not one.continues(before.get(one.name, one))]
         if other:
             raise Misuse(
                 where,

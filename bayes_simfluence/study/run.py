@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from bayes_simfluence.checks import choice_of
 from bayes_simfluence.files import PathLike, new_path
 from bayes_simfluence.progress import Progress, Silent
@@ -67,6 +69,9 @@ def run_study(
             continue
         for cell in chosen:
             STAGES[name](cell, retry, progress or Silent())
+            if len(chosen) > 1:
+                # Programs for one cell are of no use for another; a process may hold only so many.
+                jax.clear_caches()  # type: ignore[no-untyped-call]
     return folder
 
 

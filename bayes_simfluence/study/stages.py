@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import pandas as pd
 
@@ -20,7 +19,7 @@ from bayes_simfluence.recording.record import record
 from bayes_simfluence.recording.session import record_from_config
 from bayes_simfluence.recording.text import curricula_of, task_of
 from bayes_simfluence.report.tables import save_table
-from bayes_simfluence.study.cell import Cell
+from bayes_simfluence.study.cell import Cell, Split
 from bayes_simfluence.study.config import ALL
 from bayes_simfluence.study.jobs import outcome_of, run_job
 from bayes_simfluence.study.methods import ATTRIBUTIONS, SIMULATORS, Fitting, Pilot
@@ -76,20 +75,13 @@ def _checkpoints(cell: Cell, retry: bool, progress: Progress) -> None:
 
 def _attribute(cell: Cell, retry: bool, progress: Progress) -> None:
     """The scores of every attribution."""
-    made: list[Pilot] = []
-
-    def pilot() -> Pilot:
-        # Once, and only when some method has something to do.
-        if not made:
-            made.append(_pilot(cell, progress))
-        return made[0]
-
-    with progress.work(f"{cell.config.name}: attribute", len(cell.attributions)) as meter:
-        for name in cell.attributions:
-            known = outcome_of(cell.scores(name))
-            if known is None or (retry and known.failed):
-                one = pilot()
-                run_job(cell.scores(name), partial(_scored, cell, name, one), retry=retry)
+    known = {name: outcome_of(cell.scores(name)) for name in cell.attributions}
+    todo = [name for name, one in known.items() if one is None or (retry and one.failed)]
+    config = cell.config.record
+    pilot = _pilot(cell, config, progress) if todo and config else None
+    with progress.work(f"{cell.config.name}: attribute", len(todo)) as meter:
+        for name in todo:
+            run_job(cell.scores(name), partial(_scored, cell, name, pilot), retry=retry)
             meter.advance(1, name)
 
 
@@ -99,14 +91,13 @@ def _fit(cell: Cell, retry: bool, progress: Progress) -> None:
     total = len(names) * len(cell.study.counts)
     with progress.work(f"{cell.config.name}: fit", total) as meter:
         for count in cell.study.counts:
+            # Outside of the jobs: runs that are not there are no failure of a method.
+            split = cell.split(count)
             for name in names:
                 if not _unscored(cell, name):
-                    work = partial(_fitted, cell, name, count, progress)
+                    work = partial(_fitted, cell, name, count, split, progress)
                     run_job(cell.fit(name, count), work, retry=retry)
                 meter.advance(1, f"{name}, {count} runs")
-            # Programs for one number of runs are of no use for another, and a process may hold
-            # only so many.
-            jax.clear_caches()  # type: ignore[no-untyped-call]
 
 
 def _compare(cell: Cell, retry: bool, progress: Progress) -> None:
@@ -146,15 +137,7 @@ def _count(cell: Cell, config: RecordConfig) -> int:
     return config.steps if said == ALL else int(said)
 
 
-def _pilot(cell: Cell, progress: Progress) -> Pilot:
-    config = cell.config.record
-    if config is None:
-        raise Misuse(
-            f"cell {cell.config.name!r}",
-            got="runs without the settings that recorded them",
-            expected="record: {...}, to make their task of",
-            do="add these settings, or leave the methods out (methods: [])",
-        )
+def _pilot(cell: Cell, config: RecordConfig, progress: Progress) -> Pilot:
     if not cell.recorded(cell.pilot):
         raise Misuse(
             f"cell {cell.config.name!r}",
@@ -165,13 +148,18 @@ def _pilot(cell: Cell, progress: Progress) -> Pilot:
     return Pilot(task_of(config), cell.pilot, config.steps, cell.key("pilot"), progress)
 
 
-def _scored(cell: Cell, name: str, pilot: Pilot) -> Path:
-    found = ATTRIBUTIONS[name](pilot)
-    return save_scores(found, cell.scores(name), overwrite=True)
+def _scored(cell: Cell, name: str, pilot: Pilot | None) -> Path:
+    if pilot is None:
+        raise Misuse(
+            f"cell {cell.config.name!r}",
+            got="runs without the settings that recorded them",
+            expected="record: {...}, to make their task of",
+            do="add these settings and say --retry, or leave the methods out (methods: [])",
+        )
+    return save_scores(ATTRIBUTIONS[name](pilot), cell.scores(name), overwrite=True)
 
 
-def _fitted(cell: Cell, name: str, count: int, progress: Progress) -> Path:
-    split = cell.split(count)
+def _fitted(cell: Cell, name: str, count: int, split: Split, progress: Progress) -> Path:
     if name in SIMULATORS:
         some = Fitting(split.fitted, split.validation, cell.key(f"{name}/{count}"), progress)
         posterior: Posterior = SIMULATORS[name](some)

@@ -70,6 +70,10 @@ def test_a_study_may_grow_but_not_change():
         study_of({"cells": [CELL], "counts": [5, 10]}).continues(study, "here")
     with pytest.raises(Misuse, match="here: got a study with other draws, seed"):
         study_of({"cells": [CELL], "seed": 1, "draws": 3, "counts": [5]}).continues(study, "here")
+    made = study_of({"cells": [{**CELL, "record": {}}], "counts": [5]})
+    made.continues(study, "here")
+    with pytest.raises(Misuse, match="other a;"):
+        study.continues(made, "here")
     with pytest.raises(Misuse, match="other a;"):
         changed = {"name": "a", "runs": "example:sst2"}
         study_of({"cells": [changed], "counts": [5]}).continues(study, "here")
