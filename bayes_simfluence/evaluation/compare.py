@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.data.runs import usable_runs
@@ -195,18 +195,18 @@ def table_of(scores: RunScores, *, key: jax.Array, resamples: int) -> dict[str, 
     runs = len(scores.final_mean)
     chosen = np.asarray(jax.random.randint(key, (resamples, runs), 0, runs))
 
-    def metric(name: str, which: np.ndarray) -> float:
-        if name == "spearman_run":
-            if runs < 3:
-                return float("nan")
-            return spearman_across_runs(scores.final_mean[which], scores.final_truth[which])
-        return float(scores[name][which].mean())
+    def across(which: Int[np.ndarray, " run"]) -> float:
+        if runs < 3:
+            return float("nan")
+        return spearman_across_runs(scores.final_mean[which], scores.final_truth[which])
 
     row = {}
     tails = [(1.0 - INTERVAL) / 2.0, (1.0 + INTERVAL) / 2.0]
     for name in METRICS:
-        row[name] = metric(name, np.arange(runs))
-        again = np.array([metric(name, which) for which in chosen])
+        if name == "spearman_run":
+            row[name], again = across(np.arange(runs)), np.array([across(one) for one in chosen])
+        else:
+            row[name], again = float(scores[name].mean()), scores[name][chosen].mean(axis=1)
         kept = again[np.isfinite(again)]
         low, high = np.quantile(kept, tails) if len(kept) else (np.nan, np.nan)
         row[f"{name}_low"], row[f"{name}_high"] = float(low), float(high)

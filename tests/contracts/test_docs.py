@@ -1,4 +1,4 @@
-"""Documented commands run as written: getting started, README, recording, models, ArviZ, baselines."""
+"""Documented commands run as written: README and the pages with code."""
 
 import os
 import re
