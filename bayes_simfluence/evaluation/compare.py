@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.data.runs import usable_runs
-from bayes_simfluence.evaluation.metrics import last_known, run_scores, spearman_across_runs
+from bayes_simfluence.evaluation.metrics import last_known, run_scores, spearman_resampled
 from bayes_simfluence.files import first_line
 from bayes_simfluence.inference.fit import fit
 from bayes_simfluence.inference.method import Method
@@ -195,16 +195,16 @@ def table_of(scores: RunScores, *, key: jax.Array, resamples: int) -> dict[str, 
     runs = len(scores.final_mean)
     chosen = np.asarray(jax.random.randint(key, (resamples, runs), 0, runs))
 
-    def across(which: Int[np.ndarray, " run"]) -> float:
+    def across(chosen: Int[np.ndarray, "resample run"]) -> Float[np.ndarray, " resample"]:
         if runs < 3:
-            return float("nan")
-        return spearman_across_runs(scores.final_mean[which], scores.final_truth[which])
+            return np.full(len(chosen), np.nan)
+        return spearman_resampled(scores.final_mean, scores.final_truth, chosen)
 
     row = {}
     tails = [(1.0 - INTERVAL) / 2.0, (1.0 + INTERVAL) / 2.0]
     for name in METRICS:
         if name == "spearman_run":
-            row[name], again = across(np.arange(runs)), np.array([across(one) for one in chosen])
+            row[name], again = float(across(np.arange(runs)[None])[0]), across(chosen)
         else:
             row[name], again = float(scores[name].mean()), scores[name][chosen].mean(axis=1)
         kept = again[np.isfinite(again)]

@@ -11,7 +11,11 @@ import xarray as xr
 
 from bayes_simfluence.baselines.scores import check_scores
 from bayes_simfluence.checks import Misuse, keyed, named, positive_integer
-from bayes_simfluence.evaluation.metrics import spearman, spearman_across_runs
+from bayes_simfluence.evaluation.metrics import (
+    spearman,
+    spearman_across_runs,
+    spearman_resampled,
+)
 from bayes_simfluence.inference.posterior import Posterior
 
 __all__ = ["INTERVAL", "linear_datamodeling_score", "predicted_outcomes", "simulated_outcomes"]
@@ -90,7 +94,7 @@ def linear_datamodeling_score(
     each = [spearman(*pair) for pair in zip(left.T, right.T, strict=True)]
     count = len(left)
     chosen = np.asarray(jax.random.randint(key, (resamples, count), 0, count))
-    again = np.array([spearman_across_runs(left[one], right[one]) for one in chosen])
+    again = spearman_resampled(left, right, chosen)
     again = again[np.isfinite(again)]
     tails = [(1.0 - INTERVAL) / 2.0, (1.0 + INTERVAL) / 2.0]
     low, high = np.quantile(again, tails) if len(again) else (np.nan, np.nan)
