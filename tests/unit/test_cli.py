@@ -16,6 +16,7 @@ from bayes_simfluence import cli
 from bayes_simfluence.baselines.additive import additive_simulator
 from bayes_simfluence.baselines.score_files import save_scores
 from bayes_simfluence.baselines.scores import score_array
+from bayes_simfluence.evaluation.synthetic import linear_runs
 from bayes_simfluence.inference.config import FitConfig
 from bayes_simfluence.recording.config import RecordConfig
 
@@ -68,8 +69,9 @@ def test_fit_simulate_compare(command, runs, tmp_path):
     assert (table["mse"] > 0).all()
 
 
-def test_scores_are_compared_as_simulators(command, runs, tmp_path):
-    recorded = bs.open_runs(runs)
+def test_scores_are_compared_as_simulators(command, tmp_path):
+    recorded, _ = linear_runs(key=jax.random.key(0), runs=8, train=12, per_run=8, epochs=2)
+    runs = bs.export_netcdf(recorded, tmp_path / "small.nc")
     values = np.random.default_rng(0).normal(size=(recorded.sizes["train"], 3))
     ids = (recorded[one].values.tolist() for one in ("train", "query"))
     made = score_array(values, *ids, method="chance", units="nat")
@@ -77,10 +79,10 @@ def test_scores_are_compared_as_simulators(command, runs, tmp_path):
     save_scores(made.isel(train=slice(1, None)), tmp_path / "few.nc")
     words = [
         "compare", runs, "--select", "6:", "--fitted", runs, "--fitted-select", "0:6",
-        "--scores", tmp_path / "chance.nc", "--scores", f"few={tmp_path / 'few.nc'}", "--ridge",
+        "--scores", tmp_path / "chance.nc", "--scores", f"few={tmp_path / 'few.nc'}",
         "--draws", 10, "--quiet", "--out",
     ]  # fmt: skip
-    code, out, errors = command(*words, tmp_path / "table.csv")
+    code, out, errors = command(*words, tmp_path / "table.csv", "--ridge")
     assert code == 0, errors
     table = pd.read_csv(tmp_path / "table.csv", index_col="method", keep_default_na=False)
     assert table.index.tolist() == [
