@@ -23,6 +23,7 @@ from bayes_simfluence.commands.fit import fit
 from bayes_simfluence.commands.import_runs import import_runs
 from bayes_simfluence.commands.record import record
 from bayes_simfluence.commands.simulate import simulate
+from bayes_simfluence.commands.study import study
 
 __all__ = ["app", "main"]
 
@@ -43,6 +44,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "simulate": simulate,
     "compare": compare,
     "calibrate": calibrate,
+    "study": study,
 }
 for name, verb in VERBS.items():
     app.command(name)(verb)

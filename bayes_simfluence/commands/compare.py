@@ -1,10 +1,12 @@
-"""``compare``: saved posteriors against one another and baselines, on held-out runs."""
+"""``compare``: saved posteriors and scores against one another and baselines, on held-out runs."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from bayes_simfluence.checks import Misuse
 from bayes_simfluence.commands.options import (
     Draws,
     Overwrite,
@@ -18,7 +20,6 @@ from bayes_simfluence.commands.options import (
     printed,
     progress_of,
     selected,
-    table_saved,
 )
 from bayes_simfluence.files import new_path
 
@@ -28,45 +29,124 @@ __all__ = ["compare", "show_metrics"]
 def compare(
     runs: RunsFile,
     posterior: Annotated[
-        list[str], typer.Option(help="NAME=FILE of a saved posterior; as often as wanted.")
-    ],
+        list[str] | None,
+        typer.Option(help="NAME=FILE of a saved posterior; as often as wanted."),
+    ] = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FILE of saved scores (.nc, train x query); their scale is fitted to the "
+            "runs of the first posterior, or to --fitted."
+        ),
+    ] = None,
     select: Select = "",
-    out: Annotated[Path | None, typer.Option(help="New file for the table (.csv or .md).")] = None,
+    fitted: Annotated[
+        Path | None, typer.Option(help="Recorded runs that scores and baselines are fitted to.")
+    ] = None,
+    fitted_select: Annotated[str, typer.Option(help="Positions of those runs.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="New file for the table (.md, .csv, .tex or .json).")
+    ] = None,
     baselines: Annotated[
         bool, typer.Option(help="Add the mean trajectory and persistence.")
     ] = True,
+    ridge: Annotated[
+        bool, typer.Option("--ridge", help="Add ridge linear, additive and multiplicative.")
+    ] = False,
     draws: Draws = 200,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare saved posteriors on held-out runs."""
+    """Compare saved posteriors and scores on held-out runs."""
+    _check(posterior, scores, fitted, fitted_select)
     if out is not None:
-        new_path(out, overwrite=overwrite)
+        from bayes_simfluence.report.tables import check_format
+
+        new_path(check_format(out), overwrite=overwrite)
 
     import jax
 
-    from bayes_simfluence.baselines.simple import mean_trajectory, persistence
+    from bayes_simfluence.baselines.score_files import load_scores
     from bayes_simfluence.evaluation import compare as comparing
-    from bayes_simfluence.report.tables import markdown
+    from bayes_simfluence.report.tables import save_table
 
-    methods = posteriors_of(posterior)
-    if baselines:
-        fitted = next(iter(methods.values())).runs
-        methods["mean trajectory"] = mean_trajectory(fitted)
-        methods["initial loss kept"] = persistence(fitted)
+    key, fit_key = jax.random.key(seed), jax.random.fold_in(jax.random.key(seed), 1)
+    methods: dict[str, Any] = posteriors_of(posterior or [])
     held_out = selected(opened(runs), select, "--select")
-    apart(methods, held_out)
-    table = comparing.compare(
-        methods, held_out, key=jax.random.key(seed), draws=draws, progress=progress_of(quiet)
-    )
+    if fitted is not None:
+        known = selected(opened(fitted), fitted_select, "--fitted-select")
+    else:
+        known = next(iter(methods.values())).runs
+    apart({**methods, "--fitted": _Fitted(known)}, held_out)
+    for name, path in _named(scores or []).items():
+        methods[name] = partial(_additive, load_scores(path), known)
+    if ridge:
+        for kind in ("linear", "additive", "multiplicative"):
+            methods[f"ridge {kind}"] = partial(_ridge, kind, known, fit_key)
+    if baselines:
+        from bayes_simfluence.baselines.simple import mean_trajectory, persistence
+
+        methods["mean trajectory"] = partial(mean_trajectory, known)
+        methods["initial loss kept"] = partial(persistence, known)
+    table = comparing.compare(methods, held_out, key=key, draws=draws, progress=progress_of(quiet))
     show_metrics(table, list(comparing.METRICS))
     if out is not None:
-        table_saved(table, out, markdown)
+        print(f"table in {save_table(table, out, overwrite=overwrite)}")
+
+
+class _Fitted:
+    """Runs that something was fitted to, as ``apart`` asks for them."""
+
+    def __init__(self, runs: Any) -> None:
+        self.runs = runs
+
+
+def _check(
+    posterior: list[str] | None, scores: list[str] | None, fitted: Path | None, select: str
+) -> None:
+    if not posterior and not scores:
+        raise Misuse(
+            "compare",
+            got="neither --posterior nor --scores",
+            expected="at least one of them",
+            do="name a file: --posterior NAME=FILE",
+        )
+    if not posterior and fitted is None:
+        raise Misuse(
+            "--scores",
+            got="no runs to fit their scale to",
+            expected="--fitted RUNS, or a --posterior whose runs are taken",
+            do="name recorded runs that the methods are not judged on",
+        )
+    if select and fitted is None:
+        raise Misuse(
+            "--fitted-select", got="no --fitted", expected="both", do="name the runs by --fitted"
+        )
+
+
+def _named(words: list[str]) -> dict[str, str]:
+    """Files by name, from ``NAME=FILE`` or ``FILE``."""
+    pairs = [one.partition("=") for one in words]
+    return {name if sign else Path(name).stem: path or name for name, sign, path in pairs}
+
+
+def _additive(scores: Any, runs: Any) -> Any:
+    from bayes_simfluence.baselines.additive import additive_simulator
+
+    return additive_simulator(scores, runs)
+
+
+def _ridge(kind: Any, runs: Any, key: Any) -> Any:
+    from bayes_simfluence.inference.fit import fit
+    from bayes_simfluence.inference.ridge import Ridge
+    from bayes_simfluence.model.bayesian import Simfluence
+
+    return fit(runs, model=Simfluence(kind=kind), method=Ridge(band=True), key=key)
 
 
 def show_metrics(table: Any, metrics: list[str]) -> None:
-    """Print a comparison, the best of each column in bold."""
+    """Print a comparison, the best of each column in bold; below it, what failed."""
     from rich.table import Column, Table
 
     from bayes_simfluence.report.tables import SHORT, best_of
@@ -81,3 +161,6 @@ def show_metrics(table: Any, metrics: list[str]) -> None:
         ]
         shown.add_row(str(method), *marked)
     printed(shown)
+    for method, reason in table["failed"].items() if "failed" in table else ():
+        if reason:
+            print(f"{method} failed: {reason}")

@@ -1,23 +1,38 @@
 """Methods side by side on held-out runs: every metric with a bootstrap interval over runs."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.data.runs import usable_runs
-from bayes_simfluence.evaluation.metrics import last_known, run_scores, spearman_across_runs
+from bayes_simfluence.evaluation.metrics import last_known, run_scores, spearman_resampled
+from bayes_simfluence.files import first_line
 from bayes_simfluence.inference.fit import fit
 from bayes_simfluence.inference.method import Method
 from bayes_simfluence.inference.posterior import Posterior
 from bayes_simfluence.model.bayesian import Simfluence
 from bayes_simfluence.progress import Progress, Silent
 
-__all__ = ["INTERVAL", "METRICS", "compare", "elpd_over_runs", "scores_by_run", "table_of"]
+__all__ = [
+    "FAILED",
+    "INTERVAL",
+    "METRICS",
+    "Compared",
+    "Failed",
+    "compare",
+    "elpd_over_runs",
+    "scores_by_run",
+    "table_of",
+]
+
+LOG = logging.getLogger(__name__)
 
 METRICS = (
     "mse",
@@ -38,9 +53,27 @@ METRICS = (
 INTERVAL = 0.90
 """Probability of the bootstrap interval, ``_low`` to ``_high``."""
 
+FAILED = "failed"
+"""Column with the reasons of methods that failed; there only when one did."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A method that could not be computed: a row of the table that says why.
+
+    Attributes:
+        reason: one line.
+    """
+
+    reason: str
+
+
+Compared = Posterior | Failed | Callable[[], Posterior]
+"""What stands for a method: a simulator, what makes one, or the reason why there is none."""
+
 
 def compare(
-    posteriors: Mapping[str, Posterior],
+    posteriors: Mapping[str, Compared],
     runs: xr.Dataset,
     *,
     key: jax.Array,
@@ -62,8 +95,12 @@ def compare(
     run, and across runs the one at the last time that was recorded in all of them, so that runs
     are compared at one time (a query without such a time is left out of ``spearman_run``).
 
+    A method that fails, while it is made or while it simulates, keeps its row: its numbers are NaN
+    and the column ``failed`` says the reason. When every method fails, the last error is raised.
+
     Args:
-        posteriors: by name.
+        posteriors: by name; also a function of no arguments that makes the posterior, or
+            ``Failed(reason)`` for one that could not be made.
         runs: held-out recorded runs.
         key: decides draws and resamples.
         draws: per run.
@@ -84,15 +121,42 @@ def compare(
     positive_integer("resamples", resamples)
     runs = usable_runs(runs)
     simulate_key, bootstrap_key = jax.random.split(key)
-    rows = {}
+    rows: dict[str, dict[str, float]] = {}
+    reasons: dict[str, str] = {}
+    last: Exception | None = None
     with (progress or Silent()).work("compare", len(posteriors)) as meter:
-        for name, posterior in posteriors.items():
-            scores = scores_by_run(posterior, runs, key=simulate_key, draws=draws)
-            rows[name] = table_of(scores, key=bootstrap_key, resamples=resamples)
-            meter.advance(1, name)
+        for name, one in posteriors.items():
+            rows[name] = _unknown()
+            try:
+                if isinstance(one, Failed):
+                    reasons[name] = one.reason
+                    continue
+                posterior = one if isinstance(one, Posterior) else one()
+                scores = scores_by_run(posterior, runs, key=simulate_key, draws=draws)
+                rows[name] = table_of(scores, key=bootstrap_key, resamples=resamples)
+            # Whatever a method raises is its own: the others go on.
+            except Exception as error:
+                reasons[name], last = first_line(error), error
+                LOG.warning("method %s failed: %s", name, reasons[name])
+            finally:
+                meter.advance(1, name)
+    if len(reasons) == len(rows):
+        raise last or Misuse(
+            "posteriors",
+            got=f"none that could be made ({next(iter(reasons.values()))})",
+            expected="at least one",
+            do="add persistence(runs) or another method",
+        )
     table = pd.DataFrame.from_dict(rows, orient="index")
+    if reasons:
+        table[FAILED] = [reasons.get(name, "") for name in rows]
     table.index.name = "method"
     return table
+
+
+def _unknown() -> dict[str, float]:
+    """The row of a method without numbers."""
+    return {name + end: float("nan") for name in METRICS for end in ("", "_low", "_high")}
 
 
 class RunScores(dict[str, Float[np.ndarray, " run"]]):
@@ -131,18 +195,18 @@ def table_of(scores: RunScores, *, key: jax.Array, resamples: int) -> dict[str, 
     runs = len(scores.final_mean)
     chosen = np.asarray(jax.random.randint(key, (resamples, runs), 0, runs))
 
-    def metric(name: str, which: np.ndarray) -> float:
-        if name == "spearman_run":
-            if runs < 3:
-                return float("nan")
-            return spearman_across_runs(scores.final_mean[which], scores.final_truth[which])
-        return float(scores[name][which].mean())
+    def across(chosen: Int[np.ndarray, "resample run"]) -> Float[np.ndarray, " resample"]:
+        if runs < 3:
+            return np.full(len(chosen), np.nan)
+        return spearman_resampled(scores.final_mean, scores.final_truth, chosen)
 
     row = {}
     tails = [(1.0 - INTERVAL) / 2.0, (1.0 + INTERVAL) / 2.0]
     for name in METRICS:
-        row[name] = metric(name, np.arange(runs))
-        again = np.array([metric(name, which) for which in chosen])
+        if name == "spearman_run":
+            row[name], again = float(across(np.arange(runs)[None])[0]), across(chosen)
+        else:
+            row[name], again = float(scores[name].mean()), scores[name][chosen].mean(axis=1)
         kept = again[np.isfinite(again)]
         low, high = np.quantile(kept, tails) if len(kept) else (np.nan, np.nan)
         row[f"{name}_low"], row[f"{name}_high"] = float(low), float(high)

@@ -7,7 +7,7 @@ and never scored, nor is a time that was not recorded. A point method has one dr
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy.stats import norm, rankdata
 
 __all__ = [
@@ -21,7 +21,11 @@ __all__ = [
     "run_scores",
     "spearman",
     "spearman_across_runs",
+    "spearman_resampled",
 ]
+
+AT_ONCE = 5_000_000
+"""Numbers that are ranked at once."""
 
 COVERAGES = (0.50, 0.80, 0.90, 0.95)
 """Probabilities of the central intervals whose coverage is reported."""
@@ -155,9 +159,35 @@ def spearman_across_runs(
 
     Queries without any order on either side, or with a NaN, are left out; NaN when none remains.
     """
-    left, right = (rankdata(side, axis=0) - (len(side) + 1) / 2 for side in (mean, truth))
-    spread = np.sqrt(np.square(left).sum(axis=0) * np.square(right).sum(axis=0))
+    every = np.arange(len(mean))[None]
+    return float(spearman_resampled(mean, truth, every)[0])
+
+
+def spearman_resampled(
+    mean: Float[np.ndarray, "run query"],
+    truth: Float[np.ndarray, "run query"],
+    chosen: Int[np.ndarray, "resample again"],
+) -> Float[np.ndarray, " resample"]:
+    """``spearman_across_runs`` of resampled runs, many at once.
+
+    Args:
+        mean, truth: final losses.
+        chosen: runs of each resample, by number.
+    """
+    piece = max(1, AT_ONCE // (chosen.shape[1] * mean.shape[1]))
+    found = [
+        _rank_correlations(mean[some], truth[some])
+        for some in np.split(chosen, range(piece, len(chosen), piece))
+    ]
+    return np.concatenate(found)
+
+
+def _rank_correlations(
+    mean: Float[np.ndarray, "resample run query"], truth: Float[np.ndarray, "resample run query"]
+) -> Float[np.ndarray, " resample"]:
+    left, right = (rankdata(side, axis=1) - (side.shape[1] + 1) / 2 for side in (mean, truth))
+    spread = np.sqrt(np.square(left).sum(axis=1) * np.square(right).sum(axis=1))
     kept = spread > 0
-    if not kept.any():
-        return float("nan")
-    return float(((left * right).sum(axis=0)[kept] / spread[kept]).mean())
+    each = np.divide((left * right).sum(axis=1), spread, out=np.zeros_like(spread), where=kept)
+    count = kept.sum(axis=1)
+    return np.where(count > 0, each.sum(axis=1) / np.maximum(count, 1), np.nan)

@@ -1,9 +1,18 @@
 """Comparison tables as text: the best of each column in bold, intervals beside the figures."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
-__all__ = ["best_of", "markdown"]
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.evaluation.compare import FAILED, INTERVAL
+from bayes_simfluence.files import PathLike, atomically, new_path
+
+__all__ = ["FORMATS", "best_of", "check_format", "json_text", "latex", "markdown", "save_table"]
 
 NOMINAL = {
     "coverage_50": 0.50,
@@ -46,28 +55,153 @@ def best_of(table: pd.DataFrame, metric: str) -> str | None:
 def markdown(table: pd.DataFrame, metrics: list[str] | None = None, *, bold: bool = True) -> str:
     """A comparison as a Markdown table: ``value [low, high]``, the best value in bold.
 
+    Methods that failed follow below the table, each with its reason.
+
     Args:
         table: as made by ``compare``.
         metrics: columns to show; all when omitted.
         bold: mark the best of each column.
     """
-    shown = [one for one in (metrics or list(SHORT)) if one in table]
+    shown = _shown(table, metrics)
     lines = [
         "| method | " + " | ".join(SHORT[one] for one in shown) + " |",
         "|---|" + "---|" * len(shown),
     ]
-    best = {metric: best_of(table, metric) for metric in shown}
-    for method, row in table.iterrows():
-        cells = [_cell(row, metric, bold=bold and best[metric] == str(method)) for metric in shown]
+    for method, cells in _cells(table, shown, mark="**{}**" if bold else "{}").items():
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    reasons = _reasons(table)
+    if reasons:
+        lines += ["", *(f"* {method} failed: {reason}" for method, reason in reasons.items())]
     return "\n".join(lines)
 
 
-def _cell(row: "pd.Series[float]", metric: str, *, bold: bool) -> str:
+def latex(table: pd.DataFrame, metrics: list[str] | None = None, *, bold: bool = True) -> str:
+    """A comparison as a LaTeX ``tabular`` (package booktabs), the best value in bold.
+
+    Methods that failed say so in their row; their reasons stand below as comments.
+
+    Args:
+        table, metrics, bold: as for ``markdown``.
+
+    >>> table = pd.DataFrame({"mse": {"a_b": 0.2, "c": 0.1}})
+    >>> print(latex(table).splitlines()[3])
+    a\\_b & 0.2 \\\\
+    """
+    shown = _shown(table, metrics)
+    lines = [
+        rf"\begin{{tabular}}{{l{'r' * len(shown)}}}",
+        rf"\toprule method & {' & '.join(_escaped(SHORT[one]) for one in shown)} \\",
+        r"\midrule",
+    ]
+    reasons = _reasons(table)
+    for method, cells in _cells(table, shown, mark=r"\textbf{{{}}}" if bold else "{}").items():
+        if method in reasons:
+            cells = [rf"\multicolumn{{{len(shown)}}}{{l}}{{failed}}"]
+        lines.append(rf"{_escaped(method)} & {' & '.join(cells)} \\")
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    return "\n".join([*lines, *(f"% {method} failed: {one}" for method, one in reasons.items())])
+
+
+def json_text(table: pd.DataFrame) -> str:
+    """A comparison as JSON: by method and metric ``value``, ``low``, ``high``; null where none.
+
+    >>> print(json_text(pd.DataFrame({"mse": {"a": 0.2}})))
+    {"interval": 0.9, "methods": {"a": {"mse": {"value": 0.2, "low": null, "high": null}}}}
+    """
+    found: dict[str, dict[str, Any]] = {}
+    reasons = _reasons(table)
+    for method, row in table.iterrows():
+        name = str(method)
+        if name in reasons:
+            found[name] = {FAILED: reasons[name]}
+            continue
+        found[name] = {
+            metric: {
+                "value": _number(row, metric),
+                "low": _number(row, f"{metric}_low"),
+                "high": _number(row, f"{metric}_high"),
+            }
+            for metric in _shown(table, None)
+        }
+    return json.dumps({"interval": INTERVAL, "methods": found}, ensure_ascii=False)
+
+
+FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
+    ".md": lambda table: markdown(table) + "\n",
+    ".csv": lambda table: table.to_csv(),
+    ".tex": lambda table: latex(table) + "\n",
+    ".json": lambda table: json_text(table) + "\n",
+}
+"""What a comparison can be written as, by suffix."""
+
+
+def check_format(path: PathLike) -> Path:
+    """``path`` when a comparison can be written under its suffix.
+
+    Raises:
+        Misuse: another suffix.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise Misuse(
+            str(path),
+            got=f"the suffix {path.suffix!r}",
+            expected=f"one of {', '.join(FORMATS)}",
+            do="rename the file",
+        )
+    return path
+
+
+def save_table(table: pd.DataFrame, path: PathLike, *, overwrite: bool = False) -> Path:
+    """Write a comparison as Markdown, CSV, LaTeX or JSON, as its suffix says.
+
+    Raises:
+        Misuse: another suffix, a file that exists and ``overwrite`` is not set.
+    """
+    path = new_path(check_format(path), overwrite=overwrite)
+    with atomically(path) as partial:
+        partial.write_text(FORMATS[path.suffix](table), "utf-8")
+    return path
+
+
+def _shown(table: pd.DataFrame, metrics: list[str] | None) -> list[str]:
+    return [one for one in (metrics or list(SHORT)) if one in table]
+
+
+def _reasons(table: pd.DataFrame) -> dict[str, str]:
+    """Why methods failed, of those that did."""
+    if FAILED not in table:
+        return {}
+    said = table[FAILED].fillna("").astype(str)
+    return {str(method): reason for method, reason in said.items() if reason}
+
+
+def _cells(table: pd.DataFrame, shown: list[str], *, mark: str) -> dict[str, list[str]]:
+    """Each method's cells in order, the best of each column inside ``mark``."""
+    best = {metric: best_of(table, metric) for metric in shown}
+    return {
+        str(method): [
+            _cell(row, metric, mark if best[metric] == str(method) else "{}") for metric in shown
+        ]
+        for method, row in table.iterrows()
+    }
+
+
+def _cell(row: "pd.Series[Any]", metric: str, mark: str) -> str:
     value = float(row[metric])
     if not np.isfinite(value):
         return ""
-    text = f"{value:.3g}"
-    text = f"**{text}**" if bold else text
-    low, high = row.get(f"{metric}_low", np.nan), row.get(f"{metric}_high", np.nan)
-    return text if not np.isfinite(low) else f"{text} [{low:.3g}, {high:.3g}]"
+    text = mark.format(f"{value:.3g}")
+    low, high = _number(row, f"{metric}_low"), _number(row, f"{metric}_high")
+    return text if low is None or high is None else f"{text} [{low:.3g}, {high:.3g}]"
+
+
+def _number(row: "pd.Series[Any]", name: str) -> float | None:
+    value = float(row.get(name, np.nan))
+    return value if np.isfinite(value) else None
+
+
+def _escaped(text: str) -> str:
+    for sign in "&%$#_{}":
+        text = text.replace(sign, f"\\{sign}")
+    return text

@@ -1,4 +1,4 @@
-"""Documented commands run as written: getting started, README, recording, models, ArviZ pages."""
+"""Documented commands run as written: README and the pages with code."""
 
 import os
 import re
@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import bayes_simfluence as bs
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.session import merged
 from bayes_simfluence.settings import kinds_of
+from bayes_simfluence.study.config import study_of
 
 pytestmark = pytest.mark.optimized
 ROOT = Path(__file__).parents[2]
@@ -97,6 +99,18 @@ def test_arviz_page(tmp_path, monkeypatch):
     assert names["ranked"].index[0] == "default"
     assert len(names["cheap"]) == len(names["refitted"]) == 8
     assert (tmp_path / "idata.nc").is_file()
+
+
+def test_baselines_page(tmp_path, monkeypatch):
+    names = run_page("docs/baselines.md", tmp_path, monkeypatch)
+    assert names["table"].loc["bayes", "mse"] < names["table"].loc["mean", "mse"]
+    assert names["table"]["failed"].tolist()[:3] == ["", "", ""]
+    assert "failed" not in (tmp_path / "table.tex").read_text()
+    assert all(one["average_precision"] > one.attrs["share"] for one in names["found"].values())
+    ((_, said),) = blocks("docs/baselines.md", ("yaml",))
+    study = study_of(yaml.safe_load(said))
+    assert [one.name for one in study.cells] == ["sst2-full", "sst2-lora", "trec-full"]
+    assert study.needed == study.cells[1].record.runs and study.cells[1].record.tuning == "lora"
 
 
 def test_the_readme_has_two_commands_that_ci_calls():

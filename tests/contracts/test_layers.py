@@ -18,6 +18,7 @@ ROWS = {
         "metrics",
         "runs",
         "edits",
+        "subsets",
         "identify",
         "store",
         "claims",
@@ -132,9 +133,19 @@ ROWS = {
         "posterior",
         "fit",
     ],
-    "baselines": ["simple", "scores", "additive", "gradients"],
-    "evaluation": ["metrics", "ranks", "synthetic", "compare", "calibration", "whole_runs"],
-    "report": ["tables", "plots", "diagnose"],
+    "baselines": ["simple", "scores", "score_files", "additive", "datamodel", "gradients"],
+    "evaluation": [
+        "metrics",
+        "ranks",
+        "synthetic",
+        "compare",
+        "calibration",
+        "whole_runs",
+        "lds",
+        "mislabel",
+    ],
+    "report": ["tables", "plots", "diagnose", "attribution"],
+    "study": ["config", "jobs", "methods", "cell", "stages", "report", "run"],
 }
 """Folder -> its modules; a module imports only from rows above, or from before it in its row."""
 
@@ -149,6 +160,7 @@ VERBS = [
     "compare",
     "diagnose",
     "calibrate",
+    "study",
     "demo",
 ]
 LAST = ["commands.options", *(f"commands.{one}" for one in VERBS), "cli", "__main__"]

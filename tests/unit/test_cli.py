@@ -4,6 +4,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
@@ -11,6 +13,10 @@ import yaml
 
 import bayes_simfluence as bs
 from bayes_simfluence import cli
+from bayes_simfluence.baselines.additive import additive_simulator
+from bayes_simfluence.baselines.score_files import save_scores
+from bayes_simfluence.baselines.scores import score_array
+from bayes_simfluence.evaluation.synthetic import linear_runs
 from bayes_simfluence.inference.config import FitConfig
 from bayes_simfluence.recording.config import RecordConfig
 
@@ -61,6 +67,39 @@ def test_fit_simulate_compare(command, runs, tmp_path):
     table = pd.read_csv(tmp_path / "table.csv", index_col="method")
     assert list(table.index) == ["bayes", "ridge", "mean trajectory", "initial loss kept"]
     assert (table["mse"] > 0).all()
+
+
+def test_scores_are_compared_as_simulators(command, tmp_path):
+    recorded, _ = linear_runs(key=jax.random.key(0), runs=8, train=12, per_run=8, epochs=2)
+    runs = bs.export_netcdf(recorded, tmp_path / "small.nc")
+    values = np.random.default_rng(0).normal(size=(recorded.sizes["train"], 3))
+    ids = (recorded[one].values.tolist() for one in ("train", "query"))
+    made = score_array(values, *ids, method="chance", units="nat")
+    save_scores(made, tmp_path / "chance.nc")
+    save_scores(made.isel(train=slice(1, None)), tmp_path / "few.nc")
+    words = [
+        "compare", runs, "--select", "6:", "--fitted", runs, "--fitted-select", "0:6",
+        "--scores", tmp_path / "chance.nc", "--scores", f"few={tmp_path / 'few.nc'}",
+        "--draws", 10, "--quiet", "--out",
+    ]  # fmt: skip
+    code, out, errors = command(*words, tmp_path / "table.csv", "--ridge")
+    assert code == 0, errors
+    table = pd.read_csv(tmp_path / "table.csv", index_col="method", keep_default_na=False)
+    assert table.index.tolist() == [
+        "chance", "few", "ridge linear", "ridge additive", "ridge multiplicative",
+        "mean trajectory", "initial loss kept",
+    ]  # fmt: skip
+    assert "unknown ids" in table.loc["few", "failed"] and table.loc["few", "mse"] == ""
+    assert (table["failed"] == "").sum() == 6
+    assert "few failed: scores of train ids" in out
+    alone = additive_simulator(made, recorded.isel(run=slice(0, 6)))
+    expected = bs.compare(
+        {"chance": alone}, recorded.isel(run=slice(6, None)), key=jax.random.key(0), draws=10
+    )
+    assert float(table.loc["chance", "mse"]) == pytest.approx(expected.loc["chance", "mse"])
+    assert command(*words, tmp_path / "table.tex")[0] == 0
+    assert r"\textbf" in (tmp_path / "table.tex").read_text()
+    assert command(*words, tmp_path / "table.tex")[0] == 2
 
 
 def test_same_seed_same_simulation(command, runs, tmp_path):
@@ -139,6 +178,16 @@ MISUSES = {
             "s.nc",
         ],
         "--calibration-select: got no --calibration",
+    ),
+    "nothing to compare": (["compare", "RUNS"], "neither --posterior nor --scores"),
+    "scores without runs": (["compare", "RUNS", "--scores", "s.nc"], "--scores: got no runs"),
+    "a selection of nothing": (
+        ["compare", "RUNS", "--posterior", "p.nc", "--fitted-select", "0:2"],
+        "--fitted-select: got no --fitted",
+    ),
+    "no format of a table": (
+        ["compare", "RUNS", "--posterior", "p.nc", "--out", "t.xls"],
+        "suffix '.xls'; expected one of .md",
     ),
     "nothing to diagnose": (["diagnose", "no.nc"], "a saved posterior"),
     "diagnosis overwrites": (["diagnose", "no.nc", "--figure", "RUNS"], "something that exists"),

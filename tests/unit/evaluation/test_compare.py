@@ -6,7 +6,7 @@ import pytest
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.evaluation.compare import METRICS, elpd_over_runs
+from bayes_simfluence.evaluation.compare import METRICS, Failed, elpd_over_runs
 from bayes_simfluence.evaluation.metrics import spearman_across_runs
 from bayes_simfluence.evaluation.synthetic import linear_runs
 
@@ -202,3 +202,42 @@ def test_refits_score_what_was_recorded(runs, key):
     method = bs.Exact(times=2)
     found = elpd_over_runs(thinned, key=key, method=method, folds=2, draws=20)
     assert np.isfinite(found.to_numpy()).all()
+
+
+def test_a_method_that_fails_keeps_its_row_and_the_others_go_on(posteriors, runs, key, caplog):
+    def broken():
+        raise ZeroDivisionError("singular curvature\nsecond line")
+
+    unlike = bs.mean_trajectory(runs.isel(run=slice(0, 7), query=[0, 1]))
+    methods = {
+        "mean": posteriors["mean"],
+        "broken": broken,
+        "late": lambda: posteriors["still"],
+        "unlike": unlike,
+        "gone": Failed("out of memory"),
+    }
+    table = bs.compare(methods, held_out(runs), key=key, draws=10, resamples=20)
+    alone = bs.compare(
+        {"mean": posteriors["mean"]}, held_out(runs), key=key, draws=10, resamples=20
+    )
+    assert table.index.tolist() == list(methods)
+    assert table.loc["mean", COLUMNS].tolist() == pytest.approx(
+        alone.loc["mean"].tolist(), nan_ok=True
+    )
+    assert table.loc["late", "mse"] > 0 and table.columns.tolist() == [*COLUMNS, "failed"]
+    assert table.loc[["broken", "unlike", "gone"], COLUMNS].isna().all(axis=None)
+    said = table["failed"]
+    assert said[["mean", "late"]].tolist() == ["", ""]
+    assert said["broken"] == "singular curvature" and said["gone"] == "out of memory"
+    assert "quer" in said["unlike"]
+    assert "method broken failed" in caplog.text
+
+
+def test_when_all_fail_the_error_is_raised(runs, key):
+    def broken():
+        raise ZeroDivisionError("singular curvature")
+
+    with pytest.raises(ZeroDivisionError, match="singular"):
+        bs.compare({"a": Failed("no"), "b": broken}, held_out(runs), key=key)
+    with pytest.raises(Misuse, match=r"none that could be made \(no\)"):
+        bs.compare({"a": Failed("no")}, held_out(runs), key=key)

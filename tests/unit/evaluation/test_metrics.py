@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from bayes_simfluence.evaluation import metrics
 from bayes_simfluence.evaluation.metrics import (
     COVERAGES,
     coverage,
@@ -188,3 +189,22 @@ def test_a_query_without_a_common_final_loss_is_left_out_of_the_correlation(rng)
     missing[:, 1] = np.nan
     expected = spearman_across_runs(mean[:, [0, 2]], truth[:, [0, 2]])
     assert spearman_across_runs(mean, missing) == pytest.approx(expected)
+
+
+def test_resampled_correlations_are_those_of_each_resample(rng, monkeypatch):
+    mean, truth = rng.normal(size=(2, 7, 4))
+    mean[:, 2] = 1.0
+    truth[3, 3] = np.nan
+    chosen = rng.integers(0, 7, (9, 7))
+    chosen[4] = 5
+    expected = []
+    for one in chosen:
+        each = [spearman(mean[one, q], truth[one, q]) for q in (0, 1)]
+        if 3 not in one:
+            each.append(spearman(mean[one, 3], truth[one, 3]))
+        expected.append(np.mean(each))
+    # In pieces of two resamples and a last one of one.
+    monkeypatch.setattr(metrics, "AT_ONCE", 2 * 7 * 4)
+    found = metrics.spearman_resampled(mean, truth, chosen)
+    np.testing.assert_allclose(found, expected)
+    assert np.isnan(found[4]) and np.isfinite(np.delete(found, 4)).all()

@@ -1,9 +1,13 @@
 """Comparison tables as text."""
 
+import json
+
 import numpy as np
 import pandas as pd
+import pytest
 
-from bayes_simfluence.report.tables import best_of, markdown
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.report.tables import best_of, json_text, latex, markdown, save_table
 
 
 def table():
@@ -31,3 +35,35 @@ def test_markdown_has_intervals_bold_and_blanks():
     assert lines[2] == "| a | 0.5 [0.4, 0.6] | 0.99 |  |"
     assert lines[3] == "| b | **0.25** [0.2, 0.3] | **0.88** |  |"
     assert "**" not in markdown(table(), bold=False)
+
+
+def failing():
+    return pd.concat([table(), pd.DataFrame({"failed": {"c_d": "no_memory"}})]).fillna(
+        {"failed": ""}
+    )
+
+
+def test_a_failed_method_is_in_every_format():
+    assert markdown(failing()).splitlines()[-1] == "* c_d failed: no_memory"
+    assert markdown(failing(), ["mse"]).splitlines()[4] == "| c_d |  |"
+    lines = latex(failing(), ["mse", "coverage_90"]).splitlines()
+    assert lines[1] == r"\toprule method & MSE & 90\% covers \\"
+    assert lines[3] == r"a & 0.5 [0.4, 0.6] & 0.99 \\"
+    assert lines[4] == r"b & \textbf{0.25} [0.2, 0.3] & \textbf{0.88} \\"
+    assert lines[5] == r"c\_d & \multicolumn{2}{l}{failed} \\"
+    assert lines[-1] == "% c_d failed: no_memory"
+    assert "textbf" not in latex(failing(), bold=False)
+    found = json.loads(json_text(failing()))["methods"]
+    assert found["c_d"] == {"failed": "no_memory"}
+    assert found["b"]["mse"] == {"value": 0.25, "low": 0.2, "high": 0.3}
+    assert found["a"]["elpd"]["value"] is None
+
+
+def test_a_table_is_written_by_its_suffix(tmp_path):
+    for suffix, start in ((".md", "| method"), (".csv", ","), (".tex", "\\begin"), (".json", "{")):
+        path = save_table(table(), tmp_path / f"t{suffix}")
+        assert path.read_text().startswith(start), suffix
+        with pytest.raises(Misuse, match="something that exists"):
+            save_table(table(), path)
+    with pytest.raises(Misuse, match=r"suffix '.xls'; expected one of .md, .csv, .tex, .json"):
+        save_table(table(), tmp_path / "t.xls")

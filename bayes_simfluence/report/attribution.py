@@ -1,0 +1,93 @@
+"""Pictures of attributions: how soon wrong labels are found, error against recorded runs."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bayes_simfluence.report.plots import COLOURS
+from bayes_simfluence.report.tables import SHORT
+
+__all__ = ["plot_by_runs", "plot_detection"]
+
+STYLES = ("-", "--", ":", "-.")
+
+
+def plot_detection(found: Mapping[str, xr.Dataset]) -> Figure:
+    """Precision against recall, and recall against the share looked at, with bootstrap bands.
+
+    Args:
+        found: by ranking, as made by ``detection``.
+    """
+    figure = Figure(figsize=(8.0, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for place, (name, one) in enumerate(found.items()):
+        colour, style = _look(place)
+        label = f"{name} (AP {float(one['average_precision']):.2f})"
+        left.plot(one["recall"], one["precision"], style, color=colour, label=label)
+        left.fill_between(
+            one["recall"],
+            one["precision_low"],
+            one["precision_high"],
+            color=colour,
+            alpha=0.2,
+            linewidth=0,
+        )
+        right.plot(one["examined"], one["recall"], style, color=colour)
+        right.fill_between(
+            one["examined"], one["recall_low"], one["recall_high"], color=colour, alpha=0.2,
+            linewidth=0,
+        )  # fmt: skip
+    first = next(iter(found.values()))
+    left.axhline(first.attrs["share"], color="grey", linewidth=0.8)
+    right.plot([0.0, 1.0], [0.0, 1.0], color="grey", linewidth=0.8, label="blind search")
+    left.set(xlabel="recall", ylabel="precision", ylim=(0.0, 1.05))
+    right.set(xlabel="share of the examples looked at", ylabel="share of the wrong labels found")
+    figure.suptitle(f"bands: {first.attrs['probability']:.0%} over resampled examples", fontsize=9)
+    for axes in (left, right):
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def plot_by_runs(tables: Mapping[int, pd.DataFrame], metric: str = "mse") -> Figure:
+    """A metric of every method against the number of runs that it was fitted to.
+
+    Args:
+        tables: comparisons by number of fitted runs.
+        metric: a column of them; its bootstrap intervals are drawn as bars.
+    """
+    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+    axes: Axes = figure.subplots()
+    counts = sorted(tables)
+    methods = list(dict.fromkeys(name for one in counts for name in tables[one].index))
+    for place, method in enumerate(methods):
+        rows = {one: tables[one].loc[method] for one in counts if method in tables[one].index}
+        known = {one: row for one, row in rows.items() if np.isfinite(row[metric])}
+        if not known:
+            continue
+        value, low, high = (
+            np.array([float(row[f"{metric}{end}"]) for row in known.values()])
+            for end in ("", "_low", "_high")
+        )
+        colour, style = _look(place)
+        # Beside one another, so that intervals can be told apart.
+        shifted = np.array(list(known)) + 0.12 * (place - len(methods) / 2)
+        reach = np.maximum([value - low, high - value], 0.0)
+        axes.errorbar(
+            shifted, value, reach, color=colour, linestyle=style, marker="o", markersize=3,
+            linewidth=1.0, elinewidth=0.6, label=method,
+        )  # fmt: skip
+    if metric in ("mse", "mae", "crps"):
+        axes.set_yscale("log")
+    axes.set_xticks(counts)
+    axes.set(xlabel="fitted runs", ylabel=SHORT[metric])
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def _look(place: int) -> tuple[str, str]:
+    """Colour and line style of one of many."""
+    return COLOURS[place % len(COLOURS)], STYLES[place // len(COLOURS) % len(STYLES)]

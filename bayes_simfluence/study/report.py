@@ -1,0 +1,152 @@
+"""The report of a study: a page, tables as CSV, pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from bayes_simfluence.evaluation.compare import FAILED, INTERVAL
+from bayes_simfluence.files import atomically
+from bayes_simfluence.report.attribution import plot_by_runs
+from bayes_simfluence.report.plots import save_figure
+from bayes_simfluence.report.tables import latex, markdown
+from bayes_simfluence.study.cell import Cell
+from bayes_simfluence.study.jobs import outcome_of
+
+__all__ = ["write_report"]
+
+BY_RUNS = ("mse", "spearman_change")
+"""Metrics that are shown against the number of runs."""
+BAYES = "bayes"
+GIBIBYTE = 2.0**30
+
+
+def write_report(cells: Sequence[Cell], folder: Path) -> Path:
+    """Write ``index.md``, ``metrics.csv``, ``costs.csv``, a LaTeX table and pictures for each cell.
+
+    Cells without a comparison yet are named as such.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [_title(cells)]
+    metrics, costs = [], []
+    for cell in cells:
+        tables, spent = cell.tables(), _costs(cell)
+        costs.append(spent)
+        metrics += [
+            table.reset_index().assign(cell=cell.config.name, runs=count)
+            for count, table in tables.items()
+        ]
+        parts.append(_section(cell, tables, spent, folder))
+    # Rows of many cells: the columns that say whose they are come first.
+    if metrics:
+        every = pd.concat(metrics)
+        first = ["cell", "runs", "method"]
+        every = every[[*first, *every.columns.drop(first)]]
+        _write(folder / "metrics.csv", every.to_csv(index=False))
+    _write(folder / "costs.csv", pd.concat(costs).to_csv(index=False))
+    _write(folder / "index.md", "\n\n".join(parts) + "\n")
+    return folder
+
+
+def _title(cells: Sequence[Cell]) -> str:
+    held_out = cells[0].study.protocol.held_out
+    return (
+        "# Study\n\n"
+        f"Every method sees the first runs of a recording and is judged on {held_out} others that "
+        f"none has seen. Intervals: {INTERVAL:.0%}, bootstrap over these runs. The scale of "
+        "scores is fitted on the fitted runs. The best of each column is bold. Seconds include "
+        "compilation; memory is the most that the process held."
+    )
+
+
+def _section(
+    cell: Cell, tables: Mapping[int, pd.DataFrame], spent: pd.DataFrame, folder: Path
+) -> str:
+    name = cell.config.name
+    parts = [f"## {name}"]
+    if not tables:
+        return f"{parts[0]}\n\nNot compared yet."
+    most = max(tables)
+    parts += [f"Fitted to {most} runs:", markdown(tables[most])]
+    _write(folder / f"{name}.tex", latex(tables[most]) + "\n")
+    headline = _headline(cell, tables[most])
+    if headline:
+        parts.append(headline)
+    if len(tables) > 1:
+        for metric in BY_RUNS:
+            picture = folder / f"{name}-{metric}.png"
+            save_figure(plot_by_runs(tables, metric), picture, overwrite=True)
+            parts.append(f"![{metric} against fitted runs, {name}]({picture.name})")
+        parts += ["MSE by fitted runs:", _by_runs(tables)]
+    parts += ["Cost:", _costs_text(spent, most)]
+    return "\n\n".join(parts)
+
+
+def _headline(cell: Cell, table: pd.DataFrame) -> str:
+    """The Bayesian simulator against the best one made of scores."""
+    scored = [name for name in cell.attributions if name in table.index]
+    of_scores = table.loc[scored]
+    if BAYES not in table.index or not np.isfinite(of_scores["mse"]).any():
+        return ""
+    best, error, rank = (
+        of_scores["mse"].idxmin(),
+        float(table["mse"][BAYES] / of_scores["mse"].min()),
+        float(of_scores["spearman_change"].max()),
+    )
+    return (
+        f"MSE of bayes over that of the best scores ({best}): {error:.3g}. Spearman of the change: "
+        f"{table['spearman_change'][BAYES]:.3g} against at most {rank:.3g}."
+    )
+
+
+def _by_runs(tables: Mapping[int, pd.DataFrame]) -> str:
+    found = pd.DataFrame({count: table["mse"] for count, table in tables.items()})
+    lines = [
+        "| method | " + " | ".join(f"{one} runs" for one in found) + " |",
+        "|---|" + "---|" * found.shape[1],
+    ]
+    order = list(dict.fromkeys(name for table in tables.values() for name in table.index))
+    for method in order:
+        cells = ["" if np.isnan(one) else f"{one:.3g}" for one in found.loc[method]]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _costs(cell: Cell) -> pd.DataFrame:
+    """What each piece of work of a cell took."""
+    jobs = [(name, "attribute", 0, cell.scores(name)) for name in cell.attributions]
+    jobs += [
+        (name, "fit", count, cell.fit(name, count))
+        for count in cell.study.counts
+        for name in (*cell.simulators, *cell.attributions)
+    ]
+    rows = []
+    for name, stage, count, path in jobs:
+        outcome = outcome_of(path)
+        if outcome is not None:
+            rows.append((cell.config.name, stage, name, count, outcome.seconds,
+                         outcome.peak_bytes, outcome.start_bytes, outcome.failed))  # fmt: skip
+    columns = ["cell", "stage", "method", "runs", "seconds", "peak_bytes", "start_bytes", FAILED]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _costs_text(spent: pd.DataFrame, most: int) -> str:
+    lines = [
+        "| method | work | seconds | peak memory (GiB) | at its start |",
+        "|---|---|---|---|---|",
+    ]
+    shown = spent[(spent["stage"] == "attribute") | (spent["runs"] == most)]
+    for _, row in shown[shown[FAILED] == ""].iterrows():
+        work = "scores" if row["stage"] == "attribute" else f"fit to {row['runs']} runs"
+        memory = [
+            "" if pd.isna(row[one]) else f"{row[one] / GIBIBYTE:.2f}"
+            for one in ("peak_bytes", "start_bytes")
+        ]
+        lines.append(f"| {row['method']} | {work} | {row['seconds']:.1f} | {' | '.join(memory)} |")
+    return "\n".join(lines)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomically(path) as partial:
+        partial.write_text(text, "utf-8")

@@ -1,0 +1,88 @@
+"""A study from its settings: every stage of every cell, then the report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from bayes_simfluence.checks import choice_of
+from bayes_simfluence.files import PathLike, new_path
+from bayes_simfluence.progress import Progress, Silent
+from bayes_simfluence.settings import config_from_yaml, save_config
+from bayes_simfluence.study.cell import Cell
+from bayes_simfluence.study.config import StudyConfig, study_of
+from bayes_simfluence.study.methods import ATTRIBUTIONS, SIMULATORS
+from bayes_simfluence.study.report import write_report
+from bayes_simfluence.study.stages import STAGES
+
+__all__ = ["REPORT", "run_study"]
+
+REPORT = "report"
+SETTINGS = "study.yaml"
+
+
+def run_study(
+    config: StudyConfig,
+    out: PathLike,
+    *,
+    stages: Sequence[str] | None = None,
+    cells: Sequence[str] | None = None,
+    retry: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Record, attribute, fit, compare and report; a second call goes on where the first stopped.
+
+    Results are files in ``out``, a folder for each cell: ``runs.zarr``, ``pilot.zarr``,
+    ``scores/METHOD.nc``, ``fits/RUNS/METHOD.nc``, ``tables/RUNS.csv``; what each piece of work took
+    or why it failed lies beside it (``.yaml``). Remove a file to have it made again.
+
+    Args:
+        config: as made by ``study_of``.
+        out: the study's folder.
+        stages: some of ``record``, ``checkpoints``, ``attribute``, ``fit``, ``compare``,
+            ``report``; all when omitted.
+        cells: names of some cells; all when omitted. The report is always of all.
+        retry: do again what failed.
+        progress: told of long work; silent when omitted.
+
+    Returns:
+        The folder.
+
+    Raises:
+        Misuse: unknown stages, cells or methods, another study in the folder, recordings that do
+            not fit; a stage before the one that it needs.
+    """
+    folder = new_path(out, overwrite=True)
+    config = _checked(config, folder)
+    names = [one.name for one in config.cells]
+    for name in cells or ():
+        choice_of("cell", name, names)
+    for name in stages or ():
+        choice_of("stage", name, (*STAGES, REPORT))
+    wanted = [one for one in (*STAGES, REPORT) if stages is None or one in stages]
+    every = [Cell(one, config, folder / one.name) for one in config.cells]
+    chosen = [one for one in every if cells is None or one.config.name in cells]
+    save_config(config.as_dict(), folder / SETTINGS)
+    for name in wanted:
+        if name == REPORT:
+            write_report(every, folder / REPORT)
+            continue
+        for cell in chosen:
+            STAGES[name](cell, retry, progress or Silent())
+            if len(chosen) > 1:
+                # Programs for one cell are of no use for another; a process may hold only so many.
+                jax.clear_caches()  # type: ignore[no-untyped-call]
+    return folder
+
+
+def _checked(config: StudyConfig, folder: Path) -> StudyConfig:
+    config = config.checked()
+    for what, given, known in (
+        ("methods", config.methods, ATTRIBUTIONS),
+        ("simulators", config.simulators, SIMULATORS),
+    ):
+        for name in given or ():
+            choice_of(what, name, list(known))
+    if (folder / SETTINGS).is_file():
+        config.continues(study_of(config_from_yaml(folder / SETTINGS)), str(folder))
+    return config
