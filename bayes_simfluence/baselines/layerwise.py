@@ -32,6 +32,10 @@ __all__ = ["Layers", "layer_products", "layers_of", "squared_norms"]
 DIRECT = -1
 """Stands for all leaves without factors together, among the numbers of leaves."""
 
+SLOWER = 5
+"""Times that a multiplication takes longer on gradients that are written out than on factors: they
+are bound by memory (measured on a CPU at the sizes of MiniLM)."""
+
 
 class _Parts(NamedTuple):
     """The gradients of several examples, taken apart; a pytree."""
@@ -110,8 +114,8 @@ def layer_products(
         layers: of this task, to share compilations between points.
         scale: a positive weight for each coordinate (the diagonal of a preconditioner); all norms
             are then in that metric.
-        memory: bytes held at once, about: a quarter for each side, half for work. Where the queries
-            do not fit, the training examples are gone through again for each part of them.
+        memory: bytes held at once, about: half for work, most of the rest for the queries. Where
+            they do not fit, the training examples are gone through again for each part of them.
         meter: told of every pair of examples.
     """
     layers = layers or layers_of(task)
@@ -120,9 +124,9 @@ def layer_products(
     ways = _ways(layers, counts, scaled=scale is not None)
     found = Products(np.zeros(counts), np.zeros(counts[0]), np.zeros(counts[1]))
     new = np.ones(counts, bool)
-    for columns, queries in _blocks(layers, params, task.query, memory):
+    for columns, queries in _blocks(layers, params, task.query, 3 * memory // 8, memory // 2):
         found.query[columns] = _norms(ways, queries, scales, memory // 2)
-        for rows, trains in _blocks(layers, params, task.train, memory):
+        for rows, trains in _blocks(layers, params, task.train, memory // 8, memory // 2):
             if columns.start == 0:
                 found.train[rows] = _norms(ways, trains, scales, memory // 2)
             found.products[rows, columns] = _products(ways, trains, queries, scales, memory // 2)
@@ -151,7 +155,7 @@ def squared_norms(
     scales = _scales(layers, params, scale)
     ways = _ways(layers, (count, 1), scaled=scale is not None)
     found, done = np.zeros(count), 0
-    for rows, trains in _blocks(layers, params, task.train, memory):
+    for rows, trains in _blocks(layers, params, task.train, memory // 8, memory // 2):
         found[rows] = _norms(ways, trains, scales, memory // 2)
         if meter is not None:
             meter.advance(rows.stop - done)
@@ -238,13 +242,13 @@ def _factor_size(tokens: tuple[int, int], shape: Sequence[int]) -> int:
 
 
 def _blocks(
-    layers: Layers, params: PyTree, examples: PyTree, memory: int
+    layers: Layers, params: PyTree, examples: PyTree, memory: int, work: int
 ) -> Iterator[tuple[slice, _Parts]]:
-    """The parts of all examples, as many at once as fit in a quarter of the memory."""
-    for block, some in _pieces(examples, memory // (4 * layers.kept)):
+    """The parts of all examples, as many at once as fit in the memory."""
+    for block, some in _pieces(examples, memory // layers.kept):
         # One backward pass holds more than it leaves behind.
         made, done = [], 0
-        for piece, few in _pieces(some, memory // (2 * layers.traced)):
+        for piece, few in _pieces(some, work // layers.traced):
             parts = layers.parts(params, few)
             made.append(jax.tree.map(lambda leaf, at=done - piece.start: leaf[at:], parts))
             done = piece.stop
@@ -276,12 +280,12 @@ def _scales(
 
 
 def _ways(layers: Layers, counts: tuple[int, int], *, scaled: bool) -> dict[int, Way]:
-    """The cheaper way for each matrix, by its multiplications."""
+    """The cheaper way for each matrix, by its multiplications and how fast they are."""
     pairs, each = counts[0] * counts[1], sum(counts)
     found: dict[int, Way] = {}
     for at, shape in layers.shapes.items():
         (multiplied, taken), size = layers.tokens[at], math.prod(shape)
-        written = pairs * size + each * multiplied * size
+        written = SLOWER * (pairs * size + each * multiplied * size)
         by_token = pairs * multiplied**2 * sum(shape)
         by_row = pairs * taken**2 * shape[1]
         if not taken and not scaled and by_token < written:
