@@ -5,7 +5,7 @@ logistic regression says what an example does to a query's output.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,8 @@ def trak(
     checkpoints: Sequence[SavedWeights],
     *,
     dimensions: int = 2048,
-    damping: float = 0.01,
-    of: Literal["loss", "log-odds"] = "loss",
+    damping: int | float = 0.01,
+    of: str = "loss",
     key: jax.Array,
     memory: int = MEMORY,
     progress: Progress | None = None,
@@ -96,7 +96,7 @@ def trak(
                 _in_pieces(projected, params, one, meter) for one in (task.train, task.query)
             )
             check_finite(task, where, train=train.sum(axis=1), query=query.sum(axis=1))
-            effects, added = newton_effects(train, query, damping)
+            effects, added = newton_effects(train, query, float(damping))
             total += effects / len(checkpoints)
             wrong_train += train_error / len(checkpoints)
             wrong_query += query_error / len(checkpoints)

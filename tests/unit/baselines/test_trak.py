@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bayes_simfluence.baselines.gradients import flat
 from bayes_simfluence.baselines.trak import newton_effects, trak
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors
@@ -136,7 +135,7 @@ def test_certain_examples_have_no_effect(task, key):
 def test_misuse_is_named(task, checkpoints, key):
     with pytest.raises(Misuse, match="checkpoints: got none"):
         trak(task, [], key=key)
-    with pytest.raises(Misuse, match=r"damping: got 0 with 9 .* in 12 dimensions.* singular"):
+    with pytest.raises(Misuse, match=r"damping: got 0.0 with 9 .* in 12 dimensions.* singular"):
         trak(task, checkpoints, dimensions=12, damping=0, key=key)
     with pytest.raises(Misuse, match="damping: got -1"):
         trak(task, checkpoints, damping=-1, key=key)
