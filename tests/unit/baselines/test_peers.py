@@ -1,0 +1,172 @@
+"""TracIn and Grad-Dot of MiniLM with a head against PyTorch: dattri, and a loop of ``backward``.
+
+dattri asks for packages that pull a GPU build of PyTorch; beside ``torch==2.13.0`` it is installed
+by ``python -m pip install --no-deps dattri==0.3.0 einops``.
+"""
+
+import importlib
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bayes_simfluence.baselines.tracin import grad_dot, tracin
+from bayes_simfluence.networks.checkpoint import load_checkpoint
+from bayes_simfluence.networks.families import network_of
+from bayes_simfluence.networks.heads import head_logits, with_head
+from bayes_simfluence.networks.network import Sequence
+from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors
+from bayes_simfluence.recording.task import Task
+
+# Without the extra [parity] these tests are not chosen; chosen without it, they fail.
+torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+pytestmark = pytest.mark.parity
+
+TRAIN, QUERY, TOKENS = 4, 2, 10
+
+
+@pytest.fixture(scope="module")
+def task():
+    """Full tuning of MiniLM on random texts of mixed length."""
+    checkpoint = load_checkpoint("minilm")
+    network, rng, count = network_of(checkpoint), np.random.default_rng(0), TRAIN + QUERY
+    lengths = rng.integers(5, TOKENS + 1, count)
+    data = {
+        "tokens": jnp.asarray(rng.integers(1000, 1030, (count, TOKENS)), jnp.int32),
+        "attended": jnp.asarray(np.arange(TOKENS)[None] < lengths[:, None]),
+        "label": jnp.asarray(rng.integers(0, 2, count), jnp.int32),
+    }
+
+    def loss(weights, example):
+        tokens = example["tokens"]
+        sequence = Sequence(tokens, jnp.zeros_like(tokens), example["attended"])
+        logits = head_logits(network, weights, sequence, "mean")
+        return -jax.nn.log_softmax(logits)[example["label"]]
+
+    names = [name for name in network.shapes if "pooler" not in name]
+    weights = {name: checkpoint.tensors[name] for name in names}
+    return Task(
+        params=with_head(weights, network, 2, jax.random.key(0)),
+        loss=loss,
+        train=jax.tree.map(lambda leaf: leaf[:TRAIN], data),
+        query=jax.tree.map(lambda leaf: leaf[TRAIN:], data),
+        train_ids=range(TRAIN),
+        query_ids=range(QUERY),
+        provenance={"folder": str(checkpoint.folder)},
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoints(task):
+    """The initial weights, and others near them."""
+    moved = jax.tree.map(lambda leaf: leaf * 1.01, task.params)
+    places = zip((task.params, moved), (2e-5, 1e-5), strict=True)
+    return [SavedWeights(at, rate, named_tensors(one)) for at, (one, rate) in enumerate(places, 1)]
+
+
+@pytest.fixture(scope="module")
+def model(task):
+    """transformers' encoder with the same head, a function of tokens and what is attended to."""
+    import transformers
+
+    class Classifier(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = transformers.AutoModel.from_pretrained(
+                task.provenance["folder"],
+                add_pooling_layer=False,
+                dtype=torch.float32,
+                attn_implementation="eager",
+            )
+            self.classifier = torch.nn.Linear(self.encoder.config.hidden_size, 2)
+
+        def forward(self, tokens, attended):
+            # A mask of scores: transformers asks a mask of bits for its values, which vmap forbids.
+            mask = (1.0 - attended)[:, None, None, :] * torch.finfo(torch.float32).min
+            hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
+            pooled = (hidden * attended[..., None]).sum(1) / attended.sum(1, keepdim=True)
+            return self.classifier(pooled)
+
+    return Classifier().eval()
+
+
+def states(checkpoints):
+    """The checkpoints' tensors under the names of ``model``."""
+    head = "classifier."
+    return [
+        {
+            name if name.startswith(head) else f"encoder.{name}": torch.tensor(one)
+            for name, one in saved.tensors.items()
+        }
+        for saved in checkpoints
+    ]
+
+
+def tensors(examples):
+    return tuple(
+        torch.tensor(np.asarray(examples[name])).to(dtype)
+        for name, dtype in (
+            ("tokens", torch.long),
+            ("attended", torch.float32),
+            ("label", torch.long),
+        )
+    )
+
+
+def same(found, theirs):
+    """Within 1e-3 of each number, or of the size of all where numbers cancel."""
+    np.testing.assert_allclose(found, -theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).mean())
+
+
+def test_scores_are_those_of_a_loop_of_backward(task, checkpoints, model):
+    def rows(examples, count):
+        tokens, attended, label = tensors(examples)
+        found = []
+        for at in range(count):
+            model.zero_grad()
+            logits = model(tokens[at : at + 1], attended[at : at + 1])
+            torch.nn.functional.cross_entropy(logits, label[at : at + 1]).backward()
+            found.append(torch.cat([one.grad.ravel() for one in model.parameters()]))
+        return torch.stack(found)
+
+    total = np.zeros((TRAIN, QUERY))
+    for saved, state in zip(checkpoints, states(checkpoints), strict=True):
+        model.load_state_dict(state, strict=False)
+        dots = (rows(task.train, TRAIN) @ rows(task.query, QUERY).T).numpy().astype(float)
+        if saved.step == 1:
+            same(grad_dot(task), dots)
+        total += saved.step_size * dots
+    same(tracin(task, checkpoints), total)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scores_are_those_of_dattri(task, checkpoints, model):
+    pytest.importorskip("dattri", reason="python -m pip install --no-deps dattri==0.3.0 einops")
+    from dattri.algorithm.tracin import TracInAttributor
+    from dattri.task import AttributionTask
+
+    def loss(weights, data):
+        tokens, attended, label = (one[None] for one in data)
+        logits = torch.func.functional_call(model, weights, (tokens, attended))
+        return torch.nn.functional.cross_entropy(logits, label)
+
+    def load(model, state):
+        model.load_state_dict(state, strict=False)
+        return model
+
+    theirs = AttributionTask(loss, model, states(checkpoints), checkpoints_load_func=load)
+    loaders = [
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*tensors(one)), batch_size=2)
+        for one in (task.train, task.query)
+    ]
+
+    def scores(rates):
+        attributor = TracInAttributor(theirs, torch.tensor(rates), normalized_grad=False)
+        # Whole gradients; dattri projects them unless told otherwise here.
+        attributor.projector_kwargs = None
+        return attributor.attribute(*loaders).detach().numpy().astype(float)
+
+    same(tracin(task, checkpoints), scores([saved.step_size for saved in checkpoints]))
+    same(grad_dot(task), scores([1.0, 0.0]))
