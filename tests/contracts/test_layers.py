@@ -131,7 +131,16 @@ ROWS = {
         "posterior",
         "fit",
     ],
-    "baselines": ["simple", "scores", "additive", "gradients"],
+    "baselines": [
+        "simple",
+        "scores",
+        "additive",
+        "gradients",
+        "curvature",
+        "solvers",
+        "ekfac",
+        "influence",
+    ],
     "evaluation": ["metrics", "ranks", "synthetic", "compare", "calibration", "whole_runs"],
     "report": ["tables", "plots", "diagnose"],
 }
