@@ -1,4 +1,4 @@
-"""EK-FAC: the Gauss-Newton matrix of linear layers, a Kronecker eigenbasis with its own eigenvalues.
+"""EK-FAC: linear layers' Gauss-Newton matrix in a Kronecker eigenbasis, eigenvalues corrected.
 
 A linear layer's gradient on one example is ``sum_t d_t a_t^T`` over what enters it (``a``, with a 1
 for the bias) and the slopes of what leaves it (``d``). The layer's block of the curvature is taken
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bayes_simfluence.baselines.curvature import output_slopes
-from bayes_simfluence.baselines.solvers import (
+from bayes_simfluence.baselines.problem import (
     SHARE_OF_MEAN,
     Problem,
     Solved,

@@ -18,14 +18,13 @@ from jaxtyping import PyTree
 from bayes_simfluence.baselines.curvature import Curvature, check_curvature
 from bayes_simfluence.baselines.ekfac import EKFAC
 from bayes_simfluence.baselines.gradients import MEMORY
+from bayes_simfluence.baselines.problem import Problem, Solver
 from bayes_simfluence.baselines.scores import score_array
 from bayes_simfluence.baselines.solvers import (
     Arnoldi,
     ConjugateGradient,
     Dense,
     LiSSA,
-    Problem,
-    Solver,
 )
 from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.progress import Progress, Silent

@@ -137,6 +137,7 @@ ROWS = {
         "additive",
         "gradients",
         "curvature",
+        "problem",
         "solvers",
         "ekfac",
         "influence",
