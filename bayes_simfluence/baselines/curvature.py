@@ -7,7 +7,8 @@ the curvature of the network itself. Nothing here adds damping.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ __all__ = [
     "dense_curvature",
     "mean_eigenvalue",
     "output_factor",
+    "output_size",
     "output_slopes",
     "outputs_of_one",
 ]
@@ -51,11 +53,6 @@ MOST_DENSE = 4096
 """Weights up to which a curvature is written out."""
 
 
-class _Sizes(NamedTuple):
-    outputs: int
-    weights: int
-
-
 def check_curvature(task: Task, params: PyTree, curvature: str, damping: float | None) -> None:
     """Raise unless ``curvature`` exists for the task and ``damping`` makes it regular.
 
@@ -74,12 +71,12 @@ def check_curvature(task: Task, params: PyTree, curvature: str, damping: float |
             )
         return
     _check_parts(task, params)
-    sizes, count = _sizes(task, params), len(task.train_ids)
-    if damping == 0 and count * sizes.outputs < sizes.weights:
+    outputs, count, weights = output_size(task, params), len(task.train_ids), _width(params)
+    if damping == 0 and count * outputs < weights:
         raise Misuse(
             "damping",
-            got=f"0 for a curvature of rank {count * sizes.outputs} at most ({count} examples of "
-            f"{sizes.outputs} outputs) in {sizes.weights} weights",
+            got=f"0 for a curvature of rank {count * outputs} at most ({count} examples of "
+            f"{outputs} outputs) in {weights} weights",
             expected="a number > 0",
             do="pass damping=None for .1 of the mean eigenvalue, or a number",
         )
@@ -110,10 +107,15 @@ def _check_parts(task: Task, params: PyTree) -> None:
         )
 
 
-def _sizes(task: Task, params: PyTree) -> _Sizes:
+def output_size(task: Task, params: PyTree) -> int:
+    """Number of outputs of one example."""
     one = jax.tree.map(lambda leaf: leaf[0], task.train)
-    shape = jax.eval_shape(lambda *at: outputs_of_one(task, *at), params, task.frozen, one)
-    return _Sizes(shape.size, sum(leaf.size for leaf in jax.tree.leaves(params)))
+    shape = jax.eval_shape(partial(outputs_of_one, task), params, task.frozen, one)
+    return int(shape.size)
+
+
+def _width(params: PyTree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def outputs_of_one(
@@ -305,10 +307,10 @@ def mean_eigenvalue(task: Task, params: PyTree, key: jax.Array) -> float:
             example, key = pair
             found, pull = jax.vjp(lambda at: outputs_of_one(task, at, frozen, example), params)
             slope = output_slopes(task, found, example, key, 1)[0]
-            return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(pull(slope)[0]))
+            return jnp.square(flat(pull(slope)[0])).sum()
 
         return jax.lax.map(one, (examples, keys))
 
     keys = jax.random.split(key, len(task.train_ids))
     found = lengths(params, task.frozen, task.train, keys)
-    return float(np.asarray(found, float).mean()) / _sizes(task, params).weights
+    return float(np.asarray(found, float).mean()) / _width(params)

@@ -133,7 +133,7 @@ def _outputs(outputs: Any, output_loss: Any, weights: Params, one: Example) -> N
             do="give task.outputs and task.output_loss, or neither",
         )
     found = jax.eval_shape(outputs, weights, one)
-    if not jnp.issubdtype(getattr(found, "dtype", None), jnp.floating):
+    if not (hasattr(found, "dtype") and jnp.issubdtype(found.dtype, jnp.floating)):
         raise Misuse(
             "task.outputs",
             got=f"{found}",

@@ -139,6 +139,7 @@ ROWS = {
         "curvature",
         "problem",
         "solvers",
+        "dual",
         "ekfac",
         "influence",
     ],
