@@ -298,16 +298,20 @@ def output_slopes(
     return factor.reshape(-1, *outputs.shape)
 
 
-def mean_eigenvalue(task: Task, params: PyTree, key: jax.Array) -> float:
-    """Trace of the Gauss-Newton matrix per weight: the squared length of slopes drawn for it."""
+def mean_eigenvalue(task: Task, params: PyTree, key: jax.Array, *, draws: int | None = 1) -> float:
+    """Trace of the Gauss-Newton matrix per weight: the squared length of slopes drawn for it.
+
+    Args:
+        draws: as in ``output_slopes``, for each training example.
+    """
 
     @jax.jit
     def lengths(params: PyTree, frozen: PyTree, examples: PyTree, keys: jax.Array) -> Array:
         def one(pair: tuple[PyTree, jax.Array]) -> Float[Array, ""]:
             example, key = pair
             found, pull = jax.vjp(lambda at: outputs_of_one(task, at, frozen, example), params)
-            slope = output_slopes(task, found, example, key, 1)[0]
-            return jnp.square(flat(pull(slope)[0])).sum()
+            slopes = output_slopes(task, found, example, key, draws)
+            return jax.lax.map(lambda at: jnp.square(flat(pull(at)[0])).sum(), slopes).sum()
 
         return jax.lax.map(one, (examples, keys))
 

@@ -296,7 +296,7 @@ def _krylov(
     vector = jax.random.normal(problem.key, (problem.width,), jnp.float32)
     vector = vector / jnp.linalg.norm(vector)
     for step in range(steps):
-        basis = _with_row(basis, vector, step)
+        basis = _with_row(basis, vector, jnp.asarray(step))
         pushed = problem.product(vector[None], None)[0]
         parts, left = _orthogonal(basis, pushed)
         inner[: step + 1, step] = np.asarray(parts, float)[: step + 1]
@@ -316,7 +316,7 @@ def _krylov(
 
 
 @partial(jax.jit, donate_argnums=0)
-def _with_row(basis: Array, row: Array, at: int) -> Array:
+def _with_row(basis: Array, row: Array, at: Array) -> Array:
     return basis.at[at].set(row)
 
 
