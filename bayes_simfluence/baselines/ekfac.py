@@ -26,7 +26,7 @@ from bayes_simfluence.baselines.problem import (
     check_finite,
     regular,
 )
-from bayes_simfluence.checks import Misuse, WorkFailed, positive_integer, shorten
+from bayes_simfluence.checks import Misuse, positive_integer, shorten
 from bayes_simfluence.networks.layers import watching
 from bayes_simfluence.recording.task import Task
 
@@ -272,17 +272,11 @@ def _bases(problem: Problem, passes: _Passes) -> Bases:
     task = problem.task
     keys = jax.random.split(problem.key, len(task.train_ids))
     sums = covariances(problem.params, task.frozen, task.train, keys)
-    return Bases(*({name: _eigenvectors(name, one) for name, one in some.items()} for some in sums))
-
-
-def _eigenvectors(name: str, matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    found = np.asarray(matrix)
-    if not np.isfinite(found).all():
-        raise WorkFailed(
-            f"The covariance of layer {name} is not finite: take weights from before training "
-            "diverged."
-        )
-    return jnp.asarray(np.linalg.eigh(found)[1])
+    for name, matrix in (*sums[0].items(), *sums[1].items()):
+        if not np.isfinite(matrix).all():
+            problem.blame(f"The covariance of layer {name}")
+    turned = (jax.tree.map(lambda one: jnp.asarray(np.linalg.eigh(one)[1]), some) for some in sums)
+    return Bases(*turned)
 
 
 def _rotated(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,20 @@ class Problem:
         for rows, gradients in pieces:
             check_finite(self.task, part, rows, all_finite(gradients))
             yield rows, gradients
+
+    def blame(self, what: str) -> NoReturn:
+        """Say of which training example it comes that ``what`` is not finite.
+
+        Raises:
+            Misuse: a training example's gradient is not finite either.
+            WorkFailed: all of them are finite.
+        """
+        for _ in self.gradients("train", self.memory // 2):
+            pass
+        raise WorkFailed(
+            f"{what} is not finite, though all gradients are: take weights from before training "
+            "diverged."
+        )
 
 
 @runtime_checkable

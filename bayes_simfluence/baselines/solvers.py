@@ -64,6 +64,8 @@ class Dense:
     def solve(self, problem: Problem) -> Solved:
         """As in ``Solver``."""
         matrix = dense_curvature(problem.task, problem.params, problem.curvature)
+        if not np.isfinite(matrix).all():
+            problem.blame("The curvature")
         values, vectors = scipy.linalg.eigh(matrix)
         values = values + problem.damped
         regular(values[0], values[-1], problem.damped, problem.curvature)
@@ -147,10 +149,7 @@ def _check_descent(
 ) -> None:
     found = np.asarray(curved / _dots(direction, direction))[active]
     if not np.isfinite(found).all():
-        raise WorkFailed(
-            "Conjugate gradients met a product with the curvature that is not finite: take "
-            "weights from before training diverged."
-        )
+        problem.blame("A product with the curvature")
     if found.min() <= 0:
         raise WorkFailed(
             f"Conjugate gradients met curvature {found.min():.3g} (damping {problem.damped:.3g} "
@@ -217,6 +216,8 @@ class LiSSA:
             bound = (term + 2) * 1.01 * length
             grown = np.asarray(_dots(after, after) > bound**2) | ~np.asarray(all_finite(after))
             if grown.any():
+                if not np.asarray(all_finite(pushed)).all():
+                    problem.blame("A product with the curvature")
                 self._diverged(summed, pushed, grown, term + 1)
             change, summed = after - summed, after
         ratio = _dots(change, change) / jnp.maximum(_dots(summed, summed), 1e-30)
@@ -302,10 +303,7 @@ def _krylov(
         inner[: step + 1, step] = np.asarray(parts, float)[: step + 1]
         length = float(jnp.linalg.norm(left))
         if not np.isfinite(length):
-            raise WorkFailed(
-                "Arnoldi met a product with the curvature that is not finite: take weights from "
-                "before training diverged."
-            )
+            problem.blame("A product with the curvature")
         if step + 1 == steps or length <= 1e-5 * float(jnp.linalg.norm(parts)):
             break
         inner[step + 1, step] = length

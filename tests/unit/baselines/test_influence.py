@@ -70,11 +70,6 @@ def broken(task, **changes):
     return dataclasses.replace(task, **changes)
 
 
-def with_example(task, place, value):
-    train = {**task.train, "x": task.train["x"].at[place].set(value)}
-    return broken(task, train=train)
-
-
 def test_gauss_newton_is_jacobians_around_the_hessian_of_the_softmax(task):
     """Written out with ``diag(p) - p p^T``, one example after another."""
     found = dense_curvature(task, task.params, "ggn")
@@ -102,13 +97,13 @@ def test_products_are_those_of_the_matrix_written_out(task, rng, curvature):
     np.testing.assert_allclose(product(vectors, places), expected, atol=1e-4)
 
 
-def test_the_trace_is_that_of_the_matrix(task):
-    """Random slopes: over 30 keys the mean is within three standard errors."""
-    found = [
-        mean_eigenvalue(task, task.params, key) for key in jax.random.split(jax.random.key(0), 30)
-    ]
+def test_the_trace_is_that_of_the_matrix(task, key):
     expected = np.trace(dense_curvature(task, task.params, "ggn")) / WEIGHTS
-    assert abs(np.mean(found) - expected) < 3 * np.std(found) / np.sqrt(30) + 1e-6
+    exact = mean_eigenvalue(task, task.params, key, draws=None)
+    np.testing.assert_allclose(exact, expected, rtol=1e-4)
+    # 21 examples with 200 draws each: a standard error of about 1%.
+    drawn = mean_eigenvalue(task, task.params, key, draws=200)
+    np.testing.assert_allclose(drawn, expected, rtol=0.05)
 
 
 def test_slopes_have_the_hessian_of_the_output_loss(task, key):
@@ -130,11 +125,11 @@ def test_scores_are_the_formula(task, exact):
     train, query = (
         np.stack(
             [
-                flat(jax.grad(task.loss)(task.params, jax.tree.map(lambda leaf: leaf[at], some)))
-                for at in range(len(ids))
+                flat(jax.grad(task.loss)(task.params, {"x": x, "y": y}))
+                for x, y in zip(some["x"], some["y"], strict=True)
             ]
         )
-        for some, ids in ((task.train, task.train_ids), (task.query, task.query_ids))
+        for some in (task.train, task.query)
     )
     damped = matrix + DAMPING * np.eye(WEIGHTS)
     expected = -train @ np.linalg.solve(damped, query.T) / TRAIN
@@ -172,10 +167,10 @@ def test_solvers_of_the_hessian(task, key, solver):
 
 
 def test_batches_of_lissa_average_to_the_dense_solve(task, exact, key):
-    solver = LiSSA(depth=300, scale=4.0, repeats=40, batch=7)
+    solver = LiSSA(depth=100, scale=2.0, repeats=10, batch=7)
     found = influence(task, solver=solver, damping=DAMPING, key=key)
-    assert np.corrcoef(found.values.ravel(), exact.values.ravel())[0, 1] > 0.98
-    assert {"scale": 4.0, "depth": 300, "repeats": 40, "batch": 7}.items() <= found.attrs.items()
+    assert np.corrcoef(found.values.ravel(), exact.values.ravel())[0, 1] > 0.95
+    assert {"scale": 2.0, "depth": 100, "repeats": 10, "batch": 7}.items() <= found.attrs.items()
 
 
 def test_a_few_eigenvectors_are_those_of_largest_eigenvalue(task, key):
@@ -281,16 +276,16 @@ class TestMisuse:
                 task, solver=LiSSA(3000, 1.0, batch=None), curvature="hessian", damping=0.0, key=key
             )
 
-    @pytest.mark.parametrize("solver", [Dense(), Dual(), ConjugateGradient(), Arnoldi(3)])
+    @pytest.mark.parametrize("solver", [Dense(), Dual(), ConjugateGradient(), LiSSA(), Arnoldi(3)])
     def test_a_gradient_that_is_not_finite(self, task, key, solver):
-        if solver == Dual() or solver == Dense():
-            task = with_example(task, 17, np.nan)
-            with pytest.raises((Misuse, WorkFailed), match=r"example t17|not finite"):
-                influence(task, solver=solver, damping=DAMPING, key=key)
-        else:
-            query = {**task.query, "x": task.query["x"].at[2].set(np.inf)}
-            with pytest.raises(Misuse, match=r"gradient of query example q2"):
-                influence(broken(task, query=query), solver=solver, damping=DAMPING, key=key)
+        train = {**task.train, "x": task.train["x"].at[17].set(np.nan)}
+        with pytest.raises(Misuse, match=r"gradient of train example t17"):
+            influence(broken(task, train=train), solver=solver, damping=DAMPING, key=key)
+
+    def test_a_querys_gradient_that_is_not_finite(self, task, key):
+        query = {**task.query, "x": task.query["x"].at[2].set(np.inf)}
+        with pytest.raises(Misuse, match=r"gradient of query example q2"):
+            influence(broken(task, query=query), damping=DAMPING, key=key)
 
     def test_arnoldi_says_the_memory_that_it_needs(self, task, key):
         with pytest.raises(Misuse, match=r"memory: got 1000 bytes for 10 vectors .* pass memory="):
