@@ -57,9 +57,10 @@ class Layer(NamedTuple):
 
 
 Layers = dict[str, Layer]
-Entered = dict[str, Float[Array, "row inward"]]
-Slopes = dict[str, Float[Array, "row outward"]]
 Blocks = dict[str, Float[Array, "..."]]
+Entered = Blocks
+Slopes = Blocks
+"""Rows of what enters a layer, and of the slopes of what leaves it."""
 
 
 class Bases(NamedTuple):
@@ -143,7 +144,8 @@ def layers_of(problem: Problem) -> Layers:
 
     one = jax.tree.map(lambda leaf: leaf[0], task.train)
     with watching(watch):
-        jax.eval_shape(task.outputs, known, one)  # type: ignore[arg-type]
+        # A function of its own: JAX remembers what it has traced, and would not call it again.
+        jax.eval_shape(lambda *at: task.outputs(*at), known, one)  # type: ignore[misc]
     layers = {
         name: Layer(*sizes[name], f"{name}.bias" in params, tuple(calls))
         for name, calls in found.items()

@@ -170,7 +170,7 @@ class TestMisuse:
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d", "e", "f"]
-BERT = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+BERT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 BERT |= {"intermediate_size": 12, "max_position_embeddings": 8, "vocab_size": len(WORDS)}
 
 
@@ -213,17 +213,13 @@ NOT_LINEAR = ["embeddings.*", "*LayerNorm*", "classifier.*"]
 
 
 def test_a_bert_against_the_exact_solution_of_the_same_tensors(key):
-    task = bert_task(Full(exclude=NOT_LINEAR))
+    """EK-FAC leaves out what is no linear layer; the exact solution excludes it."""
     settings = {"damping": 1e-3, "key": key}
-    exact = influence(task, solver=Dual(), **settings)
-    found = influence(task, solver=EKFAC(), **settings)
-    assert found.attrs["weights_left_out"] == 0
-    assert found.attrs["layers"] == 12
+    exact = influence(bert_task(Full(exclude=NOT_LINEAR)), solver=Dual(), **settings)
+    found = influence(bert_task(FULL), solver=EKFAC(), **settings)
     assert spearmanr(found.values.ravel(), exact.values.ravel())[0] > 0.8
-    # The same layers within all that trains; the rest is named.
-    whole = influence(bert_task(FULL), solver=EKFAC(), **settings)
-    np.testing.assert_allclose(whole, found, atol=1e-3 * float(np.abs(found).max()))
-    assert "embeddings.word_embeddings.weight" in whole.attrs["tensors_left_out"]
+    assert found.attrs["layers"] == 6
+    assert "embeddings.word_embeddings.weight" in found.attrs["tensors_left_out"]
 
 
 def test_adapters_of_a_bert_are_refused(key):
