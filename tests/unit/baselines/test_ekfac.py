@@ -85,7 +85,7 @@ def test_a_linear_layer_whose_curvature_is_a_kronecker_product(key, output_loss,
 
 def entered(params, x):
     """What enters the layers of ``called_twice``, a 1 for the bias last."""
-    x = np.asarray(x)
+    x, params = np.asarray(x), jax.tree.map(np.asarray, params)
     rows = np.stack([x, 2 * x, x**2, x])
     inner = np.tanh(rows @ params["one.weight"].T + params["one.bias"])
     return {"one": ones(rows), "two": ones(inner.sum(axis=0)[None])}
@@ -122,11 +122,8 @@ def test_the_definition_written_out(key):
         for one in inward:
             inward[one] = inward[one] + rows[one].T @ rows[one]
         # Slopes of what leaves a layer: those of the second are the outputs' own.
-        two = np.asarray(params["two.weight"])
-        inner = (
-            rows["one"]
-            @ np.concatenate([params["one.weight"], params["one.bias"][:, None]], axis=1).T
-        )
+        one, bias, two = (np.asarray(params[at]) for at in ("one.weight", "one.bias", "two.weight"))
+        inner = rows["one"] @ np.concatenate([one, bias[:, None]], axis=1).T
         each = (columns.T @ two)[:, None, :] * (1 - np.tanh(inner) ** 2)[None]
         outward["one"] = outward["one"] + np.einsum("kri,krj->ij", each, each)
         outward["two"] = outward["two"] + columns @ columns.T
