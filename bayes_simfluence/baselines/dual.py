@@ -157,11 +157,11 @@ def _output_slopes(problem: Problem) -> _OutputSlopes:
     task: Task = problem.task
 
     @jax.jit
-    def of_all(params: PyTree, frozen: PyTree, examples: PyTree) -> _OutputSlopes:
-        def one(example: PyTree) -> _OutputSlopes:
+    def of_all(params: PyTree, frozen: PyTree, examples: PyTree) -> tuple[Array, Array]:
+        def one(example: PyTree) -> tuple[Array, Array]:
             found = outputs_of_one(task, params, frozen, example)
             slope = jax.grad(task.output_loss)(found, example)  # type: ignore[arg-type]
-            return _OutputSlopes(output_factor(task, found, example), slope.ravel())
+            return output_factor(task, found, example), slope.ravel()
 
         return jax.lax.map(one, examples)
 

@@ -305,9 +305,11 @@ def _eigenvalues(problem: Problem, passes: _Passes, bases: Bases) -> Blocks:
             entered, slopes = jax.vmap(lambda *one: passes.pseudo(params, frozen, *one))(some, keys)
             found = {}
             for name in passes.layers:
-                turned = (bases.inward[name], bases.outward[name])
-                draws = jax.vmap(lambda a, d, on=turned: _rotated(a, d, *on), in_axes=(None, 0))
-                coordinates = jax.vmap(draws)(entered[name], slopes[name])
+                of_draws = jax.vmap(_rotated, in_axes=(None, 0, None, None))
+                of_examples = jax.vmap(of_draws, in_axes=(0, 0, None, None))
+                coordinates = of_examples(
+                    entered[name], slopes[name], bases.inward[name], bases.outward[name]
+                )
                 square = jnp.where(counts[:, None, None, None], jnp.square(coordinates), 0.0)
                 found[name] = total[name] + square.sum(axis=(0, 1))
             return found

@@ -74,8 +74,10 @@ def choice_task(
     def scores(
         weights: Tensors, example: Examples
     ) -> tuple[Float[Array, " option"], Int[Array, ""]]:
-        each = jax.vmap(lambda option: scorer.score(weights, example, option))
-        return each(scorer.of(example)), example["label"]
+        def score(option: Examples) -> Float[Array, ""]:
+            return scorer.score(weights, example, option)
+
+        return jax.vmap(score)(scorer.of(example)), example["label"]
 
     def loss(weights: Tensors, example: Examples) -> Float[Array, ""]:
         found, right = scores(weights, example)
