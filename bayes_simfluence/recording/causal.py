@@ -9,7 +9,12 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.recording.completions import Completions, completed, prompt_tokens
 from bayes_simfluence.recording.generation import continuations, metrics_and_scores
-from bayes_simfluence.recording.likelihood import completion_logits, mean_nats, smallest_margin
+from bayes_simfluence.recording.likelihood import (
+    completion_logits,
+    drawn_slopes,
+    mean_nats,
+    smallest_margin,
+)
 from bayes_simfluence.recording.measures import Measure
 from bayes_simfluence.recording.pretrained import Pretrained
 from bayes_simfluence.recording.rows import Rows
@@ -20,6 +25,8 @@ from bayes_simfluence.recording.tuned import tuned_task
 from bayes_simfluence.recording.tuning import FULL, Tuning
 
 __all__ = ["causal_task"]
+
+Logits = Float[Array, "target vocabulary"]
 
 
 def causal_task(
@@ -70,15 +77,21 @@ def causal_task(
         for name, one in rows.items()
     }
 
+    def outputs(weights: Tensors, example: Examples) -> Logits:
+        return completion_logits(model.network, weights, example["tokens"], example["attended"])
+
+    def output_loss(logits: Logits, example: Examples) -> Float[Array, ""]:
+        return mean_nats(logits, example["tokens"][1:], example["target"][1:])
+
+    def output_draw(logits: Logits, example: Examples, key: jax.Array) -> Logits:
+        return drawn_slopes(logits, example["target"][1:], key)
+
     def loss(weights: Tensors, example: Examples) -> Float[Array, ""]:
-        tokens, counted = example["tokens"], example["target"][1:]
-        logits = completion_logits(model.network, weights, tokens, example["attended"])
-        return mean_nats(logits, tokens[1:], counted)
+        return output_loss(outputs(weights, example), example)
 
     def margin(weights: Tensors, example: Examples) -> Float[Array, ""]:
-        tokens, counted = example["tokens"], example["target"][1:]
-        logits = completion_logits(model.network, weights, tokens, example["attended"])
-        return smallest_margin(logits, tokens[1:], counted)
+        logits = outputs(weights, example)
+        return smallest_margin(logits, example["tokens"][1:], example["target"][1:])
 
     def accuracy(weights: Tensors, example: Examples) -> Float[Array, ""]:
         found = margin(weights, example)
@@ -103,4 +116,5 @@ def causal_task(
         metrics=recorded,
         scores=scores,
         provenance={"task": "causal", "prompt": prompt, "completion": completion, **said},
+        parts={"outputs": outputs, "output_loss": output_loss, "output_draw": output_draw},
     )

@@ -5,8 +5,8 @@ or an encoder-decoder needs no head: an option's score is its mean log-likelihoo
 the prompt (Brown et al. 2020, 2.4; the loss is L_LN of Liu et al. 2022, eq. 3).
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from bayes_simfluence.networks.heads import Pooling, check_pooling, head_logits,
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.recording.completions import Completions, completed
 from bayes_simfluence.recording.likelihood import completion_logits, mean_nats, target_logits
-from bayes_simfluence.recording.measures import Scores, chosen, measures
+from bayes_simfluence.recording.measures import chosen, measures
 from bayes_simfluence.recording.pretrained import Pretrained
 from bayes_simfluence.recording.rows import Rows
 from bayes_simfluence.recording.task import Task
@@ -67,13 +67,32 @@ def choice_task(
     if model.network.kind == "encoder":
         check_pooling(model.network, tensors, pooling)
         tensors = with_head(tensors, model.network, 1, key)
-        scores = _by_head(model, pooling)
+        scorer = _by_head(model, pooling)
     else:
-        scores = _by_decoder(model) if model.network.kind == "decoder" else _by_answer(model)
+        scorer = _by_decoder(model) if model.network.kind == "decoder" else _by_answer(model)
+
+    def scores(
+        weights: Tensors, example: Examples
+    ) -> tuple[Float[Array, " option"], Int[Array, ""]]:
+        def score(option: Examples) -> Float[Array, ""]:
+            return scorer.score(weights, example, option)
+
+        return jax.vmap(score)(scorer.of(example)), example["label"]
 
     def loss(weights: Tensors, example: Examples) -> Float[Array, ""]:
         found, right = scores(weights, example)
         return -jax.nn.log_softmax(found)[right]
+
+    def outputs(weights: Tensors, example: Examples) -> Float[Array, " option"]:
+        # One option after the other: who watches the network's layers sees arrays, no ``vmap``.
+        found = [
+            jax.tree.map(lambda leaf, at=at: leaf[at], scorer.of(example))
+            for at in range(len(options))
+        ]
+        return jnp.stack([scorer.score(weights, example, option) for option in found])
+
+    def output_loss(found: Float[Array, " option"], example: Examples) -> Float[Array, ""]:
+        return -jax.nn.log_softmax(found)[example["label"]]
 
     known = chosen(metrics, measures(scores))
     arrays, said = _arrays(model, rows, prompts, texts, max_tokens)
@@ -88,49 +107,44 @@ def choice_task(
         metrics=known,
         scores={},
         provenance={"task": "choice", "options": list(options), **said},
+        parts={"outputs": outputs, "output_loss": output_loss},
     )
 
 
-def _by_head(model: Pretrained, pooling: Pooling) -> Scores:
-    def scores(
-        weights: Tensors, example: Examples
-    ) -> tuple[Float[Array, " option"], Int[Array, ""]]:
-        sequences = networks.Sequence(example["tokens"], example["segments"], example["attended"])
-        logits = jax.vmap(lambda one: head_logits(model.network, weights, one, pooling))(sequences)
-        return logits[:, 0], example["label"]
+class _Scorer(NamedTuple):
+    """``score(weights, example, option)``, where an option has the leaves of those names."""
 
-    return scores
+    leaves: tuple[str, ...]
+    score: Callable[[Tensors, Examples, Examples], Float[Array, ""]]
 
-
-def _by_decoder(model: Pretrained) -> Scores:
-    def scores(
-        weights: Tensors, example: Examples
-    ) -> tuple[Float[Array, " option"], Int[Array, ""]]:
-        def score(option: Examples) -> Float[Array, ""]:
-            tokens = option["tokens"]
-            logits = completion_logits(model.network, weights, tokens, option["attended"])
-            return -mean_nats(logits, tokens[1:], option["target"][1:])
-
-        names = ("tokens", "attended", "target")
-        return jax.vmap(score)({name: example[name] for name in names}), example["label"]
-
-    return scores
+    def of(self, example: Examples) -> Examples:
+        return {name: example[name] for name in self.leaves}
 
 
-def _by_answer(model: Pretrained) -> Scores:
-    def scores(
-        weights: Tensors, example: Examples
-    ) -> tuple[Float[Array, " option"], Int[Array, ""]]:
+def _by_head(model: Pretrained, pooling: Pooling) -> _Scorer:
+    def score(weights: Tensors, example: Examples, option: Examples) -> Float[Array, ""]:
+        sequence = networks.Sequence(option["tokens"], option["segments"], option["attended"])
+        return head_logits(model.network, weights, sequence, pooling)[0]
+
+    return _Scorer(("tokens", "segments", "attended"), score)
+
+
+def _by_decoder(model: Pretrained) -> _Scorer:
+    def score(weights: Tensors, example: Examples, option: Examples) -> Float[Array, ""]:
+        tokens = option["tokens"]
+        logits = completion_logits(model.network, weights, tokens, option["attended"])
+        return -mean_nats(logits, tokens[1:], option["target"][1:])
+
+    return _Scorer(("tokens", "attended", "target"), score)
+
+
+def _by_answer(model: Pretrained) -> _Scorer:
+    def score(weights: Tensors, example: Examples, option: Examples) -> Float[Array, ""]:
         source = networks.Sequence(example["tokens"], example["segments"], example["attended"])
+        logits = target_logits(model.network, weights, source, option["target"])
+        return -mean_nats(logits, option["target"], option["counted"])
 
-        def score(target: Int[Array, " target"], counted: Any) -> Float[Array, ""]:
-            return -mean_nats(
-                target_logits(model.network, weights, source, target), target, counted
-            )
-
-        return jax.vmap(score)(example["target"], example["counted"]), example["label"]
-
-    return scores
+    return _Scorer(("target", "counted"), score)
 
 
 def _arrays(

@@ -62,15 +62,20 @@ def classification_task(
         for name, one in rows.items()
     }
 
+    def outputs(weights: Tensors, example: Examples) -> Float[Array, " label"]:
+        sequence = networks.Sequence(example["tokens"], example["segments"], example["attended"])
+        return head_logits(model.network, weights, sequence, pooling)
+
+    def output_loss(logits: Float[Array, " label"], example: Examples) -> Float[Array, ""]:
+        return -jax.nn.log_softmax(logits)[example["label"]]
+
+    def loss(weights: Tensors, example: Examples) -> Float[Array, ""]:
+        return output_loss(outputs(weights, example), example)
+
     def scores(
         weights: Tensors, example: Examples
     ) -> tuple[Float[Array, " label"], Int[Array, ""]]:
-        sequence = networks.Sequence(example["tokens"], example["segments"], example["attended"])
-        return head_logits(model.network, weights, sequence, pooling), example["label"]
-
-    def loss(weights: Tensors, example: Examples) -> Float[Array, ""]:
-        logits, label = scores(weights, example)
-        return -jax.nn.log_softmax(logits)[label]
+        return outputs(weights, example), example["label"]
 
     known = chosen(metrics, measures(scores))
     arrays, said = tokenized(model, texts, max_tokens)
@@ -85,6 +90,7 @@ def classification_task(
         metrics=known,
         scores={},
         provenance={"task": "classification", "labels": list(labels), **said},
+        parts={"outputs": outputs, "output_loss": output_loss},
     )
 
 

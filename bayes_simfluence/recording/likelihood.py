@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bayes_simfluence.networks.network import Network, Sequence
 from bayes_simfluence.networks.tensor_files import Tensors
 
-__all__ = ["completion_logits", "mean_nats", "smallest_margin", "target_logits"]
+__all__ = ["completion_logits", "drawn_slopes", "mean_nats", "smallest_margin", "target_logits"]
 
 
 def completion_logits(
@@ -42,6 +42,22 @@ def mean_nats(
     """Mean cross-entropy of the counted target tokens, nats."""
     each = jax.nn.log_softmax(_exact(logits))[jnp.arange(len(target)), target]
     return -jnp.where(counted, each, 0.0).sum() / counted.sum()
+
+
+def drawn_slopes(
+    logits: Float[Array, "target vocabulary"],
+    counted: Bool[Array, " target"],
+    key: jax.Array,
+) -> Float[Array, "target vocabulary"]:
+    """A random array of mean 0 whose covariance is the Hessian of ``mean_nats`` in the logits.
+
+    Each counted token's block of the Hessian, ``(diag(p) - p p^T) / count``, is the covariance of
+    the slope at a token drawn from the network's own distribution (Martens 2020, section 9.2).
+    """
+    logits = _exact(logits)
+    tokens = jax.random.categorical(key, logits)
+    slopes = jax.nn.softmax(logits) - jax.nn.one_hot(tokens, logits.shape[1])
+    return jnp.where(counted[:, None], slopes, 0.0) / jnp.sqrt(counted.sum())
 
 
 def smallest_margin(

@@ -10,7 +10,7 @@ from bayes_simfluence.networks import network as networks
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.recording.classification import codes_of
 from bayes_simfluence.recording.generation import answers, metrics_and_scores
-from bayes_simfluence.recording.likelihood import mean_nats, target_logits
+from bayes_simfluence.recording.likelihood import drawn_slopes, mean_nats, target_logits
 from bayes_simfluence.recording.measures import measures
 from bayes_simfluence.recording.pretrained import Pretrained
 from bayes_simfluence.recording.rows import Rows
@@ -21,6 +21,8 @@ from bayes_simfluence.recording.tuned import tuned_task
 from bayes_simfluence.recording.tuning import FULL, Tuning
 
 __all__ = ["seq2seq_task"]
+
+Logits = Float[Array, "target vocabulary"]
 
 
 def seq2seq_task(
@@ -78,6 +80,15 @@ def seq2seq_task(
     def loss(weights: Tensors, example: Examples) -> Float[Array, ""]:
         return _loss(model, weights, example, example["target"], example["counted"])
 
+    def outputs(weights: Tensors, example: Examples) -> Logits:
+        return target_logits(model.network, weights, _source(example), example["target"])
+
+    def output_loss(logits: Logits, example: Examples) -> Float[Array, ""]:
+        return mean_nats(logits, example["target"], example["counted"])
+
+    def output_draw(logits: Logits, example: Examples, key: jax.Array) -> Logits:
+        return drawn_slopes(logits, example["counted"], key)
+
     def scores(
         weights: Tensors, example: Examples
     ) -> tuple[Float[Array, " label"], Int[Array, ""]]:
@@ -109,6 +120,7 @@ def seq2seq_task(
             **said,
             **more,
         },
+        parts={"outputs": outputs, "output_loss": output_loss, "output_draw": output_draw},
     )
 
 

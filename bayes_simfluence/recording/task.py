@@ -38,6 +38,12 @@ class Task:
         query_lengths, cut: how much of each padded query is filled, and ``cut(example, length) ->
             example`` without what lies beyond; queries of like length are then measured in
             smaller arrays. Loss and metrics must not depend on the padding.
+        outputs, output_loss: the loss in two parts, ``loss(weights, example) ==
+            output_loss(outputs(weights, example), example)`` with one array between them (logits)
+            in which the second part is convex; Gauss-Newton curvature is made of them.
+        output_draw: ``output_draw(outputs, example, key)``, a random array of mean 0 whose
+            covariance is the Hessian of ``output_loss``; for outputs so many that their Hessian
+            is too large to write out.
 
     >>> import jax.numpy as jnp
     >>> task = Task(
@@ -67,6 +73,11 @@ class Task:
 
     query_lengths: Sequence[int] | None = None
     cut: Callable[[Example, int], Example] | None = None
+    outputs: Callable[[Params, Example], Float[Array, "..."]] | None = None
+    output_loss: Callable[[Float[Array, "..."], Example], Float[Array, ""]] | None = None
+    output_draw: Callable[[Float[Array, "..."], Example, jax.Array], Float[Array, "..."]] | None = (
+        None
+    )
 
     def weights(self, params: Params, frozen: Params) -> Params:
         """What ``loss`` takes: the trained parameters in their place among the frozen weights.
@@ -80,7 +91,7 @@ class Task:
 
         Raises:
             Misuse: arrays and ids of different length, parameters that are not floating, a loss
-                that is not one number for one example.
+                that is not one number for one example, outputs that do not fit their loss.
         """
         for name in ("train", "query"):
             _leading(name, getattr(self, name), len(getattr(self, f"{name}_ids")))
@@ -97,15 +108,39 @@ class Task:
         one = jax.tree.map(lambda leaf: leaf[0], self.query)
         weights = jax.eval_shape(self.weights, self.params, self.frozen)
         for name, function in (("loss", self.loss), *self.metrics.items()):
-            shape = jax.eval_shape(function, weights, one)
-            if getattr(shape, "shape", None) != ():
-                raise Misuse(
-                    f"task.{name}",
-                    got=f"{shape}",
-                    expected="one number for one example",
-                    do="write it for a single example; record maps it over batches",
-                )
+            _number(name, jax.eval_shape(function, weights, one))
+        if self.outputs is not None or self.output_loss is not None:
+            _outputs(self.outputs, self.output_loss, weights, one)
         return self
+
+
+def _number(name: str, shape: Any) -> None:
+    if getattr(shape, "shape", None) != ():
+        raise Misuse(
+            f"task.{name}",
+            got=f"{shape}",
+            expected="one number for one example",
+            do="write it for a single example; record maps it over batches",
+        )
+
+
+def _outputs(outputs: Any, output_loss: Any, weights: Params, one: Example) -> None:
+    if outputs is None or output_loss is None:
+        raise Misuse(
+            "task.outputs",
+            got=f"task.{'outputs' if output_loss is None else 'output_loss'} alone",
+            expected="both parts of the loss",
+            do="give task.outputs and task.output_loss, or neither",
+        )
+    found = jax.eval_shape(outputs, weights, one)
+    if not (hasattr(found, "dtype") and jnp.issubdtype(found.dtype, jnp.floating)):
+        raise Misuse(
+            "task.outputs",
+            got=f"{found}",
+            expected="one floating array for one example",
+            do="return the logits alone",
+        )
+    _number("output_loss", jax.eval_shape(output_loss, found, one))
 
 
 def _lengths(lengths: Sequence[int] | None, cut: Any, queries: int) -> None:

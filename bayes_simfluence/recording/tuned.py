@@ -28,6 +28,7 @@ def tuned_task(
     metrics: Mapping[str, Measure],
     scores: Mapping[str, Callable[[Any], Any]],
     provenance: Mapping[str, Any],
+    parts: Mapping[str, Callable[..., Any]],
 ) -> Task:
     """The task of a network's tensors, its head's among them.
 
@@ -35,6 +36,7 @@ def tuned_task(
         tuning: what is trained.
         key: decides the initial weights of adapters.
         examples, rows: of ``train`` and ``query``.
+        parts: ``outputs``, ``output_loss`` and ``output_draw`` of the task.
     """
     tuned = tuning.begin(tensors, family=model.network.family, key=jax.random.fold_in(key, 1))
     return Task(
@@ -51,4 +53,5 @@ def tuned_task(
         query_lengths=filled_lengths(examples["query"]),
         cut=shortened,
         provenance={"model": model.name, "tuning": tuned.as_dict(), **provenance},
+        **parts,
     )

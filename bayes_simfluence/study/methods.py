@@ -6,6 +6,7 @@ simulator takes the fitted runs. To add one, add a line.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,21 @@ import numpy as np
 import xarray as xr
 from jaxtyping import PyTree
 
-from bayes_simfluence.baselines.gradients import gradient_products, weights_at
-from bayes_simfluence.baselines.scores import score_array
+from bayes_simfluence.baselines.adam import AdamDiagonal
+from bayes_simfluence.baselines.gradients import weights_at
+from bayes_simfluence.baselines.influence import (
+    EKFAC,
+    Arnoldi,
+    ConjugateGradient,
+    Dual,
+    LiSSA,
+    influence,
+)
+from bayes_simfluence.baselines.problem import Solver
 from bayes_simfluence.baselines.simple import mean_trajectory, persistence
+from bayes_simfluence.baselines.tracin import grad_cos, grad_dot, tracin
+from bayes_simfluence.baselines.trak import trak
+from bayes_simfluence.checks import Misuse
 from bayes_simfluence.inference.fit import fit
 from bayes_simfluence.inference.posterior import Posterior
 from bayes_simfluence.inference.ridge import Ridge
@@ -41,6 +54,7 @@ class Pilot:
         task: what was trained and measured.
         store: the recording that holds the weights.
         steps: of the run.
+        batch_size: examples in a step of it.
         key: decides projections and starting vectors.
         progress: told of long work.
     """
@@ -48,6 +62,7 @@ class Pilot:
     task: Task
     store: Path
     steps: int
+    batch_size: int
     key: jax.Array
     progress: Progress
 
@@ -85,21 +100,22 @@ class Fitting:
     progress: Progress
 
 
-def _grad_dot(pilot: Pilot) -> xr.DataArray:
-    found = gradient_products(pilot.task, pilot.final())
-    return _scores(pilot, -found.products, "Grad-Dot", "nat")
+def _tracin_all(pilot: Pilot) -> xr.DataArray:
+    saved = pilot.checkpoints()
+    if len(saved) < pilot.steps:
+        raise Misuse(
+            "tracin-all",
+            got=f"{len(saved)} checkpoints",
+            expected=f"the weights of all {pilot.steps} steps",
+            do="set checkpoints: all, or leave this method out",
+        )
+    return tracin(pilot.task, saved, progress=pilot.progress)
 
 
-def _grad_cos(pilot: Pilot) -> xr.DataArray:
-    found = gradient_products(pilot.task, pilot.final())
-    norms = np.sqrt(np.outer(found.train, found.query))
-    cosine = np.divide(found.products, norms, out=np.zeros_like(norms), where=norms > 0)
-    return _scores(pilot, -cosine, "Grad-Cos", "1")
-
-
-def _scores(pilot: Pilot, values: np.ndarray, method: str, units: str) -> xr.DataArray:
-    train, query = list(pilot.task.train_ids), list(pilot.task.query_ids)
-    return score_array(values, train, query, method=method, units=units, weights="final")
+def _influence(solver: Solver, pilot: Pilot) -> xr.DataArray:
+    return influence(
+        pilot.task, pilot.final(), solver=solver, key=pilot.key, progress=pilot.progress
+    )
 
 
 def _ridge(kind: Literal["linear", "additive", "multiplicative"], some: Fitting) -> Posterior:
@@ -114,8 +130,24 @@ def _ridge(kind: Literal["linear", "additive", "multiplicative"], some: Fitting)
 
 
 ATTRIBUTIONS: Mapping[str, Callable[[Pilot], xr.DataArray]] = {
-    "grad-dot": _grad_dot,
-    "grad-cos": _grad_cos,
+    "grad-dot": lambda pilot: grad_dot(pilot.task, pilot.final(), progress=pilot.progress),
+    "grad-cos": lambda pilot: grad_cos(pilot.task, pilot.final(), progress=pilot.progress),
+    "tracin-10": lambda pilot: tracin(pilot.task, pilot.checkpoints(10), progress=pilot.progress),
+    "tracin-10-adam": lambda pilot: tracin(
+        pilot.task,
+        pilot.checkpoints(10),
+        preconditioner=AdamDiagonal(batch_size=pilot.batch_size),
+        progress=pilot.progress,
+    ),
+    "tracin-all": _tracin_all,
+    "trak": lambda pilot: trak(
+        pilot.task, pilot.checkpoints(10), key=pilot.key, progress=pilot.progress
+    ),
+    "influence-exact": partial(_influence, Dual()),
+    "influence-cg": partial(_influence, ConjugateGradient(iterations=20)),
+    "influence-lissa": partial(_influence, LiSSA()),
+    "influence-arnoldi": partial(_influence, Arnoldi()),
+    "influence-ekfac": partial(_influence, EKFAC()),
 }
 """Name -> scores of a pilot run; negative = lowers the query's loss."""
 

@@ -145,7 +145,8 @@ def _pilot(cell: Cell, config: RecordConfig, progress: Progress) -> Pilot:
             expected=f"a complete store {cell.pilot}",
             do="run the stage checkpoints",
         )
-    return Pilot(task_of(config), cell.pilot, config.steps, cell.key("pilot"), progress)
+    task, key = task_of(config), cell.key("pilot")
+    return Pilot(task, cell.pilot, config.steps, config.batch_size, key, progress)
 
 
 def _scored(cell: Cell, name: str, pilot: Pilot | None) -> Path:

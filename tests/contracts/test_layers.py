@@ -148,6 +148,12 @@ ROWS = {
         "adam",
         "tracin",
         "trak",
+        "curvature",
+        "problem",
+        "solvers",
+        "dual",
+        "ekfac",
+        "influence",
     ],
     "evaluation": [
         "metrics",

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from bayes_simfluence.recording.causal import causal_task
 from bayes_simfluence.recording.choice import choice_task
 from bayes_simfluence.recording.classification import classification_task
 from bayes_simfluence.recording.lengths import length_groups
+from bayes_simfluence.recording.likelihood import drawn_slopes, mean_nats
 from bayes_simfluence.recording.program import fixed_of, measure_of
 from bayes_simfluence.recording.seq2seq import seq2seq_task
 from bayes_simfluence.recording.tuning import Full
@@ -358,6 +360,24 @@ def test_queries_without_their_padding_have_the_same_losses(kind, toy, rows_of, 
     )
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+    # The loss in two parts is the loss.
+    parts = jax.vmap(lambda one: task.output_loss(task.outputs(task.params, one), one))
+    np.testing.assert_allclose(parts(task.query), every(task.loss, task), rtol=1e-5)
+
+
+def test_drawn_slopes_have_the_hessian_of_the_loss_of_a_text():
+    logits = jnp.asarray([[0.5, -1.0, 0.2], [2.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    target, counted = jnp.asarray([0, 2, 1]), jnp.asarray([True, False, True])
+
+    def loss(flat):
+        return mean_nats(flat.reshape(3, 3), target, counted)
+
+    keys = jax.random.split(KEY, 20_000)
+    drawn = jax.vmap(lambda key: drawn_slopes(logits, counted, key))(keys).reshape(-1, 9)
+    # Standard errors are below .5 / sqrt(20000).
+    np.testing.assert_allclose(drawn.mean(axis=0), 0.0, atol=0.015)
+    found = drawn.T @ drawn / len(keys)
+    np.testing.assert_allclose(found, jax.hessian(loss)(logits.ravel()), atol=0.015)
 
 
 # Classification by other networks
