@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_pilot_run_and_their_cost_is_known(studied):
     pilot = bs.open_runs(cell.pilot)
     np.testing.assert_array_equal(pilot["batch"][0], cell.runs["batch"][0])
     np.testing.assert_array_equal(pilot["loss"][0, [0, -1]], cell.runs["loss"][0, [0, -1]])
-    one = Pilot(task_of(cell.config.record), cell.pilot, 4, cell.key("x"), Silent())
+    one = Pilot(task_of(cell.config.record), cell.pilot, 4, 2, cell.key("x"), Silent())
     assert [saved.step for saved in one.checkpoints()] == [2, 4]
     assert [saved.step for saved in one.checkpoints(1)] == [4]
     import jax
