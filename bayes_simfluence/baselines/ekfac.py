@@ -357,10 +357,12 @@ def _products(
     def of_queries(
         params: PyTree, frozen: PyTree, bases: Bases, inverses: Blocks, examples: PyTree
     ) -> tuple[Blocks, Bool[Array, " query"]]:
-        found = jax.lax.map(lambda one: turned(params, frozen, bases, one), examples)
-        finite = [jnp.isfinite(one).all(axis=(1, 2)) for one in found.values()]
-        solved = {name: one * inverses[name][None] for name, one in found.items()}
-        return solved, jnp.stack(finite).all(axis=0)
+        def one(example: PyTree) -> tuple[Blocks, Bool[Array, ""]]:
+            found = turned(params, frozen, bases, example)
+            finite = jnp.stack([jnp.isfinite(block).all() for block in found.values()]).all()
+            return {name: block * inverses[name] for name, block in found.items()}, finite
+
+        return jax.lax.map(one, examples)
 
     @jax.jit
     def of_trains(
