@@ -58,8 +58,7 @@ class Layer(NamedTuple):
 
 Layers = dict[str, Layer]
 Blocks = dict[str, Float[Array, "..."]]
-Entered = Blocks
-Slopes = Blocks
+Entered = Slopes = Blocks
 """Rows of what enters a layer, and of the slopes of what leaves it."""
 
 
@@ -144,7 +143,7 @@ def layers_of(problem: Problem) -> Layers:
 
     one = jax.tree.map(lambda leaf: leaf[0], task.train)
     with watching(watch):
-        # A function of its own: JAX remembers what it has traced, and would not call it again.
+        # A function of its own: JAX would not call again what it has traced before.
         jax.eval_shape(lambda *at: task.outputs(*at), known, one)  # type: ignore[misc]
     layers = {
         name: Layer(*sizes[name], f"{name}.bias" in params, tuple(calls))
