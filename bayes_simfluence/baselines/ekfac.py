@@ -58,8 +58,8 @@ class Layer(NamedTuple):
 
 Layers = dict[str, Layer]
 Blocks = dict[str, Float[Array, "..."]]
-Entered = Slopes = Blocks
-"""Rows of what enters a layer, and of the slopes of what leaves it."""
+Entered = Blocks  # rows of what enters each layer
+Slopes = Blocks  # rows of the slopes of what leaves it
 
 
 class Bases(NamedTuple):
