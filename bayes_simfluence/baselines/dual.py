@@ -116,7 +116,8 @@ def _inner_products(
 ) -> tuple[Float[np.ndarray, "row row"], Float[np.ndarray, "row query"]]:
     """Of the rows of the training examples' Jacobians, with each other and with the queries'
     gradients."""
-    task, part = problem.task, problem.memory // 2
+    # Two parts are held, and a part is copied once while it is made.
+    task, part = problem.task, problem.memory // 4
     count = len(task.train_ids)
 
     @jax.jit

@@ -58,9 +58,8 @@ class Layer(NamedTuple):
 
 Layers = dict[str, Layer]
 Blocks = dict[str, Float[Array, "..."]]
-Entered = Blocks
-Slopes = Blocks
-"""Rows of what enters a layer, and of the slopes of what leaves it."""
+Entered = Blocks  # rows of what enters each layer
+Slopes = Blocks  # rows of the slopes of what leaves it
 
 
 class Bases(NamedTuple):
@@ -144,7 +143,7 @@ def layers_of(problem: Problem) -> Layers:
 
     one = jax.tree.map(lambda leaf: leaf[0], task.train)
     with watching(watch):
-        # A function of its own: JAX remembers what it has traced, and would not call it again.
+        # A function of its own: JAX would not call again what it has traced before.
         jax.eval_shape(lambda *at: task.outputs(*at), known, one)  # type: ignore[misc]
     layers = {
         name: Layer(*sizes[name], f"{name}.bias" in params, tuple(calls))
@@ -357,10 +356,12 @@ def _products(
     def of_queries(
         params: PyTree, frozen: PyTree, bases: Bases, inverses: Blocks, examples: PyTree
     ) -> tuple[Blocks, Bool[Array, " query"]]:
-        found = jax.lax.map(lambda one: turned(params, frozen, bases, one), examples)
-        finite = [jnp.isfinite(one).all(axis=(1, 2)) for one in found.values()]
-        solved = {name: one * inverses[name][None] for name, one in found.items()}
-        return solved, jnp.stack(finite).all(axis=0)
+        def one(example: PyTree) -> tuple[Blocks, Bool[Array, ""]]:
+            found = turned(params, frozen, bases, example)
+            finite = jnp.stack([jnp.isfinite(block).all() for block in found.values()]).all()
+            return {name: block * inverses[name] for name, block in found.items()}, finite
+
+        return jax.lax.map(one, examples)
 
     @jax.jit
     def of_trains(
