@@ -1,6 +1,6 @@
 """TracIn over all weights of MiniLM, 200 examples x 50 queries: ours against PyTorch's.
 
-PyTorch's gradients by ``torch.func``, each side's in pieces as large as memory allows. dattri
+PyTorch's gradients are made by ``torch.func``, each of them once. dattri
 (``python -m pip install --no-deps dattri==0.3.0`` beside ``torch==2.13.0``) cuts the weights out of
 one long vector, which makes each gradient many times as slow: where it is installed, a few
 gradients of it are timed.
@@ -26,8 +26,8 @@ from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors
 from bayes_simfluence.recording.task import Task
 
 TRAIN, QUERIES, TOKENS, RATE = 200, 50, 32, 1e-3
-PIECE = 25
-"""Examples whose gradients PyTorch holds at once: 2.3 GB of them for each side."""
+PIECE = 5
+"""Examples whose gradients PyTorch makes at once, beside 4.5 GB of the queries' gradients."""
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -123,10 +123,10 @@ def torch_job(task):
             yield torch.cat([one.flatten(1) for one in found.values()], dim=1)
 
     def run():
-        columns = []
-        for queries in rows(loaders[1]):
-            columns.append(torch.cat([trains @ queries.T for trains in rows(loaders[0])]))
-        return RATE * torch.cat(columns, dim=1).numpy()
+        queries = torch.empty(QUERIES, sum(one.numel() for one in weights.values()))
+        for start, some in zip(range(0, QUERIES, PIECE), rows(loaders[1]), strict=True):
+            queries[start : start + PIECE] = some
+        return RATE * torch.cat([some @ queries.T for some in rows(loaders[0])]).numpy()
 
     def one_of_dattri():
         if importlib.util.find_spec("dattri") is None:
