@@ -1,8 +1,13 @@
 """Every test runs the package under a runtime checker of its annotated types and shapes."""
 
+import os
 from pathlib import Path
 
-from jaxtyping import install_import_hook
+# Before NumPy loads BLAS, and for the processes that pytest-xdist starts: several processes with
+# several BLAS threads each spend most of their time waiting for one another.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("bayes_simfluence", "beartype.beartype")
 
