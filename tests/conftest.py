@@ -7,7 +7,7 @@ from pathlib import Path
 # several BLAS threads each spend most of their time waiting for one another.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 install_import_hook("bayes_simfluence", "beartype.beartype")
 
