@@ -49,6 +49,8 @@ def run_page(page, folder, monkeypatch):
     return names
 
 
+# Several minutes of compilation: with the long suites.
+@pytest.mark.statistical
 def test_getting_started(tmp_path, monkeypatch):
     """As written, on ten of the fifty queries and the first sixteen steps."""
     recorded = bs.example_runs
