@@ -8,8 +8,9 @@ import pytest
 import xarray as xr
 
 from bayes_simfluence.checks import Misuse, WorkFailed
+from bayes_simfluence.conventions import COMPLETE
 from bayes_simfluence.data import store as s
-from bayes_simfluence.data.runs import runs_from_arrays
+from bayes_simfluence.data.runs import runs_from_arrays, validate_runs
 from bayes_simfluence.files import atomically, old_path
 
 
@@ -176,3 +177,16 @@ def test_a_folder_that_cannot_be_written_to_is_named(rng, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(Misuse, match=r"cannot be written to"):
         s.save_runs(some_runs(rng), tmp_path / "file" / "runs.zarr")
+
+
+@pytest.mark.parametrize("name", sorted(s.EXAMPLES))
+def test_recordings_that_ship_follow_the_standard_protocol(name):
+    runs = validate_runs(s.example_runs(name))
+    sizes = {"run": 32, "step": 96, "time": 97, "query": 50, "train": 200, "slot": 4}
+    assert {one: runs.sizes[one] for one in sizes} == sizes
+    assert (runs["status"] == COMPLETE).all() and runs.sizes["feature"] == 64
+    for batch in runs["batch"].values:
+        members, times = np.unique(batch, return_counts=True)
+        assert len(members) == 128 and set(times) == {3}
+    # No path of the machine that recorded it.
+    assert "/" not in json.dumps(runs.attrs["settings"]).replace("\\/", "")

@@ -359,6 +359,8 @@ def test_multiple_choice_and_wrong_kinds_from_settings(config, tmp_path):
     [
         ("trec", "trec", {}),
         ("copa_pairs", "copa", {"text_field": "premise", "pair_field": "hypothesis"}),
+        ("sst2", "sst2-lora", {}),
+        ("trec", "trec-ia3", {}),
     ],
 )
 @pytest.mark.parity
@@ -371,7 +373,8 @@ def test_shipped_recordings_begin_with_the_losses_of_their_settings(folder, reco
     files = {"train": str(data / "train.jsonl"), "query": str(data / "test.jsonl")}
     task = task_of(merged({**runs.attrs["settings"], **files, **settings}))
     assert task.train_ids == runs["train"].values.astype(str).tolist()
-    losses = jax.jit(jax.vmap(task.loss, in_axes=(None, 0)))(task.params, task.query)
+    weights = task.weights(task.params, task.frozen)
+    losses = jax.jit(jax.vmap(task.loss, in_axes=(None, 0)))(weights, task.query)
     np.testing.assert_allclose(losses, runs["loss"][0, 0], rtol=1e-4)
 
 
