@@ -228,7 +228,7 @@ def test_small_runs_by_vmap_against_one_after_another(benchmark, tmp_path):
     optimizer = optax.inject_hyperparams(optax.adamw)(1e-3)
     curricula = np.stack(
         [
-            random_subset_epochs(TRAIN, per_run=384, batch_size=8, epochs=20, key=key)
+            random_subset_epochs(TRAIN, per_run=384, batch_size=8, epochs=200, key=key)
             for key in jax.random.split(jax.random.key(1), 16)
         ]
     )
