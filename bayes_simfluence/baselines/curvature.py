@@ -221,7 +221,7 @@ def dense_curvature(
             "solver",
             got=f"a dense curvature of {len(start)} weights",
             expected=f"at most {MOST_DENSE}",
-            do="take ConjugateGradient, Dual or EKFAC",
+            do="take ConjugateGradient, InSpan() or EKFAC",
         )
 
     def of_one(example: PyTree) -> Float[Array, "weight weight"]:

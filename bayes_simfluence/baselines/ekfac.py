@@ -131,7 +131,7 @@ def layers_of(problem: Problem) -> Layers:
             "solver",
             got=f"EK-FAC for trained parameters that are no tensors of the network: {made[0]}",
             expected="linear layers whose own weights train",
-            do="take Dual, Arnoldi or ConjugateGradient",
+            do="take InSpan(), Arnoldi or ConjugateGradient",
         )
     found: dict[str, list[tuple[int, ...]]] = {}
     sizes: dict[str, tuple[int, int]] = {}
@@ -155,7 +155,7 @@ def layers_of(problem: Problem) -> Layers:
             "solver",
             got=f"EK-FAC where none of the {len(found)} watched linear layers trains",
             expected="at least one layers.dense whose weight is among task.params",
-            do="take Dual, Arnoldi or ConjugateGradient",
+            do="take InSpan(), Arnoldi or ConjugateGradient",
         )
     return layers
 

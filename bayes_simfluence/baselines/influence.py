@@ -16,9 +16,9 @@ import xarray as xr
 from jaxtyping import PyTree
 
 from bayes_simfluence.baselines.curvature import Curvature, check_curvature
-from bayes_simfluence.baselines.dual import Dual
 from bayes_simfluence.baselines.ekfac import EKFAC
 from bayes_simfluence.baselines.gradients import MEMORY
+from bayes_simfluence.baselines.in_span import InSpan
 from bayes_simfluence.baselines.problem import Problem, Solver
 from bayes_simfluence.baselines.scores import score_array
 from bayes_simfluence.baselines.solvers import (
@@ -31,7 +31,7 @@ from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.recording.task import Task
 
-__all__ = ["EKFAC", "Arnoldi", "ConjugateGradient", "Dense", "Dual", "LiSSA", "influence"]
+__all__ = ["EKFAC", "Arnoldi", "ConjugateGradient", "Dense", "InSpan", "LiSSA", "influence"]
 
 FORMULA = "-g_query (curvature + damping I)^-1 g_train / number of training examples"
 

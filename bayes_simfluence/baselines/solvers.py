@@ -1,8 +1,8 @@
 """Ways to multiply with an inverse curvature: ``g_q^T (C + damping I)^-1 g_i`` for all pairs.
 
-``Dense`` and ``Dual`` are exact, ``ConjugateGradient`` and ``LiSSA`` iterate for each query,
-``Arnoldi`` keeps the leading eigenvectors. EK-FAC, which knows the network's layers, is in
-``ekfac``.
+``Dense`` is exact, ``ConjugateGradient`` and ``LiSSA`` iterate for each query, ``Arnoldi`` keeps
+the leading eigenvectors. ``in_span`` runs each of them in few coordinates. EK-FAC, which knows the
+network's layers, is in ``ekfac``.
 """
 
 from collections.abc import Callable

@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
-from bayes_simfluence.checks import Misuse, keyed, positive_integer
+from bayes_simfluence.checks import Misuse, choice_of, keyed, positive_integer
 from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.evaluation.metrics import last_known, run_scores, spearman_resampled
 from bayes_simfluence.files import first_line
@@ -21,9 +21,11 @@ from bayes_simfluence.model.bayesian import Simfluence
 from bayes_simfluence.progress import Progress, Silent
 
 __all__ = [
+    "ENDS",
     "FAILED",
     "INTERVAL",
     "METRICS",
+    "RATIO",
     "Compared",
     "Failed",
     "compare",
@@ -50,8 +52,14 @@ METRICS = (
 )
 """Columns of a comparison, in order."""
 
+RATIO = "mse_ratio"
+"""Column with each method's MSE over that of the reference; there only when one is named."""
+
 INTERVAL = 0.90
 """Probability of the bootstrap interval, ``_low`` to ``_high``."""
+
+ENDS = ("", "_low", "_high")
+"""Of the columns of a metric: the value, and its interval."""
 
 FAILED = "failed"
 """Column with the reasons of methods that failed; there only when one did."""
@@ -79,6 +87,7 @@ def compare(
     key: jax.Array,
     draws: int = 200,
     resamples: int = 1000,
+    reference: str | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """One row per method, one column per metric, on runs that no method was fitted to.
@@ -105,6 +114,8 @@ def compare(
         key: decides draws and resamples.
         draws: per run.
         resamples: of the bootstrap.
+        reference: name of a method whose MSE divides that of every other, ``mse_ratio``; both are
+            of the same runs in every resample, so that the interval is that of the ratio.
         progress: told of every method; silent when omitted.
 
     >>> import jax, bayes_simfluence as bs
@@ -119,9 +130,12 @@ def compare(
     keyed(key)
     positive_integer("draws", draws)
     positive_integer("resamples", resamples)
+    if reference is not None:
+        choice_of("reference", reference, tuple(posteriors))
     runs = usable_runs(runs)
     simulate_key, bootstrap_key = jax.random.split(key)
     rows: dict[str, dict[str, float]] = {}
+    known: dict[str, RunScores] = {}
     reasons: dict[str, str] = {}
     last: Exception | None = None
     with (progress or Silent()).work("compare", len(posteriors)) as meter:
@@ -134,6 +148,7 @@ def compare(
                 posterior = one if isinstance(one, Posterior) else one()
                 scores = scores_by_run(posterior, runs, key=simulate_key, draws=draws)
                 rows[name] = table_of(scores, key=bootstrap_key, resamples=resamples)
+                known[name] = scores
             # Whatever a method raises is its own: the others go on.
             except Exception as error:
                 reasons[name], last = first_line(error), error
@@ -148,6 +163,11 @@ def compare(
             do="add persistence(runs) or another method",
         )
     table = pd.DataFrame.from_dict(rows, orient="index")
+    if reference is not None:
+        chosen = _resampled(bootstrap_key, resamples, runs.sizes["run"])
+        found = [_ratio(known.get(name), known.get(reference), chosen) for name in rows]
+        for place, end in enumerate(ENDS):
+            table[RATIO + end] = [one[place] for one in found]
     if reasons:
         table[FAILED] = [reasons.get(name, "") for name in rows]
     table.index.name = "method"
@@ -156,7 +176,7 @@ def compare(
 
 def _unknown() -> dict[str, float]:
     """The row of a method without numbers."""
-    return {name + end: float("nan") for name in METRICS for end in ("", "_low", "_high")}
+    return {name + end: float("nan") for name in METRICS for end in ENDS}
 
 
 class RunScores(dict[str, Float[np.ndarray, " run"]]):
@@ -193,7 +213,7 @@ def _at(
 def table_of(scores: RunScores, *, key: jax.Array, resamples: int) -> dict[str, float]:
     """Metrics of one method with their bootstrap intervals over runs."""
     runs = len(scores.final_mean)
-    chosen = np.asarray(jax.random.randint(key, (resamples, runs), 0, runs))
+    chosen = _resampled(key, resamples, runs)
 
     def across(chosen: Int[np.ndarray, "resample run"]) -> Float[np.ndarray, " resample"]:
         if runs < 3:
@@ -201,16 +221,39 @@ def table_of(scores: RunScores, *, key: jax.Array, resamples: int) -> dict[str, 
         return spearman_resampled(scores.final_mean, scores.final_truth, chosen)
 
     row = {}
-    tails = [(1.0 - INTERVAL) / 2.0, (1.0 + INTERVAL) / 2.0]
     for name in METRICS:
         if name == "spearman_run":
             row[name], again = float(across(np.arange(runs)[None])[0]), across(chosen)
         else:
             row[name], again = float(scores[name].mean()), scores[name][chosen].mean(axis=1)
-        kept = again[np.isfinite(again)]
-        low, high = np.quantile(kept, tails) if len(kept) else (np.nan, np.nan)
-        row[f"{name}_low"], row[f"{name}_high"] = float(low), float(high)
+        row[f"{name}_low"], row[f"{name}_high"] = _interval(again)
     return row
+
+
+def _resampled(key: jax.Array, resamples: int, runs: int) -> Int[np.ndarray, "resample run"]:
+    """Runs drawn with replacement, the same ones for the same key."""
+    return np.asarray(jax.random.randint(key, (resamples, runs), 0, runs))
+
+
+def _interval(again: Float[np.ndarray, " resample"]) -> tuple[float, float]:
+    kept = again[np.isfinite(again)]
+    if not len(kept):
+        return float("nan"), float("nan")
+    low, high = np.quantile(kept, [(1.0 - INTERVAL) / 2.0, (1.0 + INTERVAL) / 2.0])
+    return float(low), float(high)
+
+
+def _ratio(
+    scores: RunScores | None, reference: RunScores | None, chosen: Int[np.ndarray, "resample run"]
+) -> tuple[float, float, float]:
+    """The MSE over that of the reference, and its interval."""
+    if scores is None or reference is None:
+        return (float("nan"),) * 3
+    own, other = scores["mse"], reference["mse"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        again = own[chosen].mean(axis=1) / other[chosen].mean(axis=1)
+        value = float(own.mean() / other.mean())
+    return (value, *_interval(again))
 
 
 def elpd_over_runs(

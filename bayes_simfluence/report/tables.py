@@ -37,6 +37,7 @@ SHORT = {
     "coverage_95": "95% covers",
     "final_coverage_90": "90% covers, final",
     "elpd": "ELPD",
+    "mse_ratio": "MSE / reference",
 }
 
 

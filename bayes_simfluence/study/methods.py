@@ -6,7 +6,7 @@ simulator takes the fitted runs. To add one, add a line.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +21,14 @@ from bayes_simfluence.baselines.influence import (
     EKFAC,
     Arnoldi,
     ConjugateGradient,
-    Dual,
+    Dense,
+    InSpan,
     LiSSA,
     influence,
 )
 from bayes_simfluence.baselines.problem import Solver
 from bayes_simfluence.baselines.simple import mean_trajectory, persistence
+from bayes_simfluence.baselines.span import Span, span_of
 from bayes_simfluence.baselines.tracin import grad_cos, grad_dot, tracin
 from bayes_simfluence.baselines.trak import trak
 from bayes_simfluence.checks import Misuse
@@ -43,7 +45,14 @@ from bayes_simfluence.recording.checkpoints import (
 )
 from bayes_simfluence.recording.task import Task
 
-__all__ = ["ATTRIBUTIONS", "SIMULATORS", "Fitting", "Pilot"]
+__all__ = ["ATTRIBUTIONS", "BAYES", "SIMULATORS", "Fitting", "Pilot"]
+
+
+BAYES = "bayes"
+"""The simulator that others are measured by."""
+
+MEMORY = 4 * 2**30
+"""Bytes of gradients held at once where that saves passes through the network."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,11 @@ class Pilot:
         tensors = final_weights(self.store, 0)
         return weights_at(self.task, SavedWeights(self.steps, float("nan"), tensors))
 
+    @cached_property
+    def span(self) -> Span:
+        """Of the gradients at the end: the first solver that asks for it pays."""
+        return span_of(self.task, self.final(), memory=MEMORY, progress=self.progress)
+
 
 @dataclass(frozen=True)
 class Fitting:
@@ -110,6 +124,15 @@ def _tracin_all(pilot: Pilot) -> xr.DataArray:
             do="set checkpoints: all, or leave this method out",
         )
     return tracin(pilot.task, saved, progress=pilot.progress)
+
+
+def _in_span(solver: Solver, pilot: Pilot) -> xr.DataArray:
+    return _influence(InSpan(solver, pilot.span), pilot)
+
+
+def _lissa(pilot: Pilot) -> xr.DataArray:
+    # The smallest scale that is sure to converge with batches of single examples.
+    return _in_span(LiSSA(scale=pilot.span.largest), pilot)
 
 
 def _influence(solver: Solver, pilot: Pilot) -> xr.DataArray:
@@ -143,10 +166,10 @@ ATTRIBUTIONS: Mapping[str, Callable[[Pilot], xr.DataArray]] = {
     "trak": lambda pilot: trak(
         pilot.task, pilot.checkpoints(10), key=pilot.key, progress=pilot.progress
     ),
-    "influence-exact": partial(_influence, Dual()),
-    "influence-cg": partial(_influence, ConjugateGradient(iterations=20)),
-    "influence-lissa": partial(_influence, LiSSA()),
-    "influence-arnoldi": partial(_influence, Arnoldi()),
+    "influence-exact": partial(_in_span, Dense()),
+    "influence-cg": partial(_in_span, ConjugateGradient()),
+    "influence-lissa": _lissa,
+    "influence-arnoldi": partial(_in_span, Arnoldi()),
     "influence-ekfac": partial(_influence, EKFAC()),
 }
 """Name -> scores of a pilot run; negative = lowers the query's loss."""
@@ -157,6 +180,6 @@ SIMULATORS: Mapping[str, Callable[[Fitting], Any]] = {
     "ridge-linear": lambda some: _ridge("linear", some),
     "ridge-additive": lambda some: _ridge("additive", some),
     "ridge-multiplicative": lambda some: _ridge("multiplicative", some),
-    "bayes": lambda some: fit(some.runs, key=some.key, progress=some.progress),
+    BAYES: lambda some: fit(some.runs, key=some.key, progress=some.progress),
 }
 """Name -> a simulator of fitted runs."""

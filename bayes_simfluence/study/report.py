@@ -6,19 +6,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bayes_simfluence.evaluation.compare import FAILED, INTERVAL
+from bayes_simfluence.evaluation.compare import ENDS, FAILED, INTERVAL, RATIO
 from bayes_simfluence.files import atomically
 from bayes_simfluence.report.attribution import plot_by_runs
 from bayes_simfluence.report.plots import save_figure
 from bayes_simfluence.report.tables import latex, markdown
 from bayes_simfluence.study.cell import Cell
 from bayes_simfluence.study.jobs import outcome_of
+from bayes_simfluence.study.methods import BAYES
 
 __all__ = ["write_report"]
 
 BY_RUNS = ("mse", "spearman_change")
 """Metrics that are shown against the number of runs."""
-BAYES = "bayes"
 GIBIBYTE = 2.0**30
 
 
@@ -87,17 +87,25 @@ def _headline(cell: Cell, table: pd.DataFrame) -> str:
     """The Bayesian simulator against the best one made of scores."""
     scored = [name for name in cell.attributions if name in table.index]
     of_scores = table.loc[scored]
-    if BAYES not in table.index or not np.isfinite(of_scores["mse"]).any():
+    if RATIO not in table or not np.isfinite(of_scores[RATIO]).any():
         return ""
-    best, error, rank = (
-        of_scores["mse"].idxmin(),
-        float(table["mse"][BAYES] / of_scores["mse"].min()),
-        float(of_scores["spearman_change"].max()),
-    )
+    best = str(of_scores[RATIO].idxmin())
+    # Of theirs over that of bayes, turned round.
+    value, high, low = (1 / float(table.loc[best, RATIO + end]) for end in ENDS)
+    ranks = {
+        name: _with_interval(table.loc[name], "spearman_change")
+        for name in (BAYES, str(of_scores["spearman_change"].idxmax()))
+    }
+    said = " against ".join(f"{one} ({name})" for name, one in ranks.items())
     return (
-        f"MSE of bayes over that of the best scores ({best}): {error:.3g}. Spearman of the change: "
-        f"{table['spearman_change'][BAYES]:.3g} against at most {rank:.3g}."
+        f"MSE of {BAYES} over that of the best scores ({best}): {value:.3g} [{low:.3g}, {high:.3g}]"
+        f". Spearman of the change: {said}."
     )
+
+
+def _with_interval(row: pd.Series, metric: str) -> str:
+    value, low, high = (float(row[metric + end]) for end in ENDS)
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def _by_runs(tables: Mapping[int, pd.DataFrame]) -> str:

@@ -22,7 +22,7 @@ from bayes_simfluence.report.tables import save_table
 from bayes_simfluence.study.cell import Cell, Split
 from bayes_simfluence.study.config import ALL
 from bayes_simfluence.study.jobs import outcome_of, run_job
-from bayes_simfluence.study.methods import ATTRIBUTIONS, SIMULATORS, Fitting, Pilot
+from bayes_simfluence.study.methods import ATTRIBUTIONS, BAYES, SIMULATORS, Fitting, Pilot
 
 __all__ = ["STAGES", "Stage"]
 
@@ -117,6 +117,7 @@ def _compare(cell: Cell, retry: bool, progress: Progress) -> None:
             key=cell.key("compare"),
             draws=cell.study.protocol.draws,
             resamples=cell.study.protocol.resamples,
+            reference=BAYES if BAYES in methods else None,
             progress=progress,
         )
         save_table(found, cell.table(count), overwrite=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from bayes_simfluence.baselines.influence import EKFAC, Dense, Dual, influence
+from bayes_simfluence.baselines.influence import EKFAC, Dense, InSpan, influence
 from bayes_simfluence.checks import Misuse, WorkFailed
 from bayes_simfluence.networks.layers import dense
 from bayes_simfluence.networks.network import Network
@@ -205,7 +205,7 @@ class TestMisuse:
         adapted = dataclasses.replace(
             task, params={"low": jnp.ones((3, 1))}, frozen=task.params, assemble=assembled
         )
-        with pytest.raises(Misuse, match=r"no tensors of the network: low.* take Dual, Arnoldi"):
+        with pytest.raises(Misuse, match=r"no tensors of the network: low.* take InSpan\(\), Arnoldi"):
             influence(adapted, solver=EKFAC(), damping=0.1, key=key)
 
     def test_no_linear_layer(self, task, key):
@@ -288,7 +288,7 @@ NOT_LINEAR = ["embeddings.*", "*LayerNorm*", "classifier.*"]
 def test_a_bert_against_the_exact_solution_of_the_same_tensors(key):
     """EK-FAC leaves out what is no linear layer; the exact solution excludes it."""
     settings = {"damping": 1e-3, "key": key}
-    exact = influence(bert_task(Full(exclude=NOT_LINEAR)), solver=Dual(), **settings)
+    exact = influence(bert_task(Full(exclude=NOT_LINEAR)), solver=InSpan(), **settings)
     found = influence(bert_task(FULL), solver=EKFAC(), **settings)
     assert spearmanr(found.values.ravel(), exact.values.ravel())[0] > 0.8
     assert found.attrs["layers"] == 6
@@ -296,5 +296,5 @@ def test_a_bert_against_the_exact_solution_of_the_same_tensors(key):
 
 
 def test_adapters_of_a_bert_are_refused(key):
-    with pytest.raises(Misuse, match=r"EK-FAC for .*lora_A.*take Dual, Arnoldi"):
+    with pytest.raises(Misuse, match=r"EK-FAC for .*lora_A.*take InSpan\(\), Arnoldi"):
         influence(bert_task(LoRA(rank=2), 4), solver=EKFAC(), damping=0.1, key=key)
