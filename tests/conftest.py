@@ -1,7 +1,9 @@
 """Every test runs the package under a runtime checker of its annotated types and shapes."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before NumPy loads BLAS, and for the processes that pytest-xdist starts: several processes with
 # several BLAS threads each spend most of their time waiting for one another.
@@ -51,3 +53,56 @@ def key() -> jax.Array:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def minilm_task() -> Callable[..., Any]:
+    """Makes two-class fine-tuning of all weights of MiniLM on random texts of mixed length."""
+
+    def made(train: int, queries: int, *, tokens: int = 32, words: int = 20_000) -> Any:
+        import jax.numpy as jnp
+
+        from bayes_simfluence.networks.checkpoint import load_checkpoint
+        from bayes_simfluence.networks.families import network_of
+        from bayes_simfluence.networks.heads import head_logits, with_head
+        from bayes_simfluence.networks.network import Sequence
+        from bayes_simfluence.recording.task import Task
+        from bayes_simfluence.recording.tokens import filled_lengths, shortened
+
+        checkpoint = load_checkpoint("minilm")
+        network, rng = network_of(checkpoint), np.random.default_rng(0)
+
+        def examples(count: int) -> dict[str, jax.Array]:
+            lengths = rng.integers(tokens // 4, tokens + 1, count)
+            return {
+                "tokens": jnp.asarray(rng.integers(1000, 1000 + words, (count, tokens)), jnp.int32),
+                "attended": jnp.asarray(np.arange(tokens)[None] < lengths[:, None]),
+                "label": jnp.asarray(rng.integers(0, 2, count), jnp.int32),
+            }
+
+        def outputs(weights: Any, example: Any) -> jax.Array:
+            found = example["tokens"]
+            sequence = Sequence(found, jnp.zeros_like(found), example["attended"])
+            return head_logits(network, weights, sequence, "mean")
+
+        def output_loss(logits: jax.Array, example: Any) -> jax.Array:
+            return -jax.nn.log_softmax(logits)[example["label"]]
+
+        names = [name for name in network.shapes if "pooler" not in name]
+        weights = {name: checkpoint.tensors[name] for name in names}
+        query = examples(queries)
+        return Task(
+            params=with_head(weights, network, 2, jax.random.key(0)),
+            loss=lambda weights, example: output_loss(outputs(weights, example), example),
+            outputs=outputs,
+            output_loss=output_loss,
+            train=examples(train),
+            query=query,
+            train_ids=range(train),
+            query_ids=range(queries),
+            provenance={"folder": str(checkpoint.folder)},
+            query_lengths=filled_lengths(query),
+            cut=shortened,
+        )
+
+    return made

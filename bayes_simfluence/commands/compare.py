@@ -53,6 +53,9 @@ def compare(
     ridge: Annotated[
         bool, typer.Option("--ridge", help="Add ridge linear, additive and multiplicative.")
     ] = False,
+    reference: Annotated[
+        str, typer.Option(help="NAME of a method; adds each MSE over its MSE, run by run the same.")
+    ] = "",
     draws: Draws = 200,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -89,8 +92,15 @@ def compare(
 
         methods["mean trajectory"] = partial(mean_trajectory, known)
         methods["initial loss kept"] = partial(persistence, known)
-    table = comparing.compare(methods, held_out, key=key, draws=draws, progress=progress_of(quiet))
-    show_metrics(table, list(comparing.METRICS))
+    table = comparing.compare(
+        methods,
+        held_out,
+        key=key,
+        draws=draws,
+        reference=reference or None,
+        progress=progress_of(quiet),
+    )
+    show_metrics(table, [*comparing.METRICS, *([comparing.RATIO] if reference else [])])
     if out is not None:
         print(f"table in {save_table(table, out, overwrite=overwrite)}")
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from bayes_simfluence.checks import choice_of
-from bayes_simfluence.networks.layers import dense, vocabulary_logits, wide
+from bayes_simfluence.networks.layers import dense, wide
 from bayes_simfluence.networks.network import Network, Sequence
 from bayes_simfluence.networks.tensor_files import Tensors
 
@@ -55,8 +55,7 @@ def head_logits(
 ) -> Float[Array, " output"]:
     """The head's logits of one sequence, in float32."""
     pooled = pool(tensors, network.hidden(tensors, sequence), sequence.attended, pooling)
-    weight, bias = (tensors[one] for one in HEAD)
-    return vocabulary_logits(weight, pooled[None].astype(weight.dtype))[0] + wide(bias)
+    return wide(dense(tensors, "classifier", wide(pooled)[None])[0])
 
 
 def pool(

@@ -26,6 +26,7 @@ HIGHER = {"spearman_query", "spearman_change", "spearman_run", "elpd"}
 """Metrics that are better when higher; the others when lower."""
 SHORT = {
     "mse": "MSE",
+    "mse_ratio": "MSE / reference's",
     "mae": "MAE",
     "spearman_query": "Spearman, queries",
     "spearman_change": "Spearman, change",
@@ -37,7 +38,6 @@ SHORT = {
     "coverage_95": "95% covers",
     "final_coverage_90": "90% covers, final",
     "elpd": "ELPD",
-    "mse_ratio": "MSE / reference",
 }
 
 

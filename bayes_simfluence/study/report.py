@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bayes_simfluence.evaluation.compare import ENDS, FAILED, INTERVAL, RATIO
+from bayes_simfluence.evaluation.compare import FAILED, INTERVAL
 from bayes_simfluence.files import atomically
 from bayes_simfluence.report.attribution import plot_by_runs
 from bayes_simfluence.report.plots import save_figure
 from bayes_simfluence.report.tables import latex, markdown
 from bayes_simfluence.study.cell import Cell
+from bayes_simfluence.study.headline import headline_rows
 from bayes_simfluence.study.jobs import outcome_of
 from bayes_simfluence.study.methods import BAYES
 
@@ -19,6 +20,16 @@ __all__ = ["write_report"]
 
 BY_RUNS = ("mse", "spearman_change")
 """Metrics that are shown against the number of runs."""
+SHOWN = [
+    "mse",
+    "mse_ratio",
+    "spearman_change",
+    "spearman_run",
+    "crps",
+    "coverage_90",
+    "final_coverage_90",
+]
+"""Metrics on the page; the files have all."""
 GIBIBYTE = 2.0**30
 
 
@@ -28,10 +39,13 @@ def write_report(cells: Sequence[Cell], folder: Path) -> Path:
     Cells without a comparison yet are named as such.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [_title(cells)]
+    parts, known = [_title(cells)], {cell.config.name: cell.tables() for cell in cells}
+    headline = headline_rows(known, BAYES, cells[0].attributions)
+    if headline:
+        parts.append(f"{BAYES} beside what is best among scores:\n\n{headline}")
     metrics, costs = [], []
     for cell in cells:
-        tables, spent = cell.tables(), _costs(cell)
+        tables, spent = known[cell.config.name], _costs(cell)
         costs.append(spent)
         metrics += [
             table.reset_index().assign(cell=cell.config.name, runs=count)
@@ -56,7 +70,8 @@ def _title(cells: Sequence[Cell]) -> str:
         f"Every method sees the first runs of a recording and is judged on {held_out} others that "
         f"none has seen. Intervals: {INTERVAL:.0%}, bootstrap over these runs. The scale of "
         "scores is fitted on the fitted runs. The best of each column is bold. Seconds include "
-        "compilation; memory is the most that the process held."
+        "compilation; memory is the most that the process held; the first influence function of a "
+        f"cell pays for what the others share. Reference: {BAYES}. All metrics: `metrics.csv`."
     )
 
 
@@ -68,11 +83,8 @@ def _section(
     if not tables:
         return f"{parts[0]}\n\nNot compared yet."
     most = max(tables)
-    parts += [f"Fitted to {most} runs:", markdown(tables[most])]
+    parts += [f"Fitted to {most} runs:", markdown(tables[most], SHOWN)]
     _write(folder / f"{name}.tex", latex(tables[most]) + "\n")
-    headline = _headline(cell, tables[most])
-    if headline:
-        parts.append(headline)
     if len(tables) > 1:
         for metric in BY_RUNS:
             picture = folder / f"{name}-{metric}.png"
@@ -81,31 +93,6 @@ def _section(
         parts += ["MSE by fitted runs:", _by_runs(tables)]
     parts += ["Cost:", _costs_text(spent, most)]
     return "\n\n".join(parts)
-
-
-def _headline(cell: Cell, table: pd.DataFrame) -> str:
-    """The Bayesian simulator against the best one made of scores."""
-    scored = [name for name in cell.attributions if name in table.index]
-    of_scores = table.loc[scored]
-    if RATIO not in table or not np.isfinite(of_scores[RATIO]).any():
-        return ""
-    best = str(of_scores[RATIO].idxmin())
-    # Of theirs over that of bayes, turned round.
-    value, high, low = (1 / float(table.loc[best, RATIO + end]) for end in ENDS)
-    ranks = {
-        name: _with_interval(table.loc[name], "spearman_change")
-        for name in (BAYES, str(of_scores["spearman_change"].idxmax()))
-    }
-    said = " against ".join(f"{one} ({name})" for name, one in ranks.items())
-    return (
-        f"MSE of {BAYES} over that of the best scores ({best}): {value:.3g} [{low:.3g}, {high:.3g}]"
-        f". Spearman of the change: {said}."
-    )
-
-
-def _with_interval(row: pd.Series, metric: str) -> str:
-    value, low, high = (float(row[metric + end]) for end in ENDS)
-    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def _by_runs(tables: Mapping[int, pd.DataFrame]) -> str:
@@ -140,19 +127,28 @@ def _costs(cell: Cell) -> pd.DataFrame:
 
 
 def _costs_text(spent: pd.DataFrame, most: int) -> str:
+    """Seconds and memory of each method; of scores, the memory is that of computing them."""
     lines = [
-        "| method | work | seconds | peak memory (GiB) | at its start |",
+        f"| method | scores (s) | fit to {most} runs (s) | peak memory (GiB) | at its start |",
         "|---|---|---|---|---|",
     ]
-    shown = spent[(spent["stage"] == "attribute") | (spent["runs"] == most)]
-    for _, row in shown[shown[FAILED] == ""].iterrows():
-        work = "scores" if row["stage"] == "attribute" else f"fit to {row['runs']} runs"
-        memory = [
-            "" if pd.isna(row[one]) else f"{row[one] / GIBIBYTE:.2f}"
-            for one in ("peak_bytes", "start_bytes")
+    done = spent[spent[FAILED] == ""]
+    for method in dict.fromkeys(done["method"]):
+        own = done[done["method"] == method]
+        scored, fitted = own[own["stage"] == "attribute"], own[own["runs"] == most]
+        first = pd.concat([scored, fitted]).iloc[:1]
+        cells = [
+            *(_figure(one, "seconds", ".1f") for one in (scored, fitted)),
+            *(_figure(first, name, ".2f", GIBIBYTE) for name in ("peak_bytes", "start_bytes")),
         ]
-        lines.append(f"| {row['method']} | {work} | {row['seconds']:.1f} | {' | '.join(memory)} |")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _figure(rows: pd.DataFrame, name: str, form: str, unit: float = 1.0) -> str:
+    """Of the first row; empty where there is none, or no number."""
+    values = rows[name].dropna()
+    return f"{float(values.iloc[0]) / unit:{form}}" if len(values) else ""
 
 
 def _write(path: Path, text: str) -> None:

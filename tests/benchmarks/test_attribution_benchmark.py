@@ -8,22 +8,12 @@ gradients of it are timed.
 
 import importlib.util
 import os
-import threading
-import time
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bayes_simfluence.baselines.tracin import tracin
-from bayes_simfluence.networks.checkpoint import load_checkpoint
-from bayes_simfluence.networks.families import network_of
-from bayes_simfluence.networks.heads import head_logits, with_head
-from bayes_simfluence.networks.network import Sequence
 from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors
-from bayes_simfluence.recording.task import Task
 
 TRAIN, QUERIES, TOKENS, RATE = 200, 50, 32, 1e-3
 PIECE = 5
@@ -41,38 +31,7 @@ pytestmark = [
 ]
 
 
-def minilm_task():
-    """Two-class fine-tuning of all weights of MiniLM on random texts of mixed length."""
-    checkpoint = load_checkpoint("minilm")
-    network, rng, count = network_of(checkpoint), np.random.default_rng(0), TRAIN + QUERIES
-    lengths = rng.integers(8, TOKENS + 1, count)
-    data = {
-        "tokens": jnp.asarray(rng.integers(1000, 20000, (count, TOKENS)), jnp.int32),
-        "attended": jnp.asarray(np.arange(TOKENS)[None] < lengths[:, None]),
-        "label": jnp.asarray(rng.integers(0, 2, count), jnp.int32),
-    }
-
-    def loss(weights, example):
-        tokens = example["tokens"]
-        sequence = Sequence(tokens, jnp.zeros_like(tokens), example["attended"])
-        logits = head_logits(network, weights, sequence, "mean")
-        return -jax.nn.log_softmax(logits)[example["label"]]
-
-    names = [name for name in network.shapes if "pooler" not in name]
-    return Task(
-        params=with_head(
-            {name: checkpoint.tensors[name] for name in names}, network, 2, jax.random.key(0)
-        ),
-        loss=loss,
-        train=jax.tree.map(lambda leaf: leaf[:TRAIN], data),
-        query=jax.tree.map(lambda leaf: leaf[TRAIN:], data),
-        train_ids=range(TRAIN),
-        query_ids=range(QUERIES),
-        provenance={"folder": str(checkpoint.folder)},
-    )
-
-
-def torch_job(task):
+def torch_job(task, measured):
     """The same scores in PyTorch; and seconds of one gradient of dattri, where it is installed."""
     import torch
     import transformers
@@ -149,41 +108,12 @@ def torch_job(task):
     return run, one_of_dattri
 
 
-class Peak(threading.Thread):
-    """The most memory that the process holds while it is watched, in GiB over the start's."""
-
-    def __enter__(self):
-        self.watched, self.first, self.most = True, self.held(), 0.0
-        self.start()
-        return self
-
-    def __exit__(self, *_):
-        self.watched = False
-        self.join()
-
-    def run(self):
-        while self.watched:
-            self.most = max(self.most, self.held() - self.first)
-            time.sleep(0.05)
-
-    @staticmethod
-    def held():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**30
-
-
-def measured(work):
-    began = time.perf_counter()
-    with Peak() as peak:
-        found = work()
-    return time.perf_counter() - began, peak.most, found
-
-
-def test_tracin_over_minilm(benchmark):
+def test_tracin_over_minilm(benchmark, minilm_task, measured):
     """One checkpoint; our compilation is in our time."""
-    task = minilm_task()
+    task = minilm_task(TRAIN, QUERIES)
     saved = [SavedWeights(1, RATE, named_tensors(task.params))]
     ours, our_peak, scores = measured(lambda: tracin(task, saved))
-    job, one_of_dattri = torch_job(task)
+    job, one_of_dattri = torch_job(task, measured)
     theirs, their_peak, expected = measured(job)
     np.testing.assert_allclose(scores, -expected, rtol=2e-3, atol=1e-3 * np.abs(expected).mean())
     warm, _, _ = measured(lambda: tracin(task, saved))

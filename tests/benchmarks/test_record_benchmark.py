@@ -12,14 +12,9 @@ import optax
 import pytest
 
 from bayes_simfluence.data.curriculum import random_subset_epochs
-from bayes_simfluence.networks.checkpoint import load_checkpoint
-from bayes_simfluence.networks.families import network_of
-from bayes_simfluence.networks.heads import head_logits, with_head
-from bayes_simfluence.networks.network import Sequence
 from bayes_simfluence.recording.program import fixed_of, measure_of
 from bayes_simfluence.recording.record import record
 from bayes_simfluence.recording.task import Task
-from bayes_simfluence.recording.tokens import filled_lengths, shortened
 
 INPUTS, WIDTH, LABELS = 64, 384, 10
 TRAIN, QUERIES, RUNS = 400, 200, 4
@@ -92,43 +87,6 @@ def small_task():
     )
 
 
-def minilm_task(tokens=32, train=64, queries=50):
-    """Two-class fine-tuning of all weights of MiniLM on random texts of mixed length."""
-    checkpoint = load_checkpoint("minilm")
-    network = network_of(checkpoint)
-    rng = np.random.default_rng(0)
-
-    def examples(count):
-        lengths = rng.integers(8, tokens + 1, count)
-        return {
-            "tokens": jnp.asarray(rng.integers(1000, 20000, (count, tokens)), jnp.int32),
-            "attended": jnp.asarray(np.arange(tokens)[None] < lengths[:, None]),
-            "label": jnp.asarray(rng.integers(0, 2, count), jnp.int32),
-        }
-
-    def loss(params, example):
-        tokens, attended = example["tokens"], example["attended"]
-        sequence = Sequence(tokens, jnp.zeros_like(tokens), attended)
-        logits = head_logits(network, params, sequence, "mean")
-        return -jax.nn.log_softmax(logits)[example["label"]]
-
-    query = examples(queries)
-    weights = {
-        name: checkpoint.tensors[name] for name in network.shapes if not name.startswith("pooler")
-    }
-    return Task(
-        params=with_head(weights, network, 2, jax.random.key(0)),
-        loss=loss,
-        train=examples(train),
-        query=query,
-        train_ids=range(train),
-        query_ids=range(queries),
-        provenance={"folder": str(checkpoint.folder)},
-        query_lengths=filled_lengths(query),
-        cut=shortened,
-    )
-
-
 def torch_job(task, rate):
     """The same steps and evaluation with transformers' model and torch's AdamW."""
     import torch
@@ -182,10 +140,10 @@ needs_minilm = pytest.mark.skipif(
 
 
 @needs_minilm
-def test_a_minilm_step_against_pytorch_and_the_bare_loop(benchmark, tmp_path):
+def test_a_minilm_step_against_pytorch_and_the_bare_loop(benchmark, tmp_path, minilm_task):
     """Batch 4, 32 tokens, 50 queries measured after every step. Steps of a long run less those of a
     short one: compilation and the making of the store are in both."""
-    rate, task, stores = 1e-5, minilm_task(), itertools.count()
+    rate, task, stores = 1e-5, minilm_task(64, 50), itertools.count()
     optimizer = optax.inject_hyperparams(optax.adamw)(rate)
     curriculum = np.arange(4 * LONG).reshape(1, LONG, 4) % len(task.train_ids)
     loop, torched = bare_loop(task, optimizer), torch_job(task, rate)

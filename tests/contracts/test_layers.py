@@ -151,7 +151,8 @@ ROWS = {
         "curvature",
         "problem",
         "solvers",
-        "dual",
+        "span",
+        "in_span",
         "ekfac",
         "influence",
     ],
@@ -166,7 +167,7 @@ ROWS = {
         "mislabel",
     ],
     "report": ["tables", "plots", "diagnose", "attribution"],
-    "study": ["config", "jobs", "methods", "cell", "stages", "report", "run"],
+    "study": ["config", "jobs", "methods", "cell", "stages", "headline", "report", "run"],
 }
 """Folder -> its modules; a module imports only from rows above, or from before it in its row."""
 

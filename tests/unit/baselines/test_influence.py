@@ -281,7 +281,9 @@ class TestMisuse:
                 task, solver=LiSSA(3000, 1.0, batch=None), curvature="hessian", damping=0.0, key=key
             )
 
-    @pytest.mark.parametrize("solver", [Dense(), InSpan(), ConjugateGradient(), LiSSA(), Arnoldi(3)])
+    @pytest.mark.parametrize(
+        "solver", [Dense(), InSpan(), ConjugateGradient(), LiSSA(), Arnoldi(3)]
+    )
     def test_a_gradient_that_is_not_finite(self, task, key, solver):
         train = {**task.train, "x": task.train["x"].at[17].set(np.nan)}
         with pytest.raises(Misuse, match=r"gradient of train example t17"):

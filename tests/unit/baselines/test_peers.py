@@ -9,17 +9,11 @@ import importlib
 import importlib.util
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bayes_simfluence.baselines.tracin import grad_dot, tracin
-from bayes_simfluence.networks.checkpoint import load_checkpoint
-from bayes_simfluence.networks.families import network_of
-from bayes_simfluence.networks.heads import head_logits, with_head
-from bayes_simfluence.networks.network import Sequence
 from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors
-from bayes_simfluence.recording.task import Task
 
 # Without the extra [parity] these tests are not chosen; chosen without it, they fail.
 torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
@@ -29,34 +23,9 @@ TRAIN, QUERY, TOKENS = 4, 2, 10
 
 
 @pytest.fixture(scope="module")
-def task():
-    """Full tuning of MiniLM on random texts of mixed length."""
-    checkpoint = load_checkpoint("minilm")
-    network, rng, count = network_of(checkpoint), np.random.default_rng(0), TRAIN + QUERY
-    lengths = rng.integers(5, TOKENS + 1, count)
-    data = {
-        "tokens": jnp.asarray(rng.integers(1000, 1030, (count, TOKENS)), jnp.int32),
-        "attended": jnp.asarray(np.arange(TOKENS)[None] < lengths[:, None]),
-        "label": jnp.asarray(rng.integers(0, 2, count), jnp.int32),
-    }
-
-    def loss(weights, example):
-        tokens = example["tokens"]
-        sequence = Sequence(tokens, jnp.zeros_like(tokens), example["attended"])
-        logits = head_logits(network, weights, sequence, "mean")
-        return -jax.nn.log_softmax(logits)[example["label"]]
-
-    names = [name for name in network.shapes if "pooler" not in name]
-    weights = {name: checkpoint.tensors[name] for name in names}
-    return Task(
-        params=with_head(weights, network, 2, jax.random.key(0)),
-        loss=loss,
-        train=jax.tree.map(lambda leaf: leaf[:TRAIN], data),
-        query=jax.tree.map(lambda leaf: leaf[TRAIN:], data),
-        train_ids=range(TRAIN),
-        query_ids=range(QUERY),
-        provenance={"folder": str(checkpoint.folder)},
-    )
+def task(minilm_task):
+    """Few words, so that texts have some in common."""
+    return minilm_task(TRAIN, QUERY, tokens=TOKENS, words=30)
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,33 @@ def table(posteriors, runs):
     return bs.compare(posteriors, held_out(runs), key=jax.random.key(1), draws=64, resamples=200)
 
 
+def test_the_ratio_to_a_reference_is_that_of_the_same_runs(posteriors, runs, table):
+    found = bs.compare(
+        posteriors,
+        held_out(runs),
+        key=jax.random.key(1),
+        draws=64,
+        resamples=200,
+        reference="ridge",
+    )
+    np.testing.assert_allclose(found["mse_ratio"], table["mse"] / table.loc["ridge", "mse"])
+    assert found.loc["ridge", ["mse_ratio_low", "mse_ratio_high"]].tolist() == [1.0, 1.0]
+    own = found.loc["exact"]
+    assert own["mse_ratio_low"] < own["mse_ratio"] < own["mse_ratio_high"]
+    # Hard runs are hard for both: less is uncertain than if each had runs of its own.
+    apart = own["mse_high"] / found.loc["ridge", "mse_low"]
+    assert own["mse_ratio_high"] < apart
+
+
+def test_a_reference_that_failed_leaves_no_ratio(posteriors, runs):
+    methods = {"mean": posteriors["mean"], "broken": Failed("no weights")}
+    settings = {"key": jax.random.key(1), "draws": 8, "resamples": 20}
+    found = bs.compare(methods, held_out(runs), reference="broken", **settings)
+    assert found["mse_ratio"].isna().all() and found.loc["mean", "mse"] > 0
+    with pytest.raises(Misuse, match=r"reference: got 'other'"):
+        bs.compare(methods, held_out(runs), reference="other", **settings)
+
+
 def held_out(runs):
     return runs.isel(run=slice(7, None))
 

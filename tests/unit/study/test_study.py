@@ -1,5 +1,6 @@
 """A whole study on a tiny network: stages, going on, failures, the report, the command."""
 
+import re
 import runpy
 import shutil
 import sys
@@ -47,7 +48,8 @@ def settings(tmp_path_factory):
             "learning_rate": 0.01, "features": 0, "max_tokens": 16,
         },
         "counts": COUNTS, "validate": 1, "held_out": 2, "checkpoints": 2, "draws": 8,
-        "resamples": 20, "simulators": ["persistence", "mean-trajectory", "ridge-additive"],
+        "resamples": 20,
+        "simulators": ["persistence", "mean-trajectory", "ridge-additive"],
         "methods": ["grad-dot"],
         "cells": [
             {"name": "tiny", "record": {"tuning": "full"}},
@@ -133,7 +135,15 @@ def test_a_cell_without_a_task_has_its_failures_in_the_table(studied):
 def test_the_report_has_tables_pictures_and_costs(studied):
     folder = studied[0] / "report"
     page = (folder / "index.md").read_text()
-    assert "## tiny" in page and "## plain" in page and "| grad-dot | scores |" in page
+    assert "## tiny" in page and "## plain" in page
+    # Seconds of scores only where there are scores, and of the fit of their scale.
+    costs = [one for one in page.splitlines() if one.startswith("| method | scores (s) |")]
+    assert (
+        costs
+        == ["| method | scores (s) | fit to 4 runs (s) | peak memory (GiB) | at its start |"] * 2
+    )
+    assert re.search(r"\| grad-dot \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", page)
+    assert re.search(r"\| persistence \|  \| [\d.]+ \|", page)
     assert "* grad-dot failed: cell 'plain'" in page and "| method | 3 runs | 4 runs |" in page
     for name in ("tiny-mse.png", "plain-spearman_change.png"):
         assert f"({name})" in page and (folder / name).read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,87 @@
+"""What a study is read for first: how far the simulator is ahead of the best scores."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bayes_simfluence.evaluation.compare import ENDS, RATIO
+
+__all__ = ["headline_of", "headline_rows"]
+
+Row = dict[str, Any]
+CHANGE = "spearman_change"
+COLUMNS = (
+    "cell",
+    "fitted runs",
+    "best scores",
+    "MSE over theirs",
+    "Spearman, change",
+    "theirs at best",
+    "90% covers",
+)
+
+
+def headline_of(table: pd.DataFrame, reference: str, scored: Sequence[str]) -> list[str] | None:
+    """The reference against the best of other methods, as cells of a row.
+
+    The methods with the lowest MSE, and the correlation of whichever has the highest.
+
+    Args:
+        table: as made by ``compare`` with this reference.
+        scored: names of the methods that it is measured against.
+
+    >>> ends = {"": 4.0, "_low": 2.0, "_high": 8.0}
+    >>> row = {"mse": 1.0} | {f"mse_ratio{end}": one for end, one in ends.items()}
+    >>> table = pd.DataFrame({"mine": {"mse": 0.25}, "theirs": row}).T
+    >>> headline_of(table, "mine", ["theirs"])[:2]
+    ['theirs', '0.25 [0.125, 0.5]']
+    """
+    rows: dict[str, Row] = {str(name): dict(row) for name, row in table.iterrows()}
+    others = {
+        name: rows[name] for name in scored if np.isfinite(rows.get(name, {}).get(RATIO, np.nan))
+    }
+    if not others:
+        return None
+    best = min(others, key=lambda name: others[name][RATIO])
+    # Of theirs over that of the reference, turned round.
+    value, high, low = (1.0 / others[best][RATIO + end] for end in ENDS)
+    ranked = [_interval(one, CHANGE) for one in sorted(others.values(), key=_rank)]
+    return [
+        best,
+        f"{value:.3g} [{low:.3g}, {high:.3g}]",
+        _interval(rows[reference], CHANGE),
+        ranked[-1],
+        _interval(rows[reference], "coverage_90"),
+    ]
+
+
+def headline_rows(
+    tables: Mapping[str, Mapping[int, pd.DataFrame]], reference: str, scored: Sequence[str]
+) -> str:
+    """A Markdown table with a row for each cell and number of runs; empty when there is none.
+
+    Args:
+        tables: of each cell by number of fitted runs; the smallest and the largest are shown.
+    """
+    lines = []
+    for cell, by_runs in tables.items():
+        for count in sorted({min(by_runs), max(by_runs)}) if by_runs else ():
+            row = headline_of(by_runs[count], reference, scored)
+            if row is not None:
+                lines.append(" | ".join(["", cell, str(count), *row, ""]).strip())
+    if not lines:
+        return ""
+    return "\n".join([f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *lines])
+
+
+def _rank(row: Row) -> float:
+    """For an order in which methods without a correlation come first."""
+    found = row.get(CHANGE, np.nan)
+    return found if np.isfinite(found) else -np.inf
+
+
+def _interval(row: Row, metric: str) -> str:
+    value, low, high = (float(row.get(metric + end, np.nan)) for end in ENDS)
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]" if np.isfinite(value) else ""
