@@ -23,6 +23,7 @@ SMALL = {
     "04_recorder_flax.py": [],
     "05_recorder_trainer.py": [],
     "06_causal_recording.py": [],
+    "07_wrong_labels.py": [],
 }
 WRITTEN = {
     "01_record_fit_simulate.py": ["runs.zarr", "posterior.nc", "curves.png"],
@@ -31,6 +32,7 @@ WRITTEN = {
     "04_recorder_flax.py": ["runs.zarr"],
     "05_recorder_trainer.py": ["runs.zarr"],
     "06_causal_recording.py": ["runs.zarr", "gpt2-small-text/model.safetensors"],
+    "07_wrong_labels.py": ["wrong-labels.png", "wrong-labels.md", "pilot.zarr"],
 }
 NEEDS = {"04_recorder_flax.py": ["flax"], "05_recorder_trainer.py": ["torch", "accelerate"]}
 """Packages of the extra [examples], without which a script says so and ends well."""
@@ -56,7 +58,7 @@ def run(script, folder, *words, before=""):
     )
 
 
-LONG = ["02_results_study.py", "03_tasks_study.py"]
+LONG = ["02_results_study.py", "03_tasks_study.py", "07_wrong_labels.py"]
 """Studies: they run with the long suites, at a small size."""
 SCRIPTS = [
     pytest.param(
