@@ -27,6 +27,7 @@ from bayes_simfluence.baselines.solvers import (
     Dense,
     LiSSA,
 )
+from bayes_simfluence.baselines.span import can_span
 from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.recording.task import Task
@@ -52,7 +53,8 @@ def influence(
     Args:
         params: the trained parameters, as ``gradients.weights_at`` makes them of a checkpoint; the
             task's initial ones when None.
-        solver: how to multiply with the inverse; ``ConjugateGradient()`` when None.
+        solver: how to multiply with the inverse; when None, ``InSpan()`` where there are few enough
+            examples of few outputs for it, and else ``ConjugateGradient()``.
         curvature: ``ggn`` or ``hessian``, of the mean training loss.
         damping: added to every eigenvalue, >= 0; None = .1 of the mean eigenvalue (with EK-FAC: of
             each layer's), after Grosse et al. 2023 (arXiv 2308.03296).
@@ -74,10 +76,12 @@ def influence(
         raise Misuse("damping", got=damping, expected="a number >= 0, or None", do="correct it")
     params = task.params if params is None else params
     check_curvature(task, params, curvature, damping)
-    chosen = ConjugateGradient() if solver is None else solver
+    if solver is None:
+        spanned = curvature == "ggn" and damping != 0 and can_span(task, params)
+        solver = InSpan() if spanned else ConjugateGradient()
     with (progress or Silent()).work("influence", len(task.query_ids)) as meter:
         problem = Problem(task, params, curvature, damping, key, memory, meter)
-        values, said = chosen.solve(problem)
+        values, said = solver.solve(problem)
     return score_array(
         -values / len(task.train_ids),
         task.train_ids,

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from bayes_simfluence.baselines.curvature import (
     MOST_OUTPUTS,
+    check_curvature,
     output_factor,
     output_size,
     outputs_of_one,
@@ -30,7 +31,7 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.recording.task import Task
 
-__all__ = ["Span", "span_of"]
+__all__ = ["Span", "can_span", "span_of"]
 
 MOST_ROWS = 8192
 """Vectors up to which their inner products are factored."""
@@ -54,7 +55,6 @@ class Span:
         queries: the queries' gradients. The last coordinate is the length of what is orthogonal to
             all training examples; products between two queries are not kept.
         mean_eigenvalue: of the Gauss-Newton matrix in all the weights of the task.
-
     """
 
     rows: Float[np.ndarray, "train row axis"]
@@ -104,6 +104,12 @@ class Span:
             train_ids=of.train_ids,
             query_ids=of.query_ids,
         )
+
+
+def can_span(task: Task, params: PyTree) -> bool:
+    """Whether a task has few enough outputs and examples; it has outputs."""
+    outputs = output_size(task, params)
+    return outputs <= MOST_OUTPUTS and outputs * len(task.train_ids) <= MOST_ROWS
 
 
 def span_of(
@@ -161,15 +167,9 @@ class _Slopes(NamedTuple):
 
 
 def _check_size(task: Task, params: PyTree) -> None:
-    if task.outputs is None or task.output_loss is None:
-        raise Misuse(
-            "task.outputs",
-            got="a loss in one part",
-            expected="outputs and output_loss",
-            do="give the task both parts of its loss",
-        )
-    outputs, count = output_size(task, params), len(task.train_ids)
-    if outputs > MOST_OUTPUTS or outputs * count > MOST_ROWS:
+    check_curvature(task, params, "ggn", None)
+    if not can_span(task, params):
+        outputs, count = output_size(task, params), len(task.train_ids)
         raise Misuse(
             "solver",
             got=f"the span of {count} training examples of {outputs} outputs",

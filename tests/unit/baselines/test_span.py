@@ -121,6 +121,12 @@ def test_examples_without_gradient(key):
     assert (span_of(task).task(task).train["rows"] == 0).all()
 
 
+def test_it_is_what_is_done_where_it_can_be(task, key):
+    assert "span" in influence(task, damping=0.1, key=key).attrs["solver"]
+    plain = influence(task, curvature="hessian", damping=50.0, key=key)
+    assert plain.attrs["solver"] == "conjugate gradients"
+
+
 class TestMisuse:
     def test_the_span_of_another_task(self, task, key):
         few = dataclasses.replace(
@@ -136,13 +142,17 @@ class TestMisuse:
             influence(task, solver=InSpan(EKFAC()), damping=0.1, key=key)
 
     def test_a_loss_in_one_part(self, task):
-        with pytest.raises(Misuse, match=r"a loss in one part"):
+        with pytest.raises(Misuse, match=r"a task without outputs and output_loss"):
             span_of(dataclasses.replace(task, outputs=None, output_loss=None))
 
     def test_too_many_outputs(self):
-        task = made(softmax_loss)
+        def tiled(weights, example):
+            return jnp.tile(outputs(weights, example), 30)
+
         wide = dataclasses.replace(
-            task, outputs=lambda weights, example: jnp.tile(outputs(weights, example), 30)
+            made(softmax_loss),
+            outputs=tiled,
+            loss=lambda weights, example: softmax_loss(tiled(weights, example), example),
         )
         with pytest.raises(Misuse, match=r"7 training examples of 90 outputs.* take EKFAC"):
             span_of(wide)
