@@ -1,11 +1,11 @@
 """Any solver in the span of the gradients: for few examples of few outputs, of any network."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
 from bayes_simfluence.baselines.problem import SHARE_OF_MEAN, Problem, Solved, Solver
-from bayes_simfluence.baselines.solvers import Dense
 from bayes_simfluence.baselines.span import Span, span_of
 from bayes_simfluence.checks import Misuse
 
@@ -22,11 +22,11 @@ class InSpan:
     the first product would take away.
 
     Attributes:
-        solver: what solves there; ``Dense``, the default, needs no iterations.
+        solver: what solves there; None = exactly, in double precision, and for any damping > 0.
         span: of the same task and weights, where it was found before; ``span_of``.
     """
 
-    solver: Solver = field(default_factory=Dense)
+    solver: Solver | None = None
     span: Span | None = None
 
     def solve(self, problem: Problem) -> Solved:
@@ -49,6 +49,10 @@ class InSpan:
         if damping is None:
             damping = SHARE_OF_MEAN * span.mean_eigenvalue
         axes = span.rows.shape[2]
+        if self.solver is None:
+            problem.meter.advance(len(task.query_ids))
+            said = {"solver": "exact, in the span of the gradients", "damping": damping}
+            return _solved(span, damping), {**said, "dimensions": axes}
         inside = Problem(
             task=span.task(task),
             params=jnp.zeros(axes),
@@ -61,6 +65,17 @@ class InSpan:
         values, said = self.solver.solve(inside)
         name = f"{said['solver']} in the span of the gradients"
         return values, {**said, "solver": name, "dimensions": axes}
+
+
+def _solved(span: Span, damping: float) -> np.ndarray:
+    """``g_q^T (C + damping I)^-1 g_i``, all pairs."""
+    count = len(span.rows)
+    # The last coordinate is one that no training example has.
+    rows, queries = span.rows[:, :, :-1], span.queries[:, :-1]
+    curvature = np.einsum("nk,nka,nkb->ab", span.curved, rows, rows, optimize=True) / count
+    values, vectors = np.linalg.eigh(curvature)
+    trains = np.einsum("nk,nka->na", span.slope, rows) @ vectors
+    return trains / (np.maximum(values, 0.0) + damping) @ (queries @ vectors).T
 
 
 def _check(problem: Problem) -> None:

@@ -21,7 +21,6 @@ from bayes_simfluence.baselines.influence import (
     EKFAC,
     Arnoldi,
     ConjugateGradient,
-    Dense,
     InSpan,
     LiSSA,
     influence,
@@ -126,7 +125,7 @@ def _tracin_all(pilot: Pilot) -> xr.DataArray:
     return tracin(pilot.task, saved, progress=pilot.progress)
 
 
-def _in_span(solver: Solver, pilot: Pilot) -> xr.DataArray:
+def _in_span(solver: Solver | None, pilot: Pilot) -> xr.DataArray:
     return _influence(InSpan(solver, pilot.span), pilot)
 
 
@@ -166,7 +165,7 @@ ATTRIBUTIONS: Mapping[str, Callable[[Pilot], xr.DataArray]] = {
     "trak": lambda pilot: trak(
         pilot.task, pilot.checkpoints(10), key=pilot.key, progress=pilot.progress
     ),
-    "influence-exact": partial(_in_span, Dense()),
+    "influence-exact": partial(_in_span, None),
     "influence-cg": partial(_in_span, ConjugateGradient()),
     "influence-lissa": _lissa,
     "influence-arnoldi": partial(_in_span, Arnoldi()),

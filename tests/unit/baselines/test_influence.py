@@ -142,7 +142,8 @@ def test_scores_are_the_formula(task, exact):
 
 
 SOLVERS = {
-    "dense in the span": InSpan(),
+    "exact, in the span": InSpan(),
+    "dense in the span": InSpan(Dense()),
     "conjugate gradients in the span": InSpan(ConjugateGradient(tolerance=1e-6)),
     "LiSSA in the span": InSpan(LiSSA(depth=800, scale=2.0, batch=None)),
     "Arnoldi in the span": InSpan(Arnoldi(rank=WEIGHTS - FLAT, iterations=WEIGHTS)),

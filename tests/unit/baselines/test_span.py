@@ -107,6 +107,17 @@ def test_default_damping_is_that_of_all_weights(task, key):
     np.testing.assert_allclose(found, whole, atol=1e-3 * float(np.abs(whole).max()))
 
 
+def test_damping_that_is_small_beside_the_curvature(task, key):
+    """Too small to invert the whole matrix in single precision."""
+    span = span_of(task)
+    damping = 1e-9 * span.largest
+    found = influence(task, solver=InSpan(span=span), damping=damping, key=key)
+    rows, train = span.rows, np.einsum("nk,nka->na", span.slope, span.rows)
+    matrix = np.einsum("nk,nka,nkb->ab", span.curved, rows, rows) / TRAIN
+    expected = train @ np.linalg.inv(matrix + damping * np.eye(len(matrix))) @ span.queries.T
+    np.testing.assert_allclose(found, -expected / TRAIN, rtol=1e-3, atol=1e-3 * np.abs(found).max())
+
+
 def test_a_span_found_before(task, key):
     span = span_of(task, memory=4000)
     again = influence(task, solver=InSpan(span=span), damping=0.1, key=key)
