@@ -1,6 +1,7 @@
 """Pictures of attributions: how soon wrong labels are found, error against recorded runs."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -63,6 +64,7 @@ def plot_by_runs(tables: Mapping[int, pd.DataFrame], metric: str = "mse") -> Fig
     axes: Axes = figure.subplots()
     counts = sorted(tables)
     methods = list(dict.fromkeys(name for one in counts for name in tables[one].index))
+    drawn: list[tuple[float, Any]] = []
     for place, method in enumerate(methods):
         rows = {one: tables[one].loc[method] for one in counts if method in tables[one].index}
         known = {one: row for one, row in rows.items() if np.isfinite(row[metric])}
@@ -76,15 +78,18 @@ def plot_by_runs(tables: Mapping[int, pd.DataFrame], metric: str = "mse") -> Fig
         # Beside one another, so that intervals can be told apart.
         shifted = np.array(list(known)) + 0.12 * (place - len(methods) / 2)
         reach = np.maximum([value - low, high - value], 0.0)
-        axes.errorbar(
+        line = axes.errorbar(
             shifted, value, reach, color=colour, linestyle=style, marker="o", markersize=3,
             linewidth=1.0, elinewidth=0.6, label=method,
         )  # fmt: skip
+        drawn.append((value[-1], line))
     if metric in ("mse", "mae", "crps"):
         axes.set_yscale("log")
     axes.set_xticks(counts)
     axes.set(xlabel="fitted runs", ylabel=SHORT[metric])
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    # From top to bottom as the lines end, so that many of them can be told apart.
+    lines = [line for _, line in sorted(drawn, key=lambda one: -one[0])]
+    figure.legend(handles=lines, loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
