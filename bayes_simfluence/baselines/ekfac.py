@@ -28,6 +28,7 @@ from bayes_simfluence.baselines.problem import (
 )
 from bayes_simfluence.checks import Misuse, positive_integer, shorten
 from bayes_simfluence.networks.layers import watching
+from bayes_simfluence.recording.pieces import pieces_of
 from bayes_simfluence.recording.task import Task
 
 __all__ = ["EKFAC", "Layer", "Layers", "layers_of"]
@@ -379,22 +380,12 @@ def _products(
     found = np.zeros((len(task.train_ids), len(task.query_ids)))
     covered = 4 * sum(int(np.prod(one.shape)) for one in passes.layers.values())
     at = (problem.params, task.frozen, bases)
-    for columns, queries in _pieces(task.query, max(1, problem.memory // covered)):
+    for columns, queries in pieces_of(task.query, problem.memory // covered):
         solved, finite = of_queries(*at, inverses, queries)
         check_finite(task, "query", columns, finite)
-        for rows, trains in _pieces(task.train, PIECE):
+        for rows, trains in pieces_of(task.train, PIECE):
             products, finite = of_trains(*at, solved, trains)
             check_finite(task, "train", rows, finite)
             found[rows, columns] = np.asarray(products, float).T
         problem.meter.advance(len(finite))
     return found
-
-
-def _pieces(examples: PyTree, piece: int) -> Any:
-    """Pieces of one size, so that one compiled program serves all: the last one overlaps."""
-    size = len(jax.tree.leaves(examples)[0])
-    piece = min(piece, size)
-    for start in range(0, size, piece):
-        begin = min(start, size - piece)
-        rows = slice(begin, begin + piece)
-        yield rows, jax.tree.map(lambda leaf, rows=rows: leaf[rows], examples)

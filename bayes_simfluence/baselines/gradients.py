@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors, with_tensors
+from bayes_simfluence.recording.pieces import pieces_of
 from bayes_simfluence.recording.task import Task
 
 __all__ = [
@@ -96,14 +97,10 @@ def flat_gradients(
     maker: GradientMaker, params: PyTree, examples: PyTree, *, memory: int = MEMORY
 ) -> Iterator[tuple[slice, Float[Array, "piece weight"]]]:
     """Gradients of all examples, a piece of them at a time: where the piece stands, its rows."""
-    size = len(jax.tree.leaves(examples)[0])
-    width = sum(leaf.size for leaf in jax.tree.leaves(params))
-    piece = max(1, min(size, memory // (4 * width)))
-    for start in range(0, size, piece):
-        # Pieces of one size, so that one compiled program serves all: the last one overlaps.
-        begin = min(start, size - piece)
-        some = jax.tree.map(lambda leaf, at=begin: leaf[at : at + piece], examples)
-        yield slice(start, begin + piece), maker(params, some)[start - begin :]
+    width, done = sum(leaf.size for leaf in jax.tree.leaves(params)), 0
+    for where, some in pieces_of(examples, memory // (4 * width)):
+        yield slice(done, where.stop), maker(params, some)[done - where.start :]
+        done = where.stop
 
 
 def gradient_products(

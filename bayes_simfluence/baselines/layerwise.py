@@ -24,6 +24,7 @@ from bayes_simfluence.baselines.gradients import MEMORY, Products, flat
 from bayes_simfluence.baselines.uses import Use, rerun, trace_bytes, uses_of
 from bayes_simfluence.networks.layers import wide
 from bayes_simfluence.progress import Meter
+from bayes_simfluence.recording.pieces import pieces_of
 from bayes_simfluence.recording.task import Task
 
 __all__ = ["Layers", "layer_products", "layers_of", "squared_norms"]
@@ -245,23 +246,14 @@ def _blocks(
     layers: Layers, params: PyTree, examples: PyTree, memory: int, work: int
 ) -> Iterator[tuple[slice, _Parts]]:
     """The parts of all examples, as many at once as fit in the memory."""
-    for block, some in _pieces(examples, memory // layers.kept):
+    for block, some in pieces_of(examples, memory // layers.kept):
         # One backward pass holds more than it leaves behind.
         made, done = [], 0
-        for piece, few in _pieces(some, work // layers.traced):
+        for piece, few in pieces_of(some, work // layers.traced):
             parts = layers.parts(params, few)
             made.append(jax.tree.map(lambda leaf, at=done - piece.start: leaf[at:], parts))
             done = piece.stop
         yield block, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *made)
-
-
-def _pieces(tree: PyTree, size: int) -> Iterator[tuple[slice, PyTree]]:
-    """Pieces of one size, so that one compiled program serves all: the last one overlaps."""
-    count = len(jax.tree.leaves(tree)[0])
-    size = max(1, min(size, count))
-    for start in range(0, count, size):
-        piece = slice(min(start, count - size), min(start, count - size) + size)
-        yield piece, jax.tree.map(lambda leaf, piece=piece: leaf[piece], tree)
 
 
 def _scales(
@@ -308,9 +300,9 @@ def _products(
     total = np.zeros((len(trains.direct), len(queries.direct)))
     for name, way in ways.items():
         found, side = np.zeros(total.shape), way.side(memory)
-        for columns, few in _pieces(_part(queries, name), side):
+        for columns, few in pieces_of(_part(queries, name), side):
             prepared = way.prepared(few)
-            for rows, some in _pieces(_part(trains, name), side):
+            for rows, some in pieces_of(_part(trains, name), side):
                 block = way.multiplied(way.prepared(some), prepared, scales[name])
                 found[rows, columns] = np.asarray(block, float)
         total += found
@@ -323,7 +315,7 @@ def _norms(
     total = np.zeros(len(parts.direct))
     for name, way in ways.items():
         found = np.zeros(total.shape)
-        for rows, some in _pieces(_part(parts, name), way.side(memory)):
+        for rows, some in pieces_of(_part(parts, name), way.side(memory)):
             found[rows] = np.asarray(way.norms(way.prepared(some), scales[name]), float)
         total += found
     return total

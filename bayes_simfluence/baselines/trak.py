@@ -19,6 +19,7 @@ from bayes_simfluence.baselines.scores import score_array
 from bayes_simfluence.checks import Misuse, choice_of, keyed, positive_integer
 from bayes_simfluence.progress import Meter, Progress, Silent
 from bayes_simfluence.recording.checkpoints import SavedWeights
+from bayes_simfluence.recording.pieces import pieces_of
 from bayes_simfluence.recording.sketch import random_signs, sketched
 from bayes_simfluence.recording.task import Task
 
@@ -177,14 +178,11 @@ def _in_pieces(
     meter: Meter,
 ) -> tuple[Float[np.ndarray, "example dimension"], Float[np.ndarray, " example"]]:
     """Projected gradients of all examples and their errors, in float64."""
-    count = len(jax.tree.leaves(examples)[0])
-    piece, found = min(PIECE, count), []
-    for done in range(0, count, piece):
-        # Pieces of one size, so that one compiled program serves all: the last one overlaps.
-        start = min(done, count - piece)
-        some = jax.tree.map(lambda leaf, at=start: leaf[at : at + piece], examples)
+    found, done = [], 0
+    for where, some in pieces_of(examples, PIECE):
         new = projected(params, some)
-        found.append([np.asarray(one, float)[done - start :] for one in new])
-        meter.advance(min(piece, count - done))
+        found.append([np.asarray(one, float)[done - where.start :] for one in new])
+        meter.advance(where.stop - done)
+        done = where.stop
     gradients, errors = (np.concatenate(one) for one in zip(*found, strict=True))
     return gradients, errors

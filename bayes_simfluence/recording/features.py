@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PyTree
 
 from bayes_simfluence.checks import keyed, positive_integer
 from bayes_simfluence.progress import Meter
+from bayes_simfluence.recording.pieces import pieces_of
 from bayes_simfluence.recording.sketch import random_signs, sketched
 from bayes_simfluence.recording.task import Task
 
@@ -79,10 +80,7 @@ def gradient_features(
         return found
 
     made = partial(sketches, task.params, task.frozen, signs)
-    train, query = (
-        _in_pieces(made, part, len(ids), meter)
-        for part, ids in ((task.train, task.train_ids), (task.query, task.query_ids))
-    )
+    train, query = (_in_pieces(made, part, meter) for part in (task.train, task.query))
     values, vectors = np.linalg.eigh(train @ train.T)
     values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
     scale = np.sqrt(max(values.sum() / len(train), np.finfo(float).tiny))
@@ -97,17 +95,12 @@ def gradient_features(
 
 
 def _in_pieces(
-    sketches: Callable[[PyTree], Array], examples: PyTree, size: int, meter: Meter | None
+    sketches: Callable[[PyTree], Array], examples: PyTree, meter: Meter | None
 ) -> Float[np.ndarray, "example sketch"]:
-    # Pieces of one size, so that one compiled program serves all: the last one overlaps.
-    piece = min(PIECE, size)
-    found = np.zeros((size, 0))
-    for done in range(0, size, piece):
-        start = min(done, size - piece)
-        some = jax.tree.map(lambda leaf, at=start: leaf[at : at + piece], examples)
-        values = np.asarray(sketches(some), np.float64)
-        found = found if found.size else np.zeros((size, values.shape[1]))
-        found[start : start + piece] = values
+    found, done = [], 0
+    for where, some in pieces_of(examples, PIECE):
+        found.append(np.asarray(sketches(some), np.float64)[done - where.start :])
         if meter is not None:
-            meter.advance(min(piece, size - done))
-    return found
+            meter.advance(where.stop - done)
+        done = where.stop
+    return np.concatenate(found)

@@ -51,6 +51,7 @@ ROWS = {
         "tuning",
         "config",
         "task",
+        "pieces",
         "sketch",
         "features",
         "optimizers",
