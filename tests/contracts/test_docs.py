@@ -15,6 +15,7 @@ from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.session import merged
 from bayes_simfluence.settings import kinds_of
 from bayes_simfluence.study.config import study_of
+from bayes_simfluence.study.methods import ATTRIBUTIONS
 
 pytestmark = pytest.mark.optimized
 ROOT = Path(__file__).parents[2]
@@ -113,6 +114,21 @@ def test_baselines_page(tmp_path, monkeypatch):
     study = study_of(yaml.safe_load(said))
     assert [one.name for one in study.cells] == ["sst2-full", "sst2-lora", "trec-full"]
     assert study.needed == study.cells[1].record.runs and study.cells[1].record.tuning == "lora"
+
+
+@pytest.mark.parametrize("name", ["study.yaml", "study_every_step.yaml"])
+def test_the_settings_of_studies_are_possible(name):
+    study = study_of(yaml.safe_load((ROOT / "examples" / name).read_text("utf-8")))
+    assert set(study.methods) <= set(ATTRIBUTIONS)
+    for cell in study.cells:
+        if cell.runs:
+            # Checkpoints and scores are those of the recording that ships.
+            runs = bs.example_runs(cell.runs.removeprefix("example:"))
+            assert cell.record.steps == runs.sizes["step"]
+            assert (cell.record.examples, cell.record.queries) == (
+                runs.sizes["train"],
+                runs.sizes["query"],
+            )
 
 
 def test_the_readme_has_two_commands_that_ci_calls():
