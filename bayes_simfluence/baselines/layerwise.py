@@ -27,7 +27,7 @@ from bayes_simfluence.progress import Meter
 from bayes_simfluence.recording.pieces import pieces_of
 from bayes_simfluence.recording.task import Task
 
-__all__ = ["Layers", "layer_products", "layers_of", "squared_norms"]
+__all__ = ["Gram", "Layers", "layer_gram", "layer_products", "layers_of", "squared_norms"]
 
 
 DIRECT = -1
@@ -135,6 +135,56 @@ def layer_products(
                 done = np.count_nonzero(new[rows, columns])
                 new[rows, columns] = False
                 meter.advance(int(done))
+    return found
+
+
+class Gram(NamedTuple):
+    """All inner products of a task's gradients but those between two queries.
+
+    Attributes:
+        train: between training examples.
+        cross: of a training example's gradient with a query's.
+        query: squared norms of the queries' gradients.
+    """
+
+    train: Float[np.ndarray, "train train"]
+    cross: Float[np.ndarray, "train query"]
+    query: Float[np.ndarray, " query"]
+
+
+def layer_gram(
+    task: Task, params: PyTree, *, memory: int = MEMORY, meter: Meter | None = None
+) -> Gram:
+    """Inner products of the training examples' gradients with one another and with the queries'.
+
+    Gradients of as many training examples as fit are held, and those before them are made again.
+
+    Args:
+        params: the trained parameters at which gradients are taken.
+        memory: bytes held at once, about: half for work, most of the rest for gradients.
+        meter: told of every pair, of two training examples twice.
+    """
+    layers = layers_of(task)
+    trains, queries = len(task.train_ids), len(task.query_ids)
+    own, across = (_ways(layers, (trains, one), scaled=False) for one in (trains, queries))
+    none = _scales(layers, params, None)
+    work, part = memory // 2, memory // 8
+    found = Gram(np.zeros((trains, trains)), np.zeros((trains, queries)), np.zeros(queries))
+    done = 0
+    for here, held in _blocks(layers, params, task.train, 3 * memory // 8, work):
+        found.train[here, here] = _products(own, held, held, none, work)
+        if here.start:
+            before = jax.tree.map(lambda leaf, end=here.start: leaf[:end], task.train)
+            for rows, some in _blocks(layers, params, before, part, work):
+                products = _products(own, some, held, none, work)
+                found.train[rows, here] = products
+                found.train[here, rows] = products.T
+        for columns, some in _blocks(layers, params, task.query, part, work):
+            found.cross[here, columns] = _products(across, held, some, none, work)
+            found.query[columns] = _norms(across, some, none, work)
+        if meter is not None:
+            meter.advance((here.stop - done) * (here.stop + done + queries))
+        done = here.stop
     return found
 
 

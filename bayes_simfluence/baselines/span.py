@@ -9,7 +9,6 @@ needed to find coordinates, and ``layerwise`` gives these without whole gradient
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +24,7 @@ from bayes_simfluence.baselines.curvature import (
     outputs_of_one,
 )
 from bayes_simfluence.baselines.gradients import MEMORY
-from bayes_simfluence.baselines.layerwise import layer_products, layers_of
+from bayes_simfluence.baselines.layerwise import layer_gram
 from bayes_simfluence.baselines.points import check_finite
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.progress import Progress, Silent
@@ -139,16 +138,14 @@ def span_of(
     check_finite(task, where, **sums)
     rows, curved, slope = _rows(train)
     wide = _row_task(task, params, rows, query.slope)
-    layers, pairs = layers_of(wide), len(wide.train_ids)
-    with (progress or Silent()).work("span", pairs * (pairs + len(task.query_ids))) as meter:
-        measure = partial(layer_products, params=params, layers=layers, memory=memory, meter=meter)
-        kernel = measure(replace(wide, query=wide.train, query_ids=wide.train_ids)).products
-        crossed = measure(wide)
-    lengths = crossed.train.reshape(curved.shape).sum(axis=1)
-    check_finite(task, where, train=lengths, query=crossed.query)
-    coordinates, queries = _orthonormal(kernel, crossed.products, crossed.query)
+    pairs = len(wide.train_ids) * (len(wide.train_ids) + len(task.query_ids))
+    with (progress or Silent()).work("span", pairs) as meter:
+        gram = layer_gram(wide, params, memory=memory, meter=meter)
+    squares = np.diag(gram.train).reshape(curved.shape)
+    check_finite(task, where, train=squares.sum(axis=1), query=gram.query)
+    coordinates, queries = _orthonormal(gram.train, gram.cross, gram.query)
     weights = sum(leaf.size for leaf in jax.tree.leaves(params))
-    trace = float((np.diag(kernel) * curved.ravel()).sum()) / len(task.train_ids)
+    trace = float((squares * curved).sum()) / len(task.train_ids)
     return Span(
         rows=coordinates.reshape(*curved.shape, -1),
         curved=curved,

@@ -1,5 +1,7 @@
 """Products of gradients taken apart against products of whole gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,12 @@ import pytest
 
 from bayes_simfluence.baselines.factors import Factors, Way
 from bayes_simfluence.baselines.gradients import flat, gradient_maker, gradient_products
-from bayes_simfluence.baselines.layerwise import layer_products, layers_of, squared_norms
+from bayes_simfluence.baselines.layerwise import (
+    layer_gram,
+    layer_products,
+    layers_of,
+    squared_norms,
+)
 from bayes_simfluence.networks import bert, gpt2, t5
 from bayes_simfluence.networks.heads import head_logits, with_head
 from bayes_simfluence.networks.network import Sequence
@@ -101,6 +108,28 @@ def same(task, *, scaled=(False, True), memory=(2**24,)):
             for one, other in zip((*found, norms), (*expected, expected.train), strict=True):
                 np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5 * np.abs(other).max())
     return layers
+
+
+@pytest.mark.parametrize("held", [1, 3, 100])
+def test_products_of_training_examples_with_one_another(held):
+    """All held at once; three, so that the last of four come again; and one after another."""
+    task = network_task("bert", FULL)
+    itself = dataclasses.replace(task, query=task.train, query_ids=task.train_ids)
+    expected = gradient_products(itself, task.params), gradient_products(task, task.params)
+    told = []
+
+    class Told:
+        def advance(self, count):
+            told.append(count)
+
+    memory = 8 * held * layers_of(task).kept // 3 + 8
+    found = layer_gram(task, task.params, memory=memory, meter=Told())
+    for one, other in zip(
+        found, (expected[0].products, expected[1].products, expected[1].query), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5 * np.abs(other).max())
+    assert len(told) == {1: 4, 3: 2, 100: 1}[held]
+    assert sum(told) == TRAIN * (TRAIN + QUERY)
 
 
 def names(task, layers):
