@@ -65,7 +65,18 @@ class Span:
     @property
     def largest(self) -> float:
         """Bound of the eigenvalues of any batch's Gauss-Newton matrix: the largest trace of one."""
-        return float(np.einsum("nka,nka,nk->n", self.rows, self.rows, self.curved).max())
+        return float(self._traces.max())
+
+    @property
+    def mean_within(self) -> float:
+        """Mean eigenvalue of the Gauss-Newton matrix within the span of the training examples."""
+        return float(self._traces.mean()) / max(self.rows.shape[2] - 1, 1)
+
+    @property
+    def _traces(self) -> Float[np.ndarray, " train"]:
+        """Of each example's own Gauss-Newton matrix."""
+        found: np.ndarray = np.einsum("nka,nka,nk->n", self.rows, self.rows, self.curved)
+        return found
 
     def task(self, of: Task) -> Task:
         """A task of few weights with the inner products, and so the influences, of the whole one.

@@ -25,7 +25,7 @@ from bayes_simfluence.baselines.influence import (
     LiSSA,
     influence,
 )
-from bayes_simfluence.baselines.problem import Solver
+from bayes_simfluence.baselines.problem import SHARE_OF_MEAN, Solver
 from bayes_simfluence.baselines.simple import mean_trajectory, persistence
 from bayes_simfluence.baselines.span import Span, span_of
 from bayes_simfluence.baselines.tracin import grad_cos, grad_dot, tracin
@@ -129,6 +129,18 @@ def _in_span(solver: Solver | None, pilot: Pilot) -> xr.DataArray:
     return _influence(InSpan(solver, pilot.span), pilot)
 
 
+def _damped(pilot: Pilot) -> xr.DataArray:
+    """Exact, with .1 of the mean eigenvalue within the span: much more than over all weights."""
+    return influence(
+        pilot.task,
+        pilot.final(),
+        solver=InSpan(span=pilot.span),
+        damping=SHARE_OF_MEAN * pilot.span.mean_within,
+        key=pilot.key,
+        progress=pilot.progress,
+    )
+
+
 def _lissa(pilot: Pilot) -> xr.DataArray:
     # The smallest scale that is sure to converge with batches of single examples.
     return _in_span(LiSSA(scale=pilot.span.largest), pilot)
@@ -166,6 +178,7 @@ ATTRIBUTIONS: Mapping[str, Callable[[Pilot], xr.DataArray]] = {
         pilot.task, pilot.checkpoints(10), key=pilot.key, progress=pilot.progress
     ),
     "influence-exact": partial(_in_span, None),
+    "influence-damped": _damped,
     "influence-cg": partial(_in_span, ConjugateGradient()),
     "influence-lissa": _lissa,
     "influence-arnoldi": partial(_in_span, Arnoldi()),

@@ -83,6 +83,7 @@ def test_the_curvature_has_the_same_eigenvalues(task, key):
     expected = mean_eigenvalue(task, task.params, key, draws=None)
     np.testing.assert_allclose(span.mean_eigenvalue, expected, rtol=1e-4)
     assert span.largest >= whole[0]
+    np.testing.assert_allclose(span.mean_within, whole.sum() / (small.params.size - 1), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
