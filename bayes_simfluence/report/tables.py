@@ -1,7 +1,7 @@
 """Comparison tables as text: the best of each column in bold, intervals beside the figures."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,16 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.evaluation.compare import FAILED, INTERVAL
 from bayes_simfluence.files import PathLike, atomically, new_path
 
-__all__ = ["FORMATS", "best_of", "check_format", "json_text", "latex", "markdown", "save_table"]
+__all__ = [
+    "FORMATS",
+    "best_of",
+    "cell_text",
+    "check_format",
+    "json_text",
+    "latex",
+    "markdown",
+    "save_table",
+]
 
 NOMINAL = {
     "coverage_50": 0.50,
@@ -118,9 +127,9 @@ def json_text(table: pd.DataFrame) -> str:
             continue
         found[name] = {
             metric: {
-                "value": _number(row, metric),
-                "low": _number(row, f"{metric}_low"),
-                "high": _number(row, f"{metric}_high"),
+                "value": _number(dict(row), metric),
+                "low": _number(dict(row), f"{metric}_low"),
+                "high": _number(dict(row), f"{metric}_high"),
             }
             for metric in _shown(table, None)
         }
@@ -182,22 +191,28 @@ def _cells(table: pd.DataFrame, shown: list[str], *, mark: str) -> dict[str, lis
     best = {metric: best_of(table, metric) for metric in shown}
     return {
         str(method): [
-            _cell(row, metric, mark if best[metric] == str(method) else "{}") for metric in shown
+            cell_text(dict(row), metric, mark if best[metric] == str(method) else "{}")
+            for metric in shown
         ]
         for method, row in table.iterrows()
     }
 
 
-def _cell(row: "pd.Series[Any]", metric: str, mark: str) -> str:
-    value = float(row[metric])
-    if not np.isfinite(value):
+def cell_text(row: Mapping[Any, Any], metric: str, mark: str = "{}") -> str:
+    """``value [low, high]`` of a row of a comparison, the value inside ``mark``; empty where none.
+
+    >>> cell_text({"mse": 0.25, "mse_low": 0.125, "mse_high": 0.5}, "mse")
+    '0.25 [0.125, 0.5]'
+    """
+    value = _number(row, metric)
+    if value is None:
         return ""
     text = mark.format(f"{value:.3g}")
     low, high = _number(row, f"{metric}_low"), _number(row, f"{metric}_high")
     return text if low is None or high is None else f"{text} [{low:.3g}, {high:.3g}]"
 
 
-def _number(row: "pd.Series[Any]", name: str) -> float | None:
+def _number(row: Mapping[Any, Any], name: str) -> float | None:
     value = float(row.get(name, np.nan))
     return value if np.isfinite(value) else None
 

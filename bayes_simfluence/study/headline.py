@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from bayes_simfluence.evaluation.compare import ENDS, RATIO
+from bayes_simfluence.report.tables import cell_text
 
 __all__ = ["headline_of", "headline_rows"]
 
@@ -47,13 +48,13 @@ def headline_of(table: pd.DataFrame, reference: str, scored: Sequence[str]) -> l
     best = min(others, key=lambda name: others[name][RATIO])
     # Of theirs over that of the reference, turned round.
     value, high, low = (1.0 / others[best][RATIO + end] for end in ENDS)
-    ranked = [_interval(one, CHANGE) for one in sorted(others.values(), key=_rank)]
+    ranked = [cell_text(one, CHANGE) for one in sorted(others.values(), key=_rank)]
     return [
         best,
         f"{value:.3g} [{low:.3g}, {high:.3g}]",
-        _interval(rows[reference], CHANGE),
+        cell_text(rows[reference], CHANGE),
         ranked[-1],
-        _interval(rows[reference], "coverage_90"),
+        cell_text(rows[reference], "coverage_90"),
     ]
 
 
@@ -80,8 +81,3 @@ def _rank(row: Row) -> float:
     """For an order in which methods without a correlation come first."""
     found = row.get(CHANGE, np.nan)
     return found if np.isfinite(found) else -np.inf
-
-
-def _interval(row: Row, metric: str) -> str:
-    value, low, high = (float(row.get(metric + end, np.nan)) for end in ENDS)
-    return f"{value:.3g} [{low:.3g}, {high:.3g}]" if np.isfinite(value) else ""

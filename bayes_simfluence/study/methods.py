@@ -131,14 +131,7 @@ def _in_span(solver: Solver | None, pilot: Pilot) -> xr.DataArray:
 
 def _damped(pilot: Pilot) -> xr.DataArray:
     """Exact, with .1 of the mean eigenvalue within the span: much more than over all weights."""
-    return influence(
-        pilot.task,
-        pilot.final(),
-        solver=InSpan(span=pilot.span),
-        damping=SHARE_OF_MEAN * pilot.span.mean_within,
-        key=pilot.key,
-        progress=pilot.progress,
-    )
+    return _influence(InSpan(span=pilot.span), pilot, SHARE_OF_MEAN * pilot.span.mean_within)
 
 
 def _lissa(pilot: Pilot) -> xr.DataArray:
@@ -146,9 +139,14 @@ def _lissa(pilot: Pilot) -> xr.DataArray:
     return _in_span(LiSSA(scale=pilot.span.largest), pilot)
 
 
-def _influence(solver: Solver, pilot: Pilot) -> xr.DataArray:
+def _influence(solver: Solver, pilot: Pilot, damping: float | None = None) -> xr.DataArray:
     return influence(
-        pilot.task, pilot.final(), solver=solver, key=pilot.key, progress=pilot.progress
+        pilot.task,
+        pilot.final(),
+        solver=solver,
+        damping=damping,
+        key=pilot.key,
+        progress=pilot.progress,
     )
 
 
