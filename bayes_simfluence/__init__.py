@@ -8,10 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bayes_simfluence.baselines.simple import mean_trajectory, persistence
+    from bayes_simfluence.attribution.simple import mean_trajectory, persistence
     from bayes_simfluence.checks import FitFailed, FitWarning, Misuse, RunsWarning, WorkFailed
-    from bayes_simfluence.counterfactual.bands import Credible
-    from bayes_simfluence.counterfactual.conformal import Conformal
     from bayes_simfluence.data.importers import export_runs, import_runs
     from bayes_simfluence.data.runs import planned_runs, runs_from_arrays
     from bayes_simfluence.data.store import (
@@ -23,40 +21,42 @@ if TYPE_CHECKING:
     )
     from bayes_simfluence.evaluation.compare import compare
     from bayes_simfluence.inference.exact import Exact
-    from bayes_simfluence.inference.fit import fit
     from bayes_simfluence.inference.nuts import NUTS
-    from bayes_simfluence.inference.posterior import Posterior, load_posterior
     from bayes_simfluence.inference.ridge import Ridge
     from bayes_simfluence.inference.svi import SVI
     from bayes_simfluence.model import noise, priors
-    from bayes_simfluence.model.bayesian import Simfluence
     from bayes_simfluence.model.coefficients import Varying
     from bayes_simfluence.model.exposure import Exposure
+    from bayes_simfluence.model.simfluence import Simfluence
+    from bayes_simfluence.posterior.bands import Credible
+    from bayes_simfluence.posterior.conformal import Conformal
+    from bayes_simfluence.posterior.fit import fit
+    from bayes_simfluence.posterior.posterior import Posterior, load_posterior
     from bayes_simfluence.recording.record import record
     from bayes_simfluence.recording.recorder import Recorder
-    from bayes_simfluence.recording.task import Task
+    from bayes_simfluence.tasks.task import Task
 
 _HOME = {
-    "baselines.simple": ("mean_trajectory", "persistence"),
+    "attribution.simple": ("mean_trajectory", "persistence"),
     "checks": ("FitFailed", "FitWarning", "Misuse", "RunsWarning", "WorkFailed"),
-    "counterfactual.bands": ("Credible",),
-    "counterfactual.conformal": ("Conformal",),
+    "posterior.bands": ("Credible",),
+    "posterior.conformal": ("Conformal",),
     "data.importers": ("export_runs", "import_runs"),
     "data.runs": ("planned_runs", "runs_from_arrays"),
     "data.store": ("append_runs", "example_runs", "export_netcdf", "open_runs", "save_runs"),
     "evaluation.compare": ("compare",),
     "inference.exact": ("Exact",),
-    "inference.fit": ("fit",),
+    "posterior.fit": ("fit",),
     "inference.nuts": ("NUTS",),
-    "inference.posterior": ("Posterior", "load_posterior"),
+    "posterior.posterior": ("Posterior", "load_posterior"),
     "inference.ridge": ("Ridge",),
     "inference.svi": ("SVI",),
-    "model.bayesian": ("Simfluence",),
+    "model.simfluence": ("Simfluence",),
     "model.coefficients": ("Varying",),
     "model.exposure": ("Exposure",),
     "recording.record": ("record",),
     "recording.recorder": ("Recorder",),
-    "recording.task": ("Task",),
+    "tasks.task": ("Task",),
 }
 _ROOMS = {"noise": "model.noise", "priors": "model.priors"}
 """Modules that are public as namespaces."""

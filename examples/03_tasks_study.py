@@ -23,13 +23,13 @@ import pandas as pd
 import xarray as xr
 
 import bayes_simfluence as bs
-from bayes_simfluence.counterfactual.paths import PathSimulator
 from bayes_simfluence.data.store import EXAMPLES
 from bayes_simfluence.evaluation.compare import scores_by_run
 from bayes_simfluence.inference.ridge import PENALTIES
 from bayes_simfluence.model.link import log_slope
 from bayes_simfluence.progress import Bars
 from bayes_simfluence.report.plots import save_figure
+from bayes_simfluence.simulators.gaussian import PathSimulator
 
 FITTED, VALIDATED = 25, 2
 COUNTS = (25, 15, 8, 5)

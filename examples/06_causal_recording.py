@@ -24,8 +24,8 @@ from bayes_simfluence.networks.families import network_of
 from bayes_simfluence.networks.network import Network, Sequence
 from bayes_simfluence.networks.tensor_files import Tensors, save_tensors
 from bayes_simfluence.progress import Bars
-from bayes_simfluence.recording.likelihood import mean_nats
 from bayes_simfluence.recording.session import merged, record_from_config
+from bayes_simfluence.tasks.likelihood import mean_nats
 
 END = "<|endoftext|>"
 WIDTH, HEADS, POSITIONS = 128, 4, 64

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 import bayes_simfluence as bs
-from bayes_simfluence.baselines.tracin import self_influence, tracin
+from bayes_simfluence.attribution.tracin import self_influence, tracin
 from bayes_simfluence.demo.pretrain import pretrained_checkpoint
 from bayes_simfluence.evaluation.mislabel import detection, flip_labels, probability_of_harm
 from bayes_simfluence.progress import Bars

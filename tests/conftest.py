@@ -66,8 +66,8 @@ def minilm_task() -> Callable[..., Any]:
         from bayes_simfluence.networks.families import network_of
         from bayes_simfluence.networks.heads import head_logits, with_head
         from bayes_simfluence.networks.network import Sequence
-        from bayes_simfluence.recording.task import Task
-        from bayes_simfluence.recording.tokens import filled_lengths, shortened
+        from bayes_simfluence.tasks.task import Task
+        from bayes_simfluence.tasks.tokens import filled_lengths, shortened
 
         checkpoint = load_checkpoint("minilm")
         network, rng = network_of(checkpoint), np.random.default_rng(0)

@@ -24,7 +24,7 @@ from bayes_simfluence.commands.options import (
     with_settings,
 )
 from bayes_simfluence.files import new_path
-from bayes_simfluence.inference.config import FitConfig
+from bayes_simfluence.posterior.config import FitConfig
 
 __all__ = ["calibrate"]
 
@@ -89,7 +89,7 @@ def _calibrate(
     import numpy as np
 
     from bayes_simfluence.evaluation import calibration, ranks
-    from bayes_simfluence.inference.prior import prior_draw
+    from bayes_simfluence.posterior.prior import prior_draw
     from bayes_simfluence.report.plots import plot_ranks, save_figure
 
     recorded = selected(opened(runs), settings.select, "--select")

@@ -70,7 +70,7 @@ def compare(
 
     import jax
 
-    from bayes_simfluence.baselines.score_files import load_scores
+    from bayes_simfluence.attribution.score_files import load_scores
     from bayes_simfluence.evaluation import compare as comparing
     from bayes_simfluence.report.tables import save_table
 
@@ -88,7 +88,7 @@ def compare(
         for kind in ("linear", "additive", "multiplicative"):
             methods[f"ridge {kind}"] = partial(_ridge, kind, known, fit_key)
     if baselines:
-        from bayes_simfluence.baselines.simple import mean_trajectory, persistence
+        from bayes_simfluence.attribution.simple import mean_trajectory, persistence
 
         methods["mean trajectory"] = partial(mean_trajectory, known)
         methods["initial loss kept"] = partial(persistence, known)
@@ -142,15 +142,15 @@ def _named(words: list[str]) -> dict[str, str]:
 
 
 def _additive(scores: Any, runs: Any) -> Any:
-    from bayes_simfluence.baselines.additive import additive_simulator
+    from bayes_simfluence.attribution.simulators import additive_simulator
 
     return additive_simulator(scores, runs)
 
 
 def _ridge(kind: Any, runs: Any, key: Any) -> Any:
-    from bayes_simfluence.inference.fit import fit
     from bayes_simfluence.inference.ridge import Ridge
-    from bayes_simfluence.model.bayesian import Simfluence
+    from bayes_simfluence.model.simfluence import Simfluence
+    from bayes_simfluence.posterior.fit import fit
 
     return fit(runs, model=Simfluence(kind=kind), method=Ridge(band=True), key=key)
 

@@ -35,7 +35,7 @@ def diagnose(
 
     import jax
 
-    from bayes_simfluence.inference.posterior import load_posterior
+    from bayes_simfluence.posterior.posterior import load_posterior
     from bayes_simfluence.report.diagnose import hyper_summary, numbers_table, plot_diagnosis
     from bayes_simfluence.report.plots import save_figure
 

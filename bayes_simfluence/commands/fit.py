@@ -17,7 +17,7 @@ from bayes_simfluence.commands.options import (
     with_settings,
 )
 from bayes_simfluence.files import new_path
-from bayes_simfluence.inference.config import FitConfig
+from bayes_simfluence.posterior.config import FitConfig
 from bayes_simfluence.settings import config_path, save_config
 
 __all__ = ["fit"]
@@ -42,7 +42,7 @@ def _fit(
 
     import jax
 
-    from bayes_simfluence.inference import fit as fitting
+    from bayes_simfluence.posterior import fit as fitting
 
     recorded = opened(runs)
     validation = settings.validate

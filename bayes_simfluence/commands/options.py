@@ -143,7 +143,7 @@ def positions(text: str, total: int, option: str) -> list[int]:
 
 def posteriors_of(named: list[str]) -> dict[str, Any]:
     """Saved posteriors by name, from ``NAME=FILE`` or ``FILE``."""
-    from bayes_simfluence.inference.posterior import load_posterior
+    from bayes_simfluence.posterior.posterior import load_posterior
 
     found = {}
     for one in named:

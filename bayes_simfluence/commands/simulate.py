@@ -69,9 +69,9 @@ def simulate(
 
     import jax
 
-    from bayes_simfluence.data.edits import without_examples
+    from bayes_simfluence.counterfactual.edits import without_examples
     from bayes_simfluence.data.netcdf import write_groups
-    from bayes_simfluence.inference.posterior import load_posterior
+    from bayes_simfluence.posterior.posterior import load_posterior
     from bayes_simfluence.report.plots import plot_curves, save_figure
 
     chosen = _band_of(band, probability, simultaneous, calibration, calibration_select)
@@ -130,8 +130,8 @@ def _band_of(
     calibration: Path | None,
     calibration_select: str,
 ) -> Any:
-    from bayes_simfluence.counterfactual.bands import Credible
-    from bayes_simfluence.counterfactual.conformal import Conformal
+    from bayes_simfluence.posterior.bands import Credible
+    from bayes_simfluence.posterior.conformal import Conformal
 
     share = 0.9 if probability is None else probability
     if band == "conformal":

@@ -1,30 +1,24 @@
-"""What a run trains on: makers of curricula and pure edits of them.
+"""What a run trains on: makers of curricula, and how much of each example a batch holds.
 
 A curriculum is an integer array ``(step, slot)`` of indices into ``train``, -1 = empty slot.
-Makers need a PRNG key; edits never change their argument.
+Makers need a PRNG key; edits of curricula are in ``counterfactual.edits``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from bayes_simfluence.checks import Misuse, keyed, positive_integer, shorten
+from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.conventions import EMPTY_SLOT, Curriculum
 
 __all__ = [
     "blocks",
-    "drop",
-    "insert",
-    "keep",
+    "example_indices",
+    "exposures",
     "random_subset_epochs",
-    "reorder",
-    "repeat",
-    "replace",
-    "reverse",
     "shuffled_epochs",
-    "swap",
     "with_replacement",
 ]
 
@@ -43,7 +37,7 @@ def shuffled_epochs(
     >>> shuffled_epochs(6, batch_size=4, epochs=1, key=jax.random.key(0)).shape
     (2, 4)
     """
-    chosen, size = _examples(examples), positive_integer("batch_size", batch_size)
+    chosen, size = example_indices(examples), positive_integer("batch_size", batch_size)
     keyed(key)
     keys = jax.random.split(key, positive_integer("epochs", epochs))
     orders = [np.asarray(jax.random.permutation(one, chosen)) for one in keys]
@@ -64,7 +58,7 @@ def random_subset_epochs(
     >>> random_subset_epochs(200, per_run=128, batch_size=4, epochs=3, key=jax.random.key(0)).shape
     (96, 4)
     """
-    chosen = _examples(examples)
+    chosen = example_indices(examples)
     if positive_integer("per_run", per_run) > len(chosen):
         raise Misuse(
             "per_run",
@@ -89,7 +83,7 @@ def with_replacement(
     """
     keyed(key)
     shape = (positive_integer("steps", steps), positive_integer("batch_size", batch_size))
-    return np.asarray(jax.random.choice(key, _examples(examples), shape))
+    return np.asarray(jax.random.choice(key, example_indices(examples), shape))
 
 
 def blocks(
@@ -112,107 +106,6 @@ def blocks(
     return np.concatenate(parts)
 
 
-def drop(batch: Curriculum, examples: Sequence[int] | Examples) -> Curriculum:
-    """Without ``examples``: their slots become empty, the others keep their step.
-
-    >>> drop(np.array([[0, 1], [2, 3]]), [1]).tolist()
-    [[0, -1], [2, 3]]
-    """
-    return np.where(np.isin(batch, _examples(examples)), EMPTY_SLOT, batch)
-
-
-def keep(batch: Curriculum, examples: Sequence[int] | Examples) -> Curriculum:
-    """With ``examples`` only: every other slot becomes empty.
-
-    >>> keep(np.array([[0, 1], [2, 3]]), [1, 2]).tolist()
-    [[-1, 1], [2, -1]]
-    """
-    return np.where(np.isin(batch, _examples(examples)), batch, EMPTY_SLOT)
-
-
-def repeat(batch: Curriculum, times: int) -> Int[np.ndarray, "longer slot"]:
-    """The whole curriculum ``times`` times, one after the other.
-
-    >>> repeat(np.array([[0, 1]]), 2).tolist()
-    [[0, 1], [0, 1]]
-    """
-    return np.tile(batch, (positive_integer("times", times), 1))
-
-
-def insert(
-    batch: Curriculum, at: int, other: Int[np.ndarray, "more fewer"]
-) -> Int[np.ndarray, "longer slot"]:
-    """The steps of ``other`` before step index ``at`` (0 = first; ``len(batch)`` = at the end).
-
-    >>> insert(np.array([[0, 1], [2, 3]]), 1, np.array([[9, -1]])).tolist()
-    [[0, 1], [9, -1], [2, 3]]
-    """
-    if not 0 <= at <= len(batch):
-        raise Misuse(
-            "at", got=at, expected=f"a step index in 0..{len(batch)}", do="pass such an index"
-        )
-    if other.ndim != 2 or other.shape[1] > batch.shape[1]:
-        raise Misuse(
-            "other",
-            got=f"shape {other.shape}",
-            expected=f"(step, slot) with at most {batch.shape[1]} slots",
-            do="split its batches",
-        )
-    free = batch.shape[1] - other.shape[1]
-    padded = np.pad(other, ((0, 0), (0, free)), constant_values=EMPTY_SLOT)
-    return np.concatenate([batch[:at], padded.astype(batch.dtype), batch[at:]])
-
-
-def swap(batch: Curriculum, first: int, second: int) -> Curriculum:
-    """Two steps exchanged.
-
-    >>> swap(np.array([[0], [1], [2]]), 0, 2).tolist()
-    [[2], [1], [0]]
-    """
-    order = np.arange(len(batch))
-    order[[first, second]] = order[[_step(batch, second), _step(batch, first)]]
-    return batch[order]
-
-
-def reorder(batch: Curriculum, order: Sequence[int] | Int[np.ndarray, " step"]) -> Curriculum:
-    """The steps in the given order, a permutation of ``0..T-1``.
-
-    >>> reorder(np.array([[0], [1], [2]]), [1, 2, 0]).tolist()
-    [[1], [2], [0]]
-    """
-    order = np.asarray(order)
-    if not np.array_equal(np.sort(order), np.arange(len(batch))):
-        raise Misuse(
-            "order",
-            got=shorten(order),
-            expected=f"a permutation of 0..{len(batch) - 1}",
-            do="name every step once",
-        )
-    return batch[order]
-
-
-def reverse(batch: Curriculum) -> Curriculum:
-    """The last step first.
-
-    >>> reverse(np.array([[0], [1], [2]])).tolist()
-    [[2], [1], [0]]
-    """
-    return batch[::-1].copy()
-
-
-def replace(batch: Curriculum, new: Mapping[int, int]) -> Curriculum:
-    """Examples exchanged for others wherever they occur, all at once.
-
-    >>> replace(np.array([[0, 1], [1, 2]]), {1: 2, 2: 1}).tolist()
-    [[0, 2], [2, 1]]
-    """
-    before, after = _examples(list(new.keys())), _examples(list(new.values()))
-    edited = batch.copy()
-    for old, other in zip(before, after, strict=True):
-        edited[batch == old] = other
-    return edited
-
-
 def exposures(batch: Curriculum, train: int) -> Float[np.ndarray, "step train"]:
     """Occurrences of each example in a batch over the examples in it; an empty batch is all zero.
 
@@ -227,7 +120,7 @@ def exposures(batch: Curriculum, train: int) -> Float[np.ndarray, "step train"]:
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
 
 
-def _examples(examples: int | Sequence[int] | Examples) -> Examples:
+def example_indices(examples: int | Sequence[int] | Examples) -> Examples:
     chosen = np.arange(examples) if isinstance(examples, int) else np.asarray(examples)
     if chosen.ndim != 1 or len(chosen) == 0 or not np.issubdtype(chosen.dtype, np.integer):
         raise Misuse(
@@ -241,14 +134,6 @@ def _examples(examples: int | Sequence[int] | Examples) -> Examples:
             "examples", got=int(chosen.min()), expected="indices >= 0", do="leave -1 to empty slots"
         )
     return chosen
-
-
-def _step(batch: Curriculum, step: int) -> int:
-    if not 0 <= step < len(batch):
-        raise Misuse(
-            "step", got=step, expected=f"an index in 0..{len(batch) - 1}", do="pass such an index"
-        )
-    return step
 
 
 def _batches(order: Examples, size: int) -> Curriculum:

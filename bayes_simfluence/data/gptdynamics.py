@@ -20,7 +20,7 @@ import xarray as xr
 
 from bayes_simfluence.checks import Misuse, RunsWarning, named, positive_integer, shorten
 from bayes_simfluence.conventions import COMPLETE, DIVERGED, EMPTY_SLOT, Curricula
-from bayes_simfluence.data.cells import sorted_ids, typed_ids
+from bayes_simfluence.data.columns import sorted_ids, typed_ids
 from bayes_simfluence.data.runs import Ids, runs_from_arrays
 from bayes_simfluence.files import first_line
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from bayes_simfluence.checks import Misuse, named, shorten
 from bayes_simfluence.conventions import COMPLETE, DIVERGED, EMPTY_SLOT, UNRECORDED, Curricula
-from bayes_simfluence.data.cells import (
+from bayes_simfluence.data.columns import (
     Table,
     columns_of,
     members,

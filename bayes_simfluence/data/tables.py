@@ -11,7 +11,7 @@ import xarray as xr
 
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.conventions import SCHEMA_VERSION
-from bayes_simfluence.data.cells import COLUMNS, Table
+from bayes_simfluence.data.columns import COLUMNS, Table
 from bayes_simfluence.data.longform import rows_of
 from bayes_simfluence.data.runs import validate_runs
 from bayes_simfluence.files import atomically, first_line

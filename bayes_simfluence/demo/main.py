@@ -9,22 +9,21 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from bayes_simfluence.baselines.simple import mean_trajectory, persistence
-from bayes_simfluence.data.curriculum import drop
+from bayes_simfluence.attribution.simple import mean_trajectory, persistence
+from bayes_simfluence.counterfactual.edits import drop
 from bayes_simfluence.data.runs import planned_runs
 from bayes_simfluence.demo.pretrain import pretrained_checkpoint
 from bayes_simfluence.evaluation.calibration import by_horizon
 from bayes_simfluence.evaluation.compare import compare
 from bayes_simfluence.files import PathLike, new_path
 from bayes_simfluence.inference.exact import Exact
-from bayes_simfluence.inference.fit import fit
-from bayes_simfluence.inference.posterior import Posterior
 from bayes_simfluence.inference.ridge import Ridge
+from bayes_simfluence.posterior.fit import fit
+from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.optimizers import optimizer_of
 from bayes_simfluence.recording.record import record
-from bayes_simfluence.recording.rows import read_rows
 from bayes_simfluence.recording.session import record_from_config
 from bayes_simfluence.recording.text import task_of
 from bayes_simfluence.report.plots import (
@@ -35,6 +34,7 @@ from bayes_simfluence.report.plots import (
     save_figure,
 )
 from bayes_simfluence.report.tables import markdown
+from bayes_simfluence.tasks.rows import read_rows
 
 __all__ = ["Demo", "run_demo"]
 

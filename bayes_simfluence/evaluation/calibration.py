@@ -15,11 +15,11 @@ from bayes_simfluence.checks import FitWarning, Misuse, keyed, named, positive_i
 from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.evaluation.metrics import COVERAGES, coverage, pit
 from bayes_simfluence.evaluation.ranks import even_bins, rank_among
-from bayes_simfluence.inference.fit import fit
 from bayes_simfluence.inference.method import Method
-from bayes_simfluence.inference.posterior import Posterior
 from bayes_simfluence.inference.recorded import features_of, recorded_from
-from bayes_simfluence.model.bayesian import Simfluence, hypers_of
+from bayes_simfluence.model.simfluence import Simfluence, hypers_of
+from bayes_simfluence.posterior.fit import fit
+from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.progress import Progress, Silent
 
 __all__ = ["PriorDraw", "Quantity", "by_horizon", "horizon_table", "sbc", "summaries_of"]

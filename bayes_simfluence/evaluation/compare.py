@@ -14,10 +14,10 @@ from bayes_simfluence.checks import Misuse, choice_of, keyed, positive_integer
 from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.evaluation.metrics import last_known, run_scores, spearman_resampled
 from bayes_simfluence.files import first_line
-from bayes_simfluence.inference.fit import fit
 from bayes_simfluence.inference.method import Method
-from bayes_simfluence.inference.posterior import Posterior
-from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.posterior.fit import fit
+from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.progress import Progress, Silent
 
 __all__ = [

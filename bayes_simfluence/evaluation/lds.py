@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import xarray as xr
 
-from bayes_simfluence.baselines.scores import check_scores
+from bayes_simfluence.attribution.scores import check_scores
 from bayes_simfluence.checks import Misuse, keyed, named, positive_integer
 from bayes_simfluence.evaluation.metrics import (
     spearman,
     spearman_across_runs,
     spearman_resampled,
 )
-from bayes_simfluence.inference.posterior import Posterior
+from bayes_simfluence.posterior.posterior import Posterior
 
 __all__ = ["INTERVAL", "linear_datamodeling_score", "predicted_outcomes", "simulated_outcomes"]
 
@@ -33,7 +33,7 @@ def predicted_outcomes(scores: xr.DataArray, mask: xr.DataArray) -> xr.DataArray
             negative one.
         mask: ``(subset, train)``, with ids as the scores have them, in any order.
 
-    >>> from bayes_simfluence.baselines.scores import score_array
+    >>> from bayes_simfluence.attribution.scores import score_array
     >>> scores = score_array(np.array([[-2.0], [0.5]]), ["a", "b"], ["q"], method="m", units="nat")
     >>> mask = xr.DataArray([[1, 0], [1, 1]], dims=("subset", "train"),
     ...                     coords={"subset": [0, 1], "train": ["a", "b"]})

@@ -13,7 +13,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from bayes_simfluence.checks import Misuse, keyed, positive_integer, unit_interval
-from bayes_simfluence.inference.posterior import Posterior
+from bayes_simfluence.posterior.posterior import Posterior
 
 __all__ = ["Flipped", "average_precision", "detection", "flip_labels", "probability_of_harm"]
 

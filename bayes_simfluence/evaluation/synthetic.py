@@ -6,9 +6,10 @@ import numpy as np
 import xarray as xr
 
 from bayes_simfluence.checks import keyed
-from bayes_simfluence.counterfactual.rollout import AffineSimulator, Planned
 from bayes_simfluence.data.curriculum import random_subset_epochs
 from bayes_simfluence.data.runs import runs_from_arrays
+from bayes_simfluence.simulators.affine import AffineSimulator
+from bayes_simfluence.simulators.base import Planned
 
 __all__ = ["linear_runs"]
 

@@ -17,22 +17,22 @@ import numpyro
 from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.counterfactual.fitted import (
+from bayes_simfluence.gaussian.designs import (
     designs_and_means,
     error_covariance,
     fitted_covariance,
 )
 from bayes_simfluence.inference.diagnostics import sampler_verdict
 from bayes_simfluence.inference.method import Fitted
+from bayes_simfluence.inference.numpyro_runs import LIMIT, Program, program_of
 from bayes_simfluence.inference.nuts import NUTS, sample
-from bayes_simfluence.inference.program import LIMIT, Program, program_of
 from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.inference.regression import Form, eigen, moments
 from bayes_simfluence.linalg import cholesky, double_precision, solve_lower
-from bayes_simfluence.model.bayesian import Path, Simfluence, hypers_of
 from bayes_simfluence.model.hyper import Values
-from bayes_simfluence.model.joint import NOISE, SCALE, WIDE_SCALE, Sites
+from bayes_simfluence.model.numpyro_model import NOISE, SCALE, WIDE_SCALE, Sites
 from bayes_simfluence.model.priors import ExampleFeatures
+from bayes_simfluence.model.simfluence import Path, Simfluence, hypers_of
 from bayes_simfluence.progress import Progress
 
 __all__ = ["collapsed_paths", "collapsed_regression"]

@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
-from warnings import catch_warnings, filterwarnings
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
-from bayes_simfluence.inference.containers import container, pointwise_loo
 from bayes_simfluence.inference.verdict import Verdict
 
-__all__ = ["SampleStats", "convergence", "sampler_verdict", "untrusted_runs"]
+__all__ = ["SampleStats", "convergence", "sampler_verdict"]
 
 WORST_R_HAT, LEAST_ESS = 1.01, 100
 """Vehtari et al. 2021 ask for R-hat below 1.01 and an ESS of 100 per chain and quantile."""
@@ -85,24 +83,6 @@ def convergence(sites: Mapping[str, Float[np.ndarray, "chain draw *shape"]]) -> 
         if whole.sizes["chain"] > 1:
             numbers["r_hat"] = worst(az.rhat(whole), "max")
     return numbers
-
-
-def untrusted_runs(density: Float[np.ndarray, "chain draw run query"]) -> float:
-    """Share of runs and queries that draws cannot leave out by weights: Pareto k above ArviZ's
-    threshold (Vehtari et al. 2024, arXiv 1507.02646).
-
-    Args:
-        density: log density of whole runs.
-    """
-    dims = ("chain", "draw", "run", "query")
-    coords = {name: np.arange(size) for name, size in zip(dims, density.shape, strict=True)}
-    likelihood = xr.Dataset({"loss": (dims, density)}, coords)
-    with catch_warnings():
-        filterwarnings("ignore", message="The point-wise LOO is the same with the sum LOO")
-        _, pareto_k, good = pointwise_loo(
-            container({"posterior": likelihood, "log_likelihood": likelihood})
-        )
-    return float((pareto_k.values > good).mean())
 
 
 def sampler_verdict(

@@ -10,8 +10,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Float, Int
 from numpyro.infer.util import potential_energy, unconstrain_fn
 
-from bayes_simfluence.inference.joint_program import JointProgram
-from bayes_simfluence.model.joint import Observed
+from bayes_simfluence.inference.compiled import JointProgram
+from bayes_simfluence.model.numpyro_model import Observed
 
 __all__ = ["dispersion"]
 

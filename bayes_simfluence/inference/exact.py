@@ -8,14 +8,8 @@ import numpy as np
 from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse, choice_of, positive_integer
-from bayes_simfluence.counterfactual.fitted import FittedPaths
-from bayes_simfluence.counterfactual.paths import PathSimulator
-from bayes_simfluence.counterfactual.rollout import AffineSimulator
-from bayes_simfluence.inference.collapsed import collapsed_paths, collapsed_regression
-from bayes_simfluence.inference.evidence import scales_of
-from bayes_simfluence.inference.method import Fitted, LeftOutRuns
-from bayes_simfluence.inference.nuts import NUTS
-from bayes_simfluence.inference.path_search import (
+from bayes_simfluence.gaussian.designs import FittedPaths
+from bayes_simfluence.gaussian.search import (
     CRITERIA,
     Band,
     Criterion,
@@ -24,11 +18,17 @@ from bayes_simfluence.inference.path_search import (
     recorded_rows,
     search,
 )
+from bayes_simfluence.inference.collapsed import collapsed_paths, collapsed_regression
+from bayes_simfluence.inference.evidence import scales_of
+from bayes_simfluence.inference.method import Fitted, LeftOutRuns
+from bayes_simfluence.inference.nuts import NUTS
 from bayes_simfluence.inference.recorded import Recorded, features_of
 from bayes_simfluence.inference.regression import Form, coefficients, eigen, moments
 from bayes_simfluence.inference.verdict import Verdict
-from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.progress import Progress
+from bayes_simfluence.simulators.affine import AffineSimulator
+from bayes_simfluence.simulators.gaussian import PathSimulator
 
 __all__ = ["Exact"]
 

@@ -8,11 +8,11 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from bayes_simfluence.counterfactual.rollout import Simulator
 from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.inference.verdict import Verdict
-from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.progress import Progress
+from bayes_simfluence.simulators.base import Simulator
 
 __all__ = ["Fitted", "LeftOutRuns", "Method"]
 

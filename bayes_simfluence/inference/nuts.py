@@ -13,13 +13,13 @@ from numpyro.infer import hmc
 from numpyro.infer.util import potential_energy
 
 from bayes_simfluence.checks import Misuse, choice_of, count_of, positive_integer
+from bayes_simfluence.inference.compiled import JointProgram
 from bayes_simfluence.inference.diagnostics import SampleStats, sampler_verdict
-from bayes_simfluence.inference.joint_program import JointProgram
 from bayes_simfluence.inference.method import Fitted
-from bayes_simfluence.inference.program import LIMIT, Program, program_of
+from bayes_simfluence.inference.numpyro_runs import LIMIT, Program, program_of
 from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.progress import Meter, Progress
 
 __all__ = ["NUTS", "Sampled", "sample"]

@@ -8,9 +8,9 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from bayes_simfluence.checks import named
-from bayes_simfluence.counterfactual.rollout import Planned
-from bayes_simfluence.model.bayesian import Simfluence
 from bayes_simfluence.model.priors import ExampleFeatures, Features, Prior
+from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.simulators.base import Planned
 
 __all__ = ["Recorded", "features_of", "planned_from", "recorded_from"]
 

@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse, choice_of, positive_integer, positive_number
-from bayes_simfluence.counterfactual.rollout import AffineSimulator
 from bayes_simfluence.inference.method import Fitted, LeftOutRuns
 from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.inference.regression import Form, coefficients, moments, ridge_weights
 from bayes_simfluence.inference.verdict import Verdict
-from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.progress import Progress
+from bayes_simfluence.simulators.affine import AffineSimulator
 
 __all__ = ["PENALTIES", "Ridge"]
 

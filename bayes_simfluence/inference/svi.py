@@ -14,15 +14,15 @@ from numpyro import infer
 from numpyro.infer import autoguide
 
 from bayes_simfluence.checks import Misuse, positive_integer
+from bayes_simfluence.inference.compiled import JointProgram
 from bayes_simfluence.inference.dispersion import dispersion
-from bayes_simfluence.inference.joint_program import JointProgram
 from bayes_simfluence.inference.method import Fitted
-from bayes_simfluence.inference.program import LIMIT, program_of
+from bayes_simfluence.inference.numpyro_runs import LIMIT, program_of
 from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.model.bayesian import Simfluence
-from bayes_simfluence.model.joint import Observed
+from bayes_simfluence.model.numpyro_model import Observed
+from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.progress import Progress
 
 __all__ = ["GUIDES", "SVI"]

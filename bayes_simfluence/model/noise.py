@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.model.hyper import Hyper, Values
-from bayes_simfluence.model.transition import accumulation
+from bayes_simfluence.model.recurrence import accumulation
 
 __all__ = ["AR1", "ERRORS", "Error", "Gaussian", "Smooth", "StudentT", "error_from_dict"]
 

@@ -13,7 +13,7 @@ from bayes_simfluence.checks import (
 from bayes_simfluence.settings import check_choices, say
 
 if TYPE_CHECKING:
-    from bayes_simfluence.recording.tuning import Tuning
+    from bayes_simfluence.tuning.tunings import Tuning
 
 __all__ = ["RecordConfig"]
 
@@ -107,7 +107,7 @@ class RecordConfig:
     def chosen_tuning(self) -> "Tuning":
         """What is trained, as an object."""
         # Here, so that the command line answers --help without JAX.
-        from bayes_simfluence.recording.tuning import tuning_of
+        from bayes_simfluence.tuning.tunings import tuning_of
 
         return tuning_of(
             self.tuning,

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, PyTree
 
 from bayes_simfluence.checks import keyed, positive_integer
 from bayes_simfluence.progress import Meter
-from bayes_simfluence.recording.pieces import pieces_of
+from bayes_simfluence.recording.batches import pieces_of
 from bayes_simfluence.recording.sketch import random_signs, sketched
-from bayes_simfluence.recording.task import Task
+from bayes_simfluence.tasks.task import Task
 
 __all__ = ["Features", "gradient_features"]
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.recording.lengths import length_groups
-from bayes_simfluence.recording.task import Task
+from bayes_simfluence.tasks.task import Task
 
 __all__ = [
     "Carry",

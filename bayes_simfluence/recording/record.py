@@ -25,8 +25,8 @@ from bayes_simfluence.recording.plan import Choice, Plan, chosen_runs, units
 from bayes_simfluence.recording.processes import Processes
 from bayes_simfluence.recording.program import Program, Training, fixed_of
 from bayes_simfluence.recording.step_sizes import StepSize, step_size_reader
-from bayes_simfluence.recording.task import Task
 from bayes_simfluence.recording.train import Recording, record_together
+from bayes_simfluence.tasks.task import Task
 
 __all__ = ["record"]
 

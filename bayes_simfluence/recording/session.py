@@ -16,9 +16,9 @@ from bayes_simfluence.recording.optimizers import optimizer_of
 from bayes_simfluence.recording.plan import Choice
 from bayes_simfluence.recording.processes import Processes
 from bayes_simfluence.recording.record import record
-from bayes_simfluence.recording.task import Task
 from bayes_simfluence.recording.text import curricula_of, task_of
 from bayes_simfluence.settings import config_path, layered, save_config
+from bayes_simfluence.tasks.task import Task
 
 __all__ = ["merged", "record_from_config"]
 

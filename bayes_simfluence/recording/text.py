@@ -11,15 +11,15 @@ from bayes_simfluence.conventions import Curricula
 from bayes_simfluence.data.curriculum import random_subset_epochs
 from bayes_simfluence.networks.checkpoint import load_checkpoint
 from bayes_simfluence.networks.heads import Pooling
-from bayes_simfluence.recording.causal import causal_task
-from bayes_simfluence.recording.choice import choice_task
-from bayes_simfluence.recording.classification import classification_task
 from bayes_simfluence.recording.config import RecordConfig
-from bayes_simfluence.recording.pretrained import Pretrained, pretrained
-from bayes_simfluence.recording.rows import Rows, read_rows
-from bayes_simfluence.recording.seq2seq import seq2seq_task
-from bayes_simfluence.recording.task import Task
-from bayes_simfluence.recording.templates import filled
+from bayes_simfluence.tasks.causal import causal_task
+from bayes_simfluence.tasks.choice import choice_task
+from bayes_simfluence.tasks.classification import classification_task
+from bayes_simfluence.tasks.pretrained import Pretrained, pretrained
+from bayes_simfluence.tasks.rows import Rows, read_rows
+from bayes_simfluence.tasks.seq2seq import seq2seq_task
+from bayes_simfluence.tasks.task import Task
+from bayes_simfluence.tasks.templates import filled
 
 __all__ = ["curricula_of", "task_of"]
 

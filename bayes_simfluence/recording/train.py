@@ -17,7 +17,7 @@ from bayes_simfluence.progress import Meter, Progress
 from bayes_simfluence.recording.checkpoints import new_checkpoints, write_weights
 from bayes_simfluence.recording.plan import Plan
 from bayes_simfluence.recording.program import Fixed, Measured, Program, fixed_of, measure_of
-from bayes_simfluence.recording.task import Task
+from bayes_simfluence.tasks.task import Task
 
 __all__ = ["Recording", "record_together"]
 
@@ -55,7 +55,7 @@ def record_together(
         Misuse: a score that is not one number for each query.
         WorkFailed: a run could not be written; those before it are safe.
     """
-    task = recording.task
+    task = tasks.task
     fixed = fixed_of(task)
     measured = jax.jit(measure_of(task, recording.query_chunk))(task.params, fixed)
     initial = {name: np.asarray(one) for name, one in measured.items()}
@@ -95,7 +95,7 @@ def _train(
     told: _Teller,
 ) -> None:
     """Train ``members``; those with ``places`` are written when all have ended."""
-    task, plan = recording.task, recording.plan
+    task, plan = tasks.task, recording.plan
     batches = recording.curricula[members]
     rates = np.full(batches.shape[:2], np.nan, np.float32)
     shape = (len(members), plan.steps + 1, len(task.query_ids))

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from scipy.stats import rankdata
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.inference.posterior import Posterior
 from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.report.plots import COLOURS, TRUTH
 
 __all__ = [

@@ -15,9 +15,10 @@ import numpy as np
 import xarray as xr
 from jaxtyping import PyTree
 
-from bayes_simfluence.baselines.adam import AdamDiagonal
-from bayes_simfluence.baselines.gradients import weights_at
-from bayes_simfluence.baselines.influence import (
+from bayes_simfluence.attribution.adam import AdamDiagonal
+from bayes_simfluence.attribution.gradients.gradients import weights_at
+from bayes_simfluence.attribution.influence.gram import Span, span_of
+from bayes_simfluence.attribution.influence.influence import (
     EKFAC,
     Arnoldi,
     ConjugateGradient,
@@ -25,16 +26,15 @@ from bayes_simfluence.baselines.influence import (
     LiSSA,
     influence,
 )
-from bayes_simfluence.baselines.problem import SHARE_OF_MEAN, Solver
-from bayes_simfluence.baselines.simple import mean_trajectory, persistence
-from bayes_simfluence.baselines.span import Span, span_of
-from bayes_simfluence.baselines.tracin import grad_cos, grad_dot, tracin
-from bayes_simfluence.baselines.trak import trak
+from bayes_simfluence.attribution.influence.problem import SHARE_OF_MEAN, Solver
+from bayes_simfluence.attribution.simple import mean_trajectory, persistence
+from bayes_simfluence.attribution.tracin import grad_cos, grad_dot, tracin
+from bayes_simfluence.attribution.trak import trak
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.inference.fit import fit
-from bayes_simfluence.inference.posterior import Posterior
 from bayes_simfluence.inference.ridge import Ridge
-from bayes_simfluence.model.bayesian import Simfluence
+from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.posterior.fit import fit
+from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.progress import Progress
 from bayes_simfluence.recording.checkpoints import (
     SavedWeights,
@@ -42,7 +42,7 @@ from bayes_simfluence.recording.checkpoints import (
     final_weights,
     open_checkpoints,
 )
-from bayes_simfluence.recording.task import Task
+from bayes_simfluence.tasks.task import Task
 
 __all__ = ["ATTRIBUTIONS", "BAYES", "SIMULATORS", "Fitting", "Pilot"]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bayes_simfluence.baselines.additive import additive_simulator
-from bayes_simfluence.baselines.score_files import load_scores, save_scores
+from bayes_simfluence.attribution.score_files import load_scores, save_scores
+from bayes_simfluence.attribution.simulators import additive_simulator
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.evaluation.compare import FAILED, Compared, Failed, compare
-from bayes_simfluence.inference.posterior import Posterior, load_posterior
+from bayes_simfluence.posterior.posterior import Posterior, load_posterior
 from bayes_simfluence.progress import Progress
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.optimizers import optimizer_of

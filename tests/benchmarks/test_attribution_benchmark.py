@@ -12,7 +12,7 @@ import os
 import numpy as np
 import pytest
 
-from bayes_simfluence.baselines.tracin import tracin
+from bayes_simfluence.attribution.tracin import tracin
 from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors
 
 TRAIN, QUERIES, TOKENS, RATE = 200, 50, 32, 1e-3

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from bayes_simfluence.baselines.influence import EKFAC, influence
+from bayes_simfluence.attribution.influence.influence import EKFAC, influence
 
 TRAIN, QUERY, TOKENS = 200, 50, 32
 DAMPING = 1e-6

@@ -14,7 +14,7 @@ import pytest
 from bayes_simfluence.data.curriculum import random_subset_epochs
 from bayes_simfluence.recording.program import fixed_of, measure_of
 from bayes_simfluence.recording.record import record
-from bayes_simfluence.recording.task import Task
+from bayes_simfluence.tasks.task import Task
 
 INPUTS, WIDTH, LABELS = 64, 384, 10
 TRAIN, QUERIES, RUNS = 400, 200, 4

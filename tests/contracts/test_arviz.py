@@ -14,8 +14,8 @@ from scipy.stats import norm
 import bayes_simfluence as bs
 from bayes_simfluence.checks import FitWarning, Misuse
 from bayes_simfluence.data.curriculum import exposures
-from bayes_simfluence.evaluation.whole_runs import loo_over_runs
-from bayes_simfluence.inference.containers import GROUPS, Prior, container, over_runs
+from bayes_simfluence.evaluation.leave_one_run_out import loo_over_runs
+from bayes_simfluence.posterior.arviz import GROUPS, Prior, container, over_runs
 
 matplotlib.use("Agg")
 

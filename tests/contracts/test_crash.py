@@ -21,7 +21,7 @@ from bayes_simfluence.conventions import COMPLETE, UNRECORDED
 from bayes_simfluence.data.store import open_runs, open_store
 from bayes_simfluence.recording.features import Features
 from bayes_simfluence.recording.record import record
-from bayes_simfluence.recording.task import Task
+from bayes_simfluence.tasks.task import Task
 
 # A recording in this process must be the bit-for-bit reference of one in another.
 pytestmark = pytest.mark.optimized

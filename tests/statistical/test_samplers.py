@@ -21,7 +21,6 @@ from bayes_simfluence.evaluation.calibration import sbc
 from bayes_simfluence.evaluation.ranks import rank_histogram_test
 from bayes_simfluence.evaluation.synthetic import linear_runs
 from bayes_simfluence.inference.method import Method
-from bayes_simfluence.inference.prior import prior_draw
 from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.exposure import Exposure
 from bayes_simfluence.model.noise import Gaussian
@@ -33,6 +32,7 @@ from bayes_simfluence.model.priors import (
     Normal,
     StudentT,
 )
+from bayes_simfluence.posterior.prior import prior_draw
 
 FALSE_ALARM = 1e-3
 """Of each test of a right posterior."""

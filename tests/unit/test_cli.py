@@ -13,11 +13,11 @@ import yaml
 
 import bayes_simfluence as bs
 from bayes_simfluence import cli
-from bayes_simfluence.baselines.additive import additive_simulator
-from bayes_simfluence.baselines.score_files import save_scores
-from bayes_simfluence.baselines.scores import score_array
+from bayes_simfluence.attribution.score_files import save_scores
+from bayes_simfluence.attribution.scores import score_array
+from bayes_simfluence.attribution.simulators import additive_simulator
 from bayes_simfluence.evaluation.synthetic import linear_runs
-from bayes_simfluence.inference.config import FitConfig
+from bayes_simfluence.posterior.config import FitConfig
 from bayes_simfluence.recording.config import RecordConfig
 
 

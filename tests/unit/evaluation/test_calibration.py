@@ -10,13 +10,13 @@ import xarray as xr
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.counterfactual.rollout import AffineSimulator
 from bayes_simfluence.evaluation.calibration import by_horizon, sbc
 from bayes_simfluence.evaluation.metrics import COVERAGES
 from bayes_simfluence.evaluation.ranks import rank_histogram_test
 from bayes_simfluence.evaluation.synthetic import linear_runs
 from bayes_simfluence.inference.method import Fitted
 from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.simulators.affine import AffineSimulator
 
 KEY = jax.random.key(0)
 FALSE_ALARM = 1e-3

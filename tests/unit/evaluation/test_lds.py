@@ -6,8 +6,8 @@ import pytest
 from scipy.stats import spearmanr
 
 import bayes_simfluence as bs
-from bayes_simfluence.baselines.additive import additive_simulator
-from bayes_simfluence.baselines.scores import score_array
+from bayes_simfluence.attribution.scores import score_array
+from bayes_simfluence.attribution.simulators import additive_simulator
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.data.subsets import planned_subsets, subsets_from_arrays, subsets_of_runs
 from bayes_simfluence.evaluation.lds import (

@@ -10,19 +10,19 @@ import pytest
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import FitWarning, Misuse
-from bayes_simfluence.counterfactual.fitted import (
+from bayes_simfluence.evaluation.synthetic import linear_runs
+from bayes_simfluence.gaussian.designs import (
     JITTER,
     FittedPaths,
     designs_and_means,
     interpolated_widening,
 )
-from bayes_simfluence.evaluation.synthetic import linear_runs
-from bayes_simfluence.inference.path_search import band_of, even_rows, recorded_rows
+from bayes_simfluence.gaussian.search import band_of, even_rows, recorded_rows
 from bayes_simfluence.inference.recorded import features_of, recorded_from
 from bayes_simfluence.inference.ridge import PENALTIES
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.model.bayesian import Simfluence, hypers_of
 from bayes_simfluence.model.hyper import natural_values
+from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 
 RUNS, STEPS, TIMES, QUERY = 4, 16, 4, 3
 EXACT = bs.Exact(times=TIMES)

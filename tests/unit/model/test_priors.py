@@ -18,8 +18,8 @@ from scipy import stats
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model import priors
-from bayes_simfluence.model.bayesian import Simfluence
 from bayes_simfluence.model.effects import ExampleFeatures, no_features
+from bayes_simfluence.model.simfluence import Simfluence
 
 FALSE_ALARMS = 1e-3
 SHAPE = (60, 100, 1)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from bayes_simfluence.networks.network import Network
-from bayes_simfluence.recording.pretrained import Pretrained
-from bayes_simfluence.recording.rows import Rows
-from bayes_simfluence.recording.task import Task
+from bayes_simfluence.tasks.pretrained import Pretrained
+from bayes_simfluence.tasks.rows import Rows
+from bayes_simfluence.tasks.task import Task
 
 WORDS = ["<pad>", "</s>", "<s>", "<unk>", "a", "b", "c", "d", "yes", "no"]
 VOCABULARY, WIDTH = len(WORDS), 5

@@ -8,7 +8,7 @@ import pytest
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.recording import features
 from bayes_simfluence.recording.features import gradient_features
-from bayes_simfluence.recording.task import Task
+from bayes_simfluence.tasks.task import Task
 
 
 def one_matrix(train=7, query=5):

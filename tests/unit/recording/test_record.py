@@ -11,7 +11,7 @@ from bayes_simfluence.conventions import DIVERGED
 from bayes_simfluence.data.curriculum import with_replacement
 from bayes_simfluence.data.store import open_store
 from bayes_simfluence.recording.record import record
-from bayes_simfluence.recording.task import Task
+from bayes_simfluence.tasks.task import Task
 
 
 def small_task(scale=1.0):

@@ -19,7 +19,7 @@ from bayes_simfluence.data.store import open_runs
 from bayes_simfluence.files import old_path
 from bayes_simfluence.recording.record import record
 from bayes_simfluence.recording.recorder import Recorder
-from bayes_simfluence.recording.task import Task
+from bayes_simfluence.tasks.task import Task
 
 TRAIN, QUERY = list("abcdef"), ["x", "y"]
 

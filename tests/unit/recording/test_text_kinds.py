@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.recording.causal import causal_task
-from bayes_simfluence.recording.choice import choice_task
-from bayes_simfluence.recording.classification import classification_task
 from bayes_simfluence.recording.lengths import length_groups
-from bayes_simfluence.recording.likelihood import drawn_slopes, mean_nats
 from bayes_simfluence.recording.program import fixed_of, measure_of
-from bayes_simfluence.recording.seq2seq import seq2seq_task
-from bayes_simfluence.recording.tuning import Full
+from bayes_simfluence.tasks.causal import causal_task
+from bayes_simfluence.tasks.choice import choice_task
+from bayes_simfluence.tasks.classification import classification_task
+from bayes_simfluence.tasks.likelihood import drawn_slopes, mean_nats
+from bayes_simfluence.tasks.seq2seq import seq2seq_task
+from bayes_simfluence.tuning.tunings import Full
 
 WORDS = ["<pad>", "</s>", "<s>", "<unk>", "a", "b", "c", "d", "yes", "no"]
 KEY = jax.random.key(0)

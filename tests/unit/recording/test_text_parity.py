@@ -4,9 +4,9 @@ import jax
 import pytest
 
 from bayes_simfluence.networks.checkpoint import load_checkpoint
-from bayes_simfluence.recording.causal import causal_task
-from bayes_simfluence.recording.pretrained import pretrained
-from bayes_simfluence.recording.seq2seq import seq2seq_task
+from bayes_simfluence.tasks.causal import causal_task
+from bayes_simfluence.tasks.pretrained import pretrained
+from bayes_simfluence.tasks.seq2seq import seq2seq_task
 
 pytestmark = pytest.mark.parity
 WORDS = ["<pad>", "</s>", "<s>", "<unk>", "a", "b", "c", "d", "yes", "no"]

@@ -21,7 +21,7 @@ from bayes_simfluence.recording.checkpoints import (
 )
 from bayes_simfluence.recording.program import Training, training_loss
 from bayes_simfluence.recording.record import record
-from bayes_simfluence.recording.task import Task
+from bayes_simfluence.tasks.task import Task
 
 SCHEDULE = optax.linear_schedule(0.05, 0.0, 7)
 

@@ -9,9 +9,8 @@ import xarray as xr
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.counterfactual.rollout import AffineSimulator
-from bayes_simfluence.inference.posterior import Posterior
 from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.report.diagnose import (
     hyper_summary,
     numbers_table,
@@ -20,6 +19,7 @@ from bayes_simfluence.report.diagnose import (
     plot_search,
     plot_traces,
 )
+from bayes_simfluence.simulators.affine import AffineSimulator
 
 CHAINS, DRAWS = 4, 200
 AXES = ("chain", "draw")

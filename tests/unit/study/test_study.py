@@ -13,9 +13,9 @@ import yaml
 
 import bayes_simfluence as bs
 from bayes_simfluence import cli
-from bayes_simfluence.baselines.additive import additive_simulator
-from bayes_simfluence.baselines.score_files import load_scores
-from bayes_simfluence.baselines.tracin import grad_dot
+from bayes_simfluence.attribution.score_files import load_scores
+from bayes_simfluence.attribution.simulators import additive_simulator
+from bayes_simfluence.attribution.tracin import grad_dot
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.progress import Silent
 from bayes_simfluence.recording.text import task_of

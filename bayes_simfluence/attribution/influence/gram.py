@@ -1,0 +1,269 @@
+"""What the gradients of a task span, in as many coordinates as it has dimensions.
+
+The Gauss-Newton matrix is ``C = sum_r u_r u_r^T / n``, with one vector ``u_r`` for each training
+example and direction of its outputs in which the loss is curved. It takes every gradient of a
+training example to another vector of their span, so that influence functions, and whatever
+iteration computes them, never leave it (the identity behind kernel ridge regression; Ren and
+Goldfarb 2019, arXiv 1906.02353, use it for natural gradients). Inner products are all that is
+needed to find coordinates, and ``layerwise`` gives these without whole gradients.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from bayes_simfluence.attribution.gradients.gradients import MEMORY
+from bayes_simfluence.attribution.gradients.layerwise import layer_gram
+from bayes_simfluence.attribution.gradients.points import check_finite
+from bayes_simfluence.attribution.influence.curvature import (
+    MOST_OUTPUTS,
+    check_curvature,
+    output_factor,
+    output_size,
+    outputs_of_one,
+)
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.progress import Progress, Silent
+from bayes_simfluence.tasks.task import Task
+
+__all__ = ["Span", "can_span", "span_of"]
+
+MOST_ROWS = 8192
+"""Vectors up to which their inner products are factored."""
+
+NOTHING = 1e-5
+"""Share of an output slope that counts as rounding."""
+
+SHORT = 1e-6
+"""Eigenvalue of the vectors' cosines, over the largest, that counts as rounding."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Gradients of a task at one point in orthonormal coordinates.
+
+    Attributes:
+        rows: of each training example, vectors along which its loss is curved, and one of the
+            rest of its gradient where such a rest exists.
+        curved: 1 for the first, 0 for the rest.
+        slope: each example's gradient is ``sum_k slope_k row_k``.
+        queries: the queries' gradients. The last coordinate is the length of what is orthogonal to
+            all training examples; products between two queries are not kept.
+        mean_eigenvalue: of the Gauss-Newton matrix in all the weights of the task.
+    """
+
+    rows: Float[np.ndarray, "train row axis"]
+    curved: Float[np.ndarray, "train row"]
+    slope: Float[np.ndarray, "train row"]
+    queries: Float[np.ndarray, "query axis"]
+    mean_eigenvalue: float
+
+    @property
+    def largest(self) -> float:
+        """Bound of the eigenvalues of any batch's Gauss-Newton matrix: the largest trace of one."""
+        return float(self._traces.max())
+
+    @property
+    def mean_within(self) -> float:
+        """Mean eigenvalue of the Gauss-Newton matrix within the span of the training examples."""
+        return float(self._traces.mean()) / max(self.rows.shape[2] - 1, 1)
+
+    @property
+    def _traces(self) -> Float[np.ndarray, " train"]:
+        """Of each example's own Gauss-Newton matrix."""
+        found: np.ndarray = np.einsum("nka,nka,nk->n", self.rows, self.rows, self.curved)
+        return found
+
+    def task(self, of: Task) -> Task:
+        """A task of few weights with the inner products, and so the influences, of the whole one.
+
+        The loss of an example is a parabola whose gradient at 0, and Gauss-Newton matrix, are
+        those of the task that was spanned.
+
+        Args:
+            of: that task; its ids are kept.
+        """
+
+        def outputs(weights: Array, example: PyTree) -> Array:
+            found: Array = example["rows"] @ weights
+            return found
+
+        def output_loss(found: Array, example: PyTree) -> Array:
+            parabola: Array = example["curved"] * found**2 / 2 + example["slope"] * found
+            return parabola.sum()
+
+        kept = self.rows.shape[1]
+        first = np.eye(kept)[0]
+        train = {"rows": self.rows, "curved": self.curved, "slope": self.slope}
+        query = {
+            "rows": first[None, :, None] * self.queries[:, None],
+            "curved": np.zeros((len(self.queries), kept)),
+            "slope": np.broadcast_to(first, (len(self.queries), kept)),
+        }
+        return Task(
+            params=jnp.zeros(self.rows.shape[2]),
+            loss=lambda weights, example: output_loss(outputs(weights, example), example),
+            outputs=outputs,
+            output_loss=output_loss,
+            train=jax.tree.map(jnp.asarray, train),
+            query=jax.tree.map(jnp.asarray, query),
+            train_ids=of.train_ids,
+            query_ids=of.query_ids,
+        )
+
+
+def can_span(task: Task, params: PyTree) -> bool:
+    """Whether a task has few enough outputs and examples; it has outputs."""
+    outputs = output_size(task, params)
+    return outputs <= MOST_OUTPUTS and outputs * len(task.train_ids) <= MOST_ROWS
+
+
+def span_of(
+    task: Task,
+    params: PyTree | None = None,
+    *,
+    memory: int = MEMORY,
+    progress: Progress | None = None,
+) -> Span:
+    """Find the span of a task's gradients; keep it, so that several solvers share it.
+
+    Args:
+        params: the trained parameters at which gradients are taken, the task's initial ones when
+            omitted.
+        memory: bytes held at once, about.
+        progress: told of every pair of vectors; silent when omitted.
+
+    Raises:
+        Misuse: a task without outputs, outputs or examples too many, a gradient that is not finite
+            (its example is named).
+    """
+    params = task.params if params is None else params
+    _check_size(task, params)
+    train, query = (_slopes(task, params, some) for some in (task.train, task.query))
+    where = "the given weights"
+    sums = {"train": train.slope.sum(axis=1), "query": query.slope.sum(axis=1)}
+    check_finite(task, where, **sums)
+    rows, curved, slope = _rows(train)
+    wide = _row_task(task, params, rows, query.slope)
+    pairs = len(wide.train_ids) * (len(wide.train_ids) + len(task.query_ids))
+    with (progress or Silent()).work("span", pairs) as meter:
+        gram = layer_gram(wide, params, memory=memory, meter=meter)
+    squares = np.diag(gram.train).reshape(curved.shape)
+    check_finite(task, where, train=squares.sum(axis=1), query=gram.query)
+    coordinates, queries = _orthonormal(gram.train, gram.cross, gram.query)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+    trace = float((squares * curved).sum()) / len(task.train_ids)
+    return Span(
+        rows=coordinates.reshape(*curved.shape, -1),
+        curved=curved,
+        slope=slope,
+        queries=queries,
+        mean_eigenvalue=trace / weights,
+    )
+
+
+class _Slopes(NamedTuple):
+    """Of each example: the Hessian's factor and the slope of its loss in the outputs."""
+
+    factor: Float[np.ndarray, "example output output"]
+    slope: Float[np.ndarray, "example output"]
+    shape: tuple[int, ...]
+
+
+def _check_size(task: Task, params: PyTree) -> None:
+    check_curvature(task, params, "ggn", None)
+    if not can_span(task, params):
+        outputs, count = output_size(task, params), len(task.train_ids)
+        raise Misuse(
+            "solver",
+            got=f"the span of {count} training examples of {outputs} outputs",
+            expected=f"at most {MOST_OUTPUTS} outputs, and {MOST_ROWS} in all",
+            do="take EKFAC, Arnoldi or ConjugateGradient",
+        )
+
+
+def _slopes(task: Task, params: PyTree, examples: PyTree) -> _Slopes:
+    @jax.jit
+    def of_all(params: PyTree, frozen: PyTree, examples: PyTree) -> tuple[Array, Array]:
+        def one(example: PyTree) -> tuple[Array, Array]:
+            found = outputs_of_one(task, params, frozen, example)
+            return output_factor(task, found, example), jax.grad(task.output_loss)(found, example)  # type: ignore[arg-type]
+
+        return jax.lax.map(one, examples)
+
+    factor, slope = (np.asarray(one, float) for one in of_all(params, task.frozen, examples))
+    return _Slopes(factor, slope.reshape(len(slope), -1), slope.shape[1:])
+
+
+def _rows(
+    found: _Slopes,
+) -> tuple[
+    Float[np.ndarray, "train row *outputs"],
+    Float[np.ndarray, "train row"],
+    Float[np.ndarray, "train row"],
+]:
+    """Slopes that give a span's rows, which of them are curved, the loss's coordinates in them."""
+    # The rows of a factor are orthogonal; some are 0 (for a softmax, always one).
+    square = np.square(found.factor).sum(axis=2)
+    reached = square > NOTHING * square.max(axis=1, keepdims=True)
+    along = np.einsum("nko,no->nk", found.factor, found.slope)
+    slope = np.where(reached, along / np.where(reached, square, 1.0), 0.0)
+    left = found.slope - np.einsum("nk,nko->no", slope, found.factor)
+    rest = np.linalg.norm(left, axis=1) > 100 * NOTHING * np.linalg.norm(found.slope, axis=1)
+    rows = np.concatenate([reached[:, :, None] * found.factor, (rest[:, None] * left)[:, None]], 1)
+    curved = np.concatenate([reached, np.zeros_like(reached[:, :1])], axis=1)
+    slope = np.concatenate([slope, rest[:, None]], axis=1)
+    used: Bool[np.ndarray, " row"] = np.append(reached.any(axis=0), rest.any())
+    used[0] |= not used.any()
+    rows = rows[:, used].reshape(len(rows), -1, *found.shape)
+    return rows, curved[:, used].astype(float), slope[:, used]
+
+
+def _row_task(
+    task: Task,
+    params: PyTree,
+    rows: Float[np.ndarray, "train row *outputs"],
+    queries: Float[np.ndarray, "query output"],
+) -> Task:
+    """A task whose gradients are the Jacobians' products with these slopes."""
+    count, kept, *shape = rows.shape
+
+    def loss(weights: Any, row: PyTree) -> Float[Array, ""]:
+        found = task.outputs(weights, row["example"])  # type: ignore[misc]
+        return (found * row["slope"]).sum()
+
+    def made(examples: PyTree, slopes: np.ndarray) -> PyTree:
+        return {"example": examples, "slope": jnp.asarray(slopes, jnp.float32)}
+
+    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, kept, axis=0), task.train)
+    return replace(
+        task,
+        params=params,
+        loss=loss,
+        train=made(repeated, rows.reshape(-1, *shape)),
+        query=made(task.query, queries.reshape(-1, *shape)),
+        train_ids=range(count * kept),
+    )
+
+
+def _orthonormal(
+    kernel: Float[np.ndarray, "row row"],
+    crossed: Float[np.ndarray, "row query"],
+    squares: Float[np.ndarray, " query"],
+) -> tuple[Float[np.ndarray, "row axis"], Float[np.ndarray, "query axis"]]:
+    """Coordinates of vectors, and of queries with the length that they have beyond these."""
+    # Of vectors of length 1: short ones (examples that are fitted) would drown in rounding.
+    length = np.sqrt(np.maximum(np.diag(kernel), 0.0))
+    unit = np.where(length > 0, 1 / np.where(length > 0, length, 1.0), 0.0)
+    cosines = kernel * unit[:, None] * unit[None]
+    values, vectors = np.linalg.eigh((cosines + cosines.T) / 2)
+    kept = values > SHORT * max(values[-1], 0.0)
+    root, vectors = np.sqrt(values[kept]), vectors[:, kept]
+    inside = (crossed * unit[:, None]).T @ vectors / root
+    beyond = np.sqrt(np.maximum(squares - np.square(inside).sum(axis=1), 0.0))
+    rows = length[:, None] * vectors * root
+    return np.pad(rows, ((0, 0), (0, 1))), np.column_stack([inside, beyond])

@@ -1,0 +1,343 @@
+"""The model as a NumPyro program: every prior, every error, all queries at once.
+
+The same function draws from the prior, is sampled by NUTS and fitted by SVI. Given coefficients the
+errors of different runs are independent, and the errors' density is that of the losses: each loss
+is its error plus what earlier losses and the curriculum determine.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from jaxtyping import Array, Float, Int
+from numpyro import distributions as dist
+
+from bayes_simfluence.linalg import cholesky, solve_lower
+from bayes_simfluence.model import kalman
+from bayes_simfluence.model.hyper import Hyper, Values
+from bayes_simfluence.model.link import loss_of
+from bayes_simfluence.model.mean_function import (
+    Coefficients,
+    batch_effects,
+    explained,
+    multipliers,
+)
+from bayes_simfluence.model.noise import Gaussian, StudentT
+from bayes_simfluence.model.priors import ExampleFeatures, no_features
+from bayes_simfluence.model.simfluence import (
+    MULTIPLICATIVE,
+    Path,
+    Simfluence,
+    hypers_of,
+    part_scale,
+    time_curve,
+)
+
+__all__ = [
+    "Gaps",
+    "Observed",
+    "Sites",
+    "Units",
+    "coefficients_of",
+    "density_of",
+    "gaps_of",
+    "joint",
+    "noise_of",
+]
+
+SCALE = Hyper(0.05, 1.5, "positive", "sd of the effect of a step on one example, units of the link")
+WIDE_SCALE = Hyper(
+    0.5, 1.5, "positive", "sd of a run's change by its curriculum, units of the link"
+)
+NOISE = Hyper(0.01, 1.5, "positive", "sd of one step's error, units of the link")
+"""Priors of what belongs to each query: for the published kinds, ``WIDE_SCALE`` for the other."""
+JITTER = 1e-8
+LOG_TWO_PI = float(np.log(2.0 * np.pi))
+
+Sites = Mapping[str, Array]
+"""Values of the program's sample sites, by name."""
+
+
+class Units(NamedTuple):
+    """Fixed numbers that say what a scale means; known before any update.
+
+    Attributes:
+        reference: of each query, root mean square of its losses before the first update: the loss
+            at which multiplicative and additive effects of the published kinds are equally large.
+        spread: what a query's scale is divided by to be the sd of a coefficient. One for the
+            published kinds; for the others the sd along a run of effects with unit coefficients,
+            so that their scale is that of the loss's change.
+    """
+
+    reference: Float[Array, " query"]
+    spread: Float[Array, ""]
+
+
+class Observed(NamedTuple):
+    """Recorded runs as the program sees them.
+
+    Attributes:
+        paths: exposures, relative step sizes and progress, with a leading axis of runs.
+        linked: losses on the scale of the link, time 0 first; NaN = not recorded.
+        units: of the queries' scales.
+        features: embeddings of examples and queries.
+    """
+
+    paths: Path
+    linked: Float[Array, "run time query"]
+    units: Units
+    features: ExampleFeatures
+
+
+class Gaps(NamedTuple):
+    """How losses that were not recorded are dealt with; all three ways are exact.
+
+    Attributes:
+        rows: steps after which losses enter the density of the error path, the others being
+            integrated out; all steps where nothing is missing.
+        imputed: positions (run, time, query) of losses that become sites of the program.
+        filtered: a Kalman filter integrates over them, and over what noise hides.
+    """
+
+    rows: Int[np.ndarray, " row"]
+    imputed: Int[np.ndarray, "entry axis"]
+    filtered: bool
+
+
+def gaps_of(model: Simfluence, linked: Float[np.ndarray, "run time query"]) -> Gaps:
+    """The cheapest exact way for a model and a pattern of missing losses."""
+    steps = np.arange(linked.shape[1] - 1)
+    lost = ~np.isfinite(linked)
+    nothing = np.zeros((0, 3), int)
+    error = model.error
+    hidden = isinstance(error, Gaussian) and error.observation and model.multiplicative
+    if hidden or (lost.any() and _plain(model)):
+        return Gaps(steps, nothing, True)
+    by_time = lost.any(axis=(0, 2))[1:]
+    common = bool((lost[:, 1:] == by_time[None, :, None]).all())
+    linear = error.gaussian and not model.multiplicative
+    if common and linear and getattr(error, "loss_power", 0.0) == 0:
+        return Gaps(steps[~by_time], nothing, False)
+    return Gaps(steps, np.argwhere(lost), False)
+
+
+def _plain(model: Simfluence) -> bool:
+    """Whether the next loss depends on the last alone, with independent normal errors."""
+    error = model.error
+    normal = isinstance(error, Gaussian) and error.loss_power == 0 and not error.run_effect
+    return model.markov and normal
+
+
+def joint(
+    model: Simfluence,
+    observed: Observed,
+    gaps: Gaps,
+    *,
+    batch: int | None = None,
+    simulate: bool = False,
+) -> None:
+    """The program: sites of hyperparameters, coefficients and the runs' ``log_density``.
+
+    Args:
+        model: what to infer.
+        observed: the runs.
+        gaps: how losses that were not recorded are dealt with.
+        batch: runs in a minibatch of stochastic inference; all when omitted.
+        simulate: leave the losses out: the prior of everything else.
+    """
+    values = {
+        name: numpyro.sample(name, hyper.law())
+        for name, hyper in hypers_of(model, observed.features).items()
+    }
+    queries = observed.linked.shape[2]
+    sites = dict(values)
+    sites["scale"] = _of_query("scale", SCALE if model.published else WIDE_SCALE, model, queries)
+    if model.published and model.error.by_step:
+        sites["noise"] = _of_query("noise", NOISE, model, queries)
+    sites.update(_coefficient_sites(model, values, observed))
+    if simulate:
+        return
+    coefficients = coefficients_of(model, sites, observed.units, observed.features)
+    linked = _imputed(observed.linked, gaps)
+    size = len(linked)
+    with numpyro.plate("runs", size, subsample_size=batch) as chosen:
+        paths = (
+            observed.paths if batch is None else jax.tree.map(lambda x: x[chosen], observed.paths)
+        )
+        seen = linked if batch is None else linked[chosen]
+        each = density_of(model, sites, coefficients, paths, seen, gaps)
+        numpyro.factor("log_density", each.sum(axis=(1, 2)))
+
+
+def _imputed(linked: Float[Array, "run time query"], gaps: Gaps) -> Array:
+    """Losses with the missing ones as sites: a flat prior leaves their density to the model."""
+    if not len(gaps.imputed):
+        return linked
+    runs, _, queries = gaps.imputed.T
+    law = dist.Normal(linked[runs, 0, queries], 1.0).to_event(1)
+    found = numpyro.sample("missing", law)
+    # The proposal above only says where a sampler may start.
+    numpyro.factor("missing_is_flat", -law.log_prob(found))
+    return linked.at[tuple(gaps.imputed.T)].set(found)
+
+
+def _of_query(name: str, hyper: Hyper, model: Simfluence, queries: int) -> Array:
+    if not model.prior.pooled:
+        found: Array = numpyro.sample(name, hyper.law().expand((queries,)).to_event(1))
+        return found
+    centre = numpyro.sample(f"{name}_centre", hyper.law())
+    spread = numpyro.sample(f"{name}_spread", dist.HalfNormal(1.0))
+    own = numpyro.sample(f"{name}_of_query", dist.Normal(0.0, 1.0).expand((queries,)).to_event(1))
+    return numpyro.deterministic(name, centre * jnp.exp(spread * own))
+
+
+def _coefficient_sites(model: Simfluence, values: Values, observed: Observed) -> dict[str, Array]:
+    train, queries = observed.paths.exposure.shape[2], observed.linked.shape[2]
+    knots = model.coefficients.count(1.0)
+    sites: dict[str, Array] = {}
+    for part in model.parts if model.additive else ():
+        effects = model.prior.effects(part, (queries, train, knots), values, observed.features)
+        sites[f"{part}_unit"] = numpyro.deterministic(f"{part}_unit", effects)
+        if model.time_effect != "none":
+            shape = (queries, knots if model.time_effect == "smooth" else 1)
+            law = dist.Normal(0.0, 1.0).expand(shape).to_event(2)
+            sites[f"{part}_time"] = numpyro.sample(f"{part}_time", law)
+    if model.multiplicative:
+        nothing = no_features(train, queries)
+        effects = model.prior.effects(MULTIPLICATIVE, (queries, train, 1), values, nothing)
+        sites["multiplicative_unit"] = numpyro.deterministic("multiplicative_unit", effects)
+    return sites
+
+
+def coefficients_of(
+    model: Simfluence, sites: Sites, units: Units, features: ExampleFeatures
+) -> Coefficients:
+    """One draw's coefficients, in units of the link, from its sites.
+
+    Unit effects with more knots than a recorded run has belong to a longer one.
+    """
+    whole = sites["scale"] / units.spread
+    scale = whole if model.prior.scaled else jnp.ones_like(whole)
+    additive, common = {}, {}
+    for part in model.parts if model.additive else ():
+        unit = sites[f"{part}_unit"]
+        root = model.coefficients.root(sites, part, unit.shape[2])
+        own = scale * part_scale(sites, part) if model.prior.scaled else scale
+        everyone = jnp.eye(unit.shape[1], dtype=unit.dtype)
+        mean = model.prior.mean(sites, part, everyone, features)
+        over_time = unit @ root.T if model.prior.varying else unit
+        additive[part] = own[:, None, None] * over_time + mean.T[:, :, None]
+        if f"{part}_time" in sites:
+            size = whole * part_scale(sites, part) * sites[f"{part}_common"]
+            curve = time_curve(model, root)[:, : sites[f"{part}_time"].shape[1]]
+            common[part] = size[:, None] * (sites[f"{part}_time"] @ curve.T)
+    multiplicative = None
+    if model.multiplicative:
+        ratio = 1.0 / units.reference if model.published else sites["multiplicative_scale"]
+        size = scale * ratio if model.prior.scaled else scale
+        multiplicative = size[:, None] * sites["multiplicative_unit"][..., 0]
+    return Coefficients(additive, common, multiplicative)
+
+
+def density_of(
+    model: Simfluence,
+    sites: Sites,
+    coefficients: Coefficients,
+    paths: Path,
+    linked: Float[Array, "run time query"],
+    gaps: Gaps,
+) -> Float[Array, "run step query"]:
+    """Log density of each loss (units of the link) given the run's earlier ones.
+
+    Zero where none was recorded; the sum over steps is the log density of the run.
+    """
+    if gaps.filtered:
+        one = partial(_filtered_density, model, sites, coefficients)
+    else:
+        # The factor is common to all runs, which are equally long.
+        factor = _error_factor(model, sites, paths.progress[0], gaps)
+        one = partial(_direct_density, model, sites, coefficients, gaps, factor)
+    found: Array = jax.vmap(one)(paths, linked)
+    return found
+
+
+def noise_of(model: Simfluence, sites: Sites) -> Float[Array, " query"]:
+    """Size of each query's error."""
+    if not model.error.by_step:
+        return sites["scale"]
+    return sites["noise"] if model.published else sites["noise"] * sites["scale"]
+
+
+def _filtered_density(
+    model: Simfluence,
+    sites: Sites,
+    coefficients: Coefficients,
+    path: Path,
+    linked: Float[Array, "time query"],
+) -> Float[Array, "step query"]:
+    beta = batch_effects(model, coefficients, "staying", path)
+    factor = multipliers(coefficients, path)
+    alpha = jnp.ones_like(beta) if factor is None else 1.0 + factor
+    process = jnp.square(noise_of(model, sites))
+    behind = sites.get("observation", jnp.zeros(()))
+    density = jax.vmap(kalman.log_density, in_axes=(1, 1, 0, 1, 0, 0), out_axes=1)
+    found: Array = density(
+        alpha, beta, linked[0], linked[1:], process, jnp.square(behind) * process
+    )
+    return found
+
+
+def _direct_density(
+    model: Simfluence,
+    sites: Sites,
+    coefficients: Coefficients,
+    gaps: Gaps,
+    factor: Float[Array, "row row"] | None,
+    path: Path,
+    linked: Float[Array, "time query"],
+) -> Float[Array, "step query"]:
+    # Times that ``gaps.rows`` leaves out must not spoil the gradient of the others.
+    linked = jnp.where(jnp.isfinite(linked), linked, linked[:1])
+    before = linked[:-1]
+    error = linked[1:] - linked[:1] - explained(model, sites, coefficients, path, before)
+    noise = noise_of(model, sites)[None]
+    sizes = model.error.sizes(sites, loss_of(model.link, before))
+    if sizes is not None:
+        error = jnp.cumsum(_steps(error) / sizes, axis=0)
+    unit = error / noise
+    if isinstance(model.error, StudentT):
+        density = model.error.log_density(sites, _steps(unit))
+    elif factor is None:
+        density = -0.5 * (jnp.square(_steps(unit)) + LOG_TWO_PI)
+    else:
+        white = solve_lower(factor, unit[gaps.rows])
+        known = -0.5 * (jnp.square(white) + LOG_TWO_PI) - jnp.log(jnp.diagonal(factor))[:, None]
+        density = jnp.zeros_like(unit).at[gaps.rows].set(known)
+        return density.at[gaps.rows].add(-jnp.log(noise) + _minus_log(sizes, gaps.rows))
+    return density - jnp.log(noise) + _minus_log(sizes, slice(None))
+
+
+def _steps(path: Float[Array, "step query"]) -> Float[Array, "step query"]:
+    return jnp.diff(path, axis=0, prepend=jnp.zeros_like(path[:1]))
+
+
+def _minus_log(sizes: Array | None, rows: Any) -> Array:
+    return jnp.zeros((1, 1)) if sizes is None else -jnp.log(sizes[rows])
+
+
+def _error_factor(
+    model: Simfluence, sites: Sites, progress: Float[Array, " step"], gaps: Gaps
+) -> Float[Array, "row row"] | None:
+    """Cholesky factor of the error path at the recorded times; None for independent steps."""
+    error = model.error
+    if isinstance(error, StudentT):
+        return None
+    white = isinstance(error, Gaussian) and not (error.observation or error.run_effect)
+    if white and len(gaps.rows) == len(progress):
+        return None
+    covariance = error.covariance(sites, progress)[gaps.rows][:, gaps.rows]
+    return cholesky(covariance + JITTER * jnp.eye(len(covariance)))

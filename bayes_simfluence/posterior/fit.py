@@ -1,0 +1,167 @@
+"""``fit``: recorded runs in, a ``Posterior`` out, whatever the model and method."""
+
+from warnings import warn
+
+import jax
+import numpy as np
+import xarray as xr
+
+from bayes_simfluence.checks import FitFailed, FitWarning, Misuse, keyed, named
+from bayes_simfluence.conventions import EMPTY_SLOT
+from bayes_simfluence.data.identify import identifiability
+from bayes_simfluence.data.runs import usable_runs
+from bayes_simfluence.inference.exact import Exact
+from bayes_simfluence.inference.method import LeftOutRuns, Method
+from bayes_simfluence.inference.recorded import Recorded, recorded_from
+from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.posterior.arviz import untrusted_runs
+from bayes_simfluence.posterior.posterior import Posterior
+from bayes_simfluence.posterior.prior import PriorOf
+from bayes_simfluence.progress import Progress, Silent
+from bayes_simfluence.simulators.base import Simulator
+
+__all__ = ["fit"]
+
+FEWEST_DRAWS, MOST_DRAWS, MOST_QUERIES = 100, 400, 20
+"""Draws and queries that Pareto k is measured on."""
+
+
+def fit(
+    runs: xr.Dataset,
+    *,
+    key: jax.Array,
+    model: Simfluence | None = None,
+    method: Method | None = None,
+    validation: xr.Dataset | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Posterior:
+    """Infer a simulator of training runs from recorded ones.
+
+    Args:
+        runs: recorded runs; unusable ones are left out with a warning.
+        key: decides whatever a method draws.
+        model: what is inferred; the method's own default when omitted.
+        method: how; ``Exact()`` when omitted.
+        validation: further runs, for methods that choose settings on them (``Ridge``).
+        strict: raise when the verdict asks for attention, instead of warning.
+        progress: told of the work; silent when omitted.
+
+    Raises:
+        Misuse: invalid runs, or a model that the method cannot take; before any work.
+        FitFailed: under ``strict``, a verdict that is not ok.
+
+    >>> import jax, bayes_simfluence as bs
+    >>> runs = bs.example_runs().isel(run=slice(0, 6), query=slice(0, 3))
+    >>> posterior = bs.fit(runs, method=bs.Ridge(penalty=1.0), key=jax.random.key(0))
+    >>> posterior.verdict.sentence
+    'Point estimate at penalty 1.'
+    """
+    keyed(key)
+    method = Exact() if method is None else method
+    if isinstance(method, type) or not isinstance(method, Method):
+        raise Misuse(
+            "method",
+            got=getattr(method, "__name__", type(method).__name__),
+            expected="an inference method such as Exact() or Ridge()",
+            do="pass an instance, not a class or a name",
+        )
+    model = method.default_model() if model is None else model
+    if not isinstance(model, Simfluence):
+        raise Misuse(
+            "model", got=type(model).__name__, expected="a Simfluence(...)", do="pass an instance"
+        )
+    runs = usable_runs(runs)
+    checked = None if validation is None else _like(usable_runs(validation), runs)
+    fit_key, check_key = jax.random.split(key)
+    recorded = recorded_from(runs, model.prior)
+    found = method.fit(
+        recorded,
+        model,
+        key=fit_key,
+        validation=None if checked is None else recorded_from(checked, model.prior),
+        progress=progress or Silent(),
+    )
+    weighed = _weighed(found.simulator, recorded, check_key)
+    verdict = Verdict(
+        found.verdict.ok,
+        found.verdict.sentence,
+        (*found.verdict.notes, *_said_of(weighed), *identifiability(runs).sentences()),
+        {**found.verdict.numbers, **weighed},
+    )
+    if not verdict.ok and strict:
+        raise FitFailed(verdict.sentence)
+    if not verdict.ok:
+        warn(verdict.sentence, FitWarning, stacklevel=2)
+    return Posterior(
+        simulator=found.simulator,
+        verdict=verdict,
+        runs=runs,
+        settings={"model": model.as_dict(), **method.as_dict(), "has_prior": found.has_prior},
+        left_out=None if found.left_out is None else _named(found.left_out, runs),
+        sample_stats=found.sample_stats,
+        search_loss=found.losses,
+        prior=PriorOf(model) if found.has_prior else None,
+    )
+
+
+def _weighed(simulator: Simulator, runs: Recorded, key: jax.Array) -> dict[str, float]:
+    """Pareto k of leaving whole runs out by weights, where a simulator holds enough draws."""
+    complete = bool(np.isfinite(runs.loss).all())
+    if simulator.draws is None or simulator.draws < FEWEST_DRAWS or not complete:
+        return {}
+    queries = runs.loss.shape[2]
+    some = np.unique(np.linspace(0, queries - 1, min(queries, MOST_QUERIES)).astype(int))
+    planned = runs.plan()._replace(initial=runs.loss[:, 0][:, some], query=some)
+    # Densities beyond single precision belong to runs that no weights can leave out.
+    with np.errstate(over="ignore"):
+        density = simulator.log_likelihood(
+            planned, runs.loss[:, :, some], key=key, draws=min(simulator.draws, MOST_DRAWS)
+        )
+    if density is None:
+        return {}
+    if not np.isfinite(density).all():
+        return {"untrusted_pareto_k": 1.0}
+    return {"untrusted_pareto_k": untrusted_runs(np.nansum(density.astype(float), axis=3))}
+
+
+def _said_of(weighed: dict[str, float]) -> list[str]:
+    share = weighed.get("untrusted_pareto_k", 0.0)
+    if share == 0:
+        return []
+    return [
+        f"Pareto k is too high for {share:.0%} of runs and queries to be left out by weights: "
+        "compare models by elpd_over_runs, which refits."
+    ]
+
+
+def _like(validation: xr.Dataset, runs: xr.Dataset) -> xr.Dataset:
+    """The validation runs with examples and queries in the order of the fitted ones."""
+    for name in ("train", "query"):
+        if validation.sizes[name] != runs.sizes[name]:
+            raise Misuse(
+                f"validation['{name}']",
+                got=f"{validation.sizes[name]} ids",
+                expected=f"the {runs.sizes[name]} ids of the fitted runs",
+                do="take both from one recording",
+            )
+    place = named("validation['train']", validation["train"].values, runs["train"].values)
+    order = named("queries", runs["query"].values, validation["query"].values)
+    # The last place keeps empty slots empty.
+    batch = np.append(place, EMPTY_SLOT).astype(np.int32)[validation["batch"].values]
+    moved = validation.assign(batch=(validation["batch"].dims, batch))
+    return moved.isel(query=order)
+
+
+def _named(left_out: LeftOutRuns, runs: xr.Dataset) -> xr.Dataset:
+    dims = ("run", "time", "query")
+    values = {
+        name: value
+        for name, value in left_out._asdict().items()
+        if name != "time" and value is not None
+    }
+    return xr.Dataset(
+        {name: (dims, value.astype("float32"), {"units": "nat"}) for name, value in values.items()},
+        coords={"run": runs["run"], "time": left_out.time, "query": runs["query"]},
+    )

@@ -1,0 +1,305 @@
+"""The one result of every fit: simulate, analyse with ArviZ, save."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+
+from bayes_simfluence.checks import Misuse, keyed, positive_integer
+from bayes_simfluence.conventions import EFFECT_SIGN
+from bayes_simfluence.data.netcdf import read_group, write_groups
+from bayes_simfluence.data.runs import validate_runs
+from bayes_simfluence.files import PathLike, atomically, first_line, new_path
+from bayes_simfluence.inference.recorded import planned_from
+from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.posterior.arviz import (
+    LIKELIHOOD,
+    LIMIT_BYTES,
+    PRIOR,
+    PriorDraws,
+    affordable,
+    chosen_groups,
+    container,
+    data_groups,
+    likelihood_groups,
+    prior_groups,
+    times_masked,
+)
+from bayes_simfluence.posterior.bands import Band
+from bayes_simfluence.posterior.prior import prior_from_settings
+from bayes_simfluence.posterior.unseen import simulated_runs
+from bayes_simfluence.simulators.affine import AffineSimulator
+from bayes_simfluence.simulators.base import Simulator
+from bayes_simfluence.simulators.gaussian import PathSimulator
+from bayes_simfluence.simulators.mean import MeanSimulator
+from bayes_simfluence.simulators.sampled import SampledSimulator
+
+__all__ = ["Posterior", "load_posterior"]
+
+VERSION = 1
+"""Of the file format."""
+
+SIMULATORS: dict[str, type[Simulator]] = {
+    one.name: one for one in (AffineSimulator, MeanSimulator, PathSimulator, SampledSimulator)
+}
+"""The simulators that a saved posterior may hold."""
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What was learned from recorded runs, whatever the method.
+
+    Attributes:
+        simulator: everything needed to simulate a run.
+        verdict: how the fit went; print it.
+        runs: the runs fitted.
+        settings: model and method, as plain values.
+        left_out: fitted runs as predicted without them (``predicted``, ``low``, ``high``, nats,
+            90% band), where the method made such predictions.
+        sample_stats: of a sampler's draws, variables ``(chain, draw)`` with ArviZ's names
+            (``diverging``, ``energy``, ``tree_depth``, ``acceptance_rate``).
+        search_loss: of every step of a stochastic search (``SVI``), lower is better.
+        prior: draws from the prior, for ``to_arviz``; after loading, where the settings say it all.
+    """
+
+    simulator: Simulator
+    verdict: Verdict
+    runs: xr.Dataset
+    settings: dict[str, Any]
+    left_out: xr.Dataset | None = None
+    sample_stats: xr.Dataset | None = None
+    search_loss: Float[np.ndarray, " step"] | None = None
+    prior: PriorDraws | None = None
+
+    def simulate(
+        self, runs: xr.Dataset, *, key: jax.Array, draws: int = 200, band: Band | None = None
+    ) -> xr.Dataset:
+        """Losses along any curricula, from the losses before the first update.
+
+        Args:
+            runs: recorded or planned (``planned_runs``); of their losses only time 0 is used.
+                Examples and queries that the fitted runs do not know need features
+                (``train_feature``, ``query_feature``) and a posterior that was fitted with such.
+            key: decides the draws; the same key means the same coefficients for all curricula
+                (of the same examples).
+            draws: number of draws; a point without a band gives one.
+            band: ``Credible(...)`` or ``Conformal(...)``; no band when omitted.
+
+        Returns:
+            ``mean_loss`` and ``loss``, both ``(chain, draw, run, time, query)`` in nats: without
+            and with the noise of a single run. With ``band``, also the edges ``low`` and ``high``
+            of ``loss``, ``(run, time, query)``, whose attributes say what they are.
+
+        Raises:
+            Misuse: unknown examples or queries without features to go by, initial losses that are
+                not finite, a band that cannot be made.
+        """
+        keyed(key)
+        positive_integer("draws", draws)
+        if band is not None and (isinstance(band, type) or not isinstance(band, Band)):
+            raise Misuse(
+                "band",
+                got=getattr(band, "__name__", repr(band)),
+                expected="Credible(...) or Conformal(...)",
+                do="pass an instance",
+            )
+        if not np.isfinite(validate_runs(runs)["loss"].values[:, 0]).all():
+            raise Misuse(
+                "runs['loss'] at time 0",
+                got="losses that are not finite",
+                expected="every query's loss before the first update",
+                do="measure them, or make the runs with planned_runs(like=recorded, ...)",
+            )
+        found = simulated_runs(self.simulator, self.runs, runs, key=key, draws=draws)
+        dims = ("chain", "draw", "run", "time", "query")
+        simulated = xr.Dataset(
+            {
+                "mean_loss": (dims, found.mean_loss, _nats("loss without the noise of a run")),
+                "loss": (dims, found.loss, _nats("predicted loss, noise included")),
+            },
+            coords={
+                **_counted(found.loss),
+                **{name: runs[name] for name in ("run", "time", "query")},
+            },
+            attrs={"settings": json.dumps(self.settings)},
+        )
+        if band is None:
+            return simulated
+        return simulated.assign(band.edges(simulated, self, key=key, draws=draws))
+
+    def samples(self, *, key: jax.Array, draws: int = 200) -> xr.Dataset:
+        """Draws of coefficients and hyperparameters, ``(chain, draw, ...)``."""
+        keyed(key)
+        found = self.simulator.samples(key=key, draws=positive_integer("draws", draws))
+        first = next(iter(found.values()))[1]
+        return xr.Dataset(
+            {name: (dims, value) for name, (dims, value) in found.items()},
+            coords={
+                **_counted(first),
+                **{name: self.runs[name].values for name in ("query", "train")},
+            },
+            attrs={"effects": EFFECT_SIGN},
+        )
+
+    def to_arviz(
+        self,
+        *,
+        key: jax.Array | None = None,
+        draws: int = 200,
+        groups: Sequence[str] | None = None,
+        times: Sequence[int] | np.ndarray | None = None,
+        limit_bytes: int = LIMIT_BYTES,
+    ) -> Any:
+        """ArviZ's container (``InferenceData`` before ArviZ 1.0, ``DataTree`` from then on).
+
+        ``observed_data``, ``posterior_predictive``, ``prior_predictive`` and ``log_likelihood``
+        share the variable ``loss`` and the times at which the simulator has a density (the default
+        model: those that it conditions on; without a density all but time 0, which is
+        ``constant_data``'s ``initial_loss``). ``log_likelihood`` (natural log, per nat) is of each
+        loss given its run's earlier ones, ``run_log_likelihood`` of whole runs. Draws in all
+        groups belong to the same coefficients. What a fit lacks is left out.
+
+        Args:
+            key: decides the draws; ``jax.random.key(0)`` when omitted, so that the container of a
+                posterior is one thing.
+            draws: number of draws.
+            groups: the groups to make; all when omitted.
+            times: times to be observed, to compare models on the same ones; losses in between
+                are integrated out.
+            limit_bytes: most memory for draws; intermediate arrays take about as much again.
+
+        Raises:
+            Misuse: unknown groups or times, draws that would pass the limit, sampler statistics of
+                another number of draws.
+
+        >>> import jax, bayes_simfluence as bs
+        >>> runs = bs.example_runs().isel(run=slice(0, 4), query=slice(0, 2))
+        >>> posterior = bs.fit(runs, model=bs.Simfluence(kind="additive"), key=jax.random.key(0))
+        >>> idata = posterior.to_arviz(draws=10, groups=["log_likelihood"])
+        >>> dict(idata["log_likelihood"]["loss"].sizes)
+        {'chain': 1, 'draw': 10, 'run': 4, 'time': 96, 'query': 2}
+        """
+        key = jax.random.key(0) if key is None else key
+        keyed(key)
+        wanted = chosen_groups(groups)
+        draws = positive_integer("draws", draws)
+        draws = self.simulator.draws or draws
+        affordable(self.runs, draws, wanted, limit_bytes)
+        loss = times_masked(self.runs, times)
+        found = self._densities(loss, key, draws if LIKELIHOOD & set(wanted) else 1)
+        observed = found["observed_data"]["time"].values
+        if "posterior" in wanted:
+            found["posterior"] = self.samples(key=key, draws=draws)
+        if "posterior_predictive" in wanted:
+            simulated = self.simulate(self.runs, key=key, draws=draws)
+            found["posterior_predictive"] = simulated[["loss"]].sel(time=observed)
+        if self.prior is not None and PRIOR & set(wanted):
+            prior = self.prior(self.runs, key=jax.random.fold_in(key, 1), draws=draws)
+            found.update(prior_groups(prior, observed))
+        if self.sample_stats is not None:
+            found["sample_stats"] = self.sample_stats
+        return container({name: one for name, one in found.items() if name in wanted})
+
+    def _densities(
+        self, loss: Float[np.ndarray, "run time query"], key: jax.Array, draws: int
+    ) -> dict[str, xr.Dataset]:
+        """Groups of the data, and of their log densities where the simulator has any."""
+        planned = planned_from(self.runs, self.runs["train"].values, self.runs["query"].values)
+        density = self.simulator.log_likelihood(planned, loss, key=key, draws=draws)
+        # Every draw has its density at the same steps.
+        known = loss[:, 1:] if density is None else density[0, 0]
+        kept = np.isfinite(known).any(axis=(0, 2))
+        found = data_groups(self.runs, kept)
+        if density is not None:
+            ids = {str(name): one.values for name, one in found["observed_data"].coords.items()}
+            coords = {**_counted(density), **ids}
+            found.update(likelihood_groups(density, kept, coords))
+        return found
+
+    def save(self, path: PathLike, *, overwrite: bool = False) -> Path:
+        """Write everything to one netCDF file; ``load_posterior`` reads it back.
+
+        Raises:
+            Misuse: a file that exists and ``overwrite`` is not set.
+        """
+        path = new_path(path, overwrite=overwrite)
+        about = {
+            "posterior_version": VERSION,
+            "has_left_out": int(self.left_out is not None),
+            "has_sample_stats": int(self.sample_stats is not None),
+            "has_search": int(self.search_loss is not None),
+            "simulator": self.simulator.name,
+            "simulator_settings": self.simulator.settings(),
+            "verdict": self.verdict.as_dict(),
+            "settings": self.settings,
+        }
+        groups = {
+            "/": xr.Dataset(attrs=about),
+            "simulator": xr.Dataset(dict(self.simulator.arrays())),
+        }
+        groups["runs"] = self.runs
+        if self.left_out is not None:
+            groups["left_out"] = self.left_out
+        if self.sample_stats is not None:
+            groups["sample_stats"] = self.sample_stats
+        if self.search_loss is not None:
+            groups["search"] = xr.Dataset({"loss": ("search_step", self.search_loss)})
+        with atomically(path) as partial:
+            write_groups(partial, groups)
+        return path
+
+
+def load_posterior(path: PathLike) -> Posterior:
+    """A posterior written by ``Posterior.save``.
+
+    Raises:
+        Misuse: no such file, or one that is no posterior of this version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise Misuse(
+            str(path), got="no such file", expected="a saved posterior", do="check the path"
+        )
+    try:
+        about = read_group(path).attrs
+        arrays = {str(name): one.values for name, one in read_group(path, "simulator").items()}
+        runs = read_group(path, "runs")
+        if about["posterior_version"] != VERSION:
+            raise ValueError(f"version {about['posterior_version']}")
+        left_out = read_group(path, "left_out") if about["has_left_out"] else None
+        # Files of earlier versions know nothing of samplers.
+        sampled, searched = about.get("has_sample_stats", 0), about.get("has_search", 0)
+        sample_stats = read_group(path, "sample_stats") if sampled else None
+        search_loss = read_group(path, "search")["loss"].values if searched else None
+        simulator = SIMULATORS[about["simulator"]].restore(arrays, about["simulator_settings"])
+    except Exception as error:
+        raise Misuse(
+            str(path),
+            got=f"a file that cannot be read ({first_line(error)})",
+            expected=f"a posterior saved by version {VERSION} of the format",
+            do="fit again, or restore the file from a copy",
+        ) from error
+    return Posterior(
+        simulator=simulator,
+        verdict=Verdict.from_dict(about["verdict"]),
+        runs=validate_runs(runs),
+        settings=about["settings"],
+        left_out=left_out,
+        sample_stats=sample_stats,
+        search_loss=search_loss,
+        prior=prior_from_settings(about["settings"]),
+    )
+
+
+def _nats(name: str) -> dict[str, str]:
+    return {"long_name": name, "units": "nat"}
+
+
+def _counted(draws: np.ndarray) -> dict[str, np.ndarray]:
+    return {"chain": np.arange(draws.shape[0]), "draw": np.arange(draws.shape[1])}

@@ -1,0 +1,189 @@
+"""The affine recurrence of a loss, rolled out with given or drawn coefficients."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from bayes_simfluence.conventions import Curriculum
+from bayes_simfluence.data.curriculum import exposures
+from bayes_simfluence.gaussian.density import one_step_log_density
+from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.model.recurrence import affine_path
+from bayes_simfluence.simulators.base import CHUNK, Named, Planned, Simulated, resampled
+
+__all__ = ["AffineSimulator"]
+
+
+@dataclass(frozen=True)
+class AffineSimulator:
+    """``L_t = (keep + sum_i w_ti a_i) L_{t-1} + sum_i w_ti b_i + noise`` for each query.
+
+    ``w`` are exposures (shares of the batch) with ``keep`` = 1 in our form, counts with ``keep`` =
+    0 in the published one. Coefficients are a point, or Gaussian with a factor of their
+    covariance. Noise is white per step, or whole residual paths of left-out runs, resampled.
+
+    Attributes:
+        a, b: posterior means, unitless and nats.
+        factor: ``factor @ z`` with standard normal z is a draw of the deviations of a, then b;
+            None for a point.
+        noise: sd of the noise of one step, nats; None for none.
+        residual: true minus simulated losses of left-out runs; None for none.
+        keep: what of the previous loss stays when nothing is trained on.
+        count: weights are counts instead of shares.
+    """
+
+    name: ClassVar[str] = "affine"
+    a: Float[np.ndarray, "query train"]
+    b: Float[np.ndarray, "query train"]
+    factor: Float[np.ndarray, "query weight source"] | None = None
+    noise: Float[np.ndarray, " query"] | None = None
+    residual: Float[np.ndarray, "fitted time query"] | None = None
+    keep: float = 1.0
+    count: bool = False
+
+    @property
+    def draws(self) -> int | None:
+        """One for a point without noise, else any number."""
+        point = self.factor is None and self.noise is None and self.residual is None
+        return 1 if point else None
+
+    def simulate(self, planned: Planned, *, key: jax.Array, draws: int) -> Simulated:
+        """Draws of coefficients, rolled out from the initial losses."""
+        draws = self.draws or draws
+        weights = jnp.asarray(
+            [_weights(batch, self.a.shape[1], self.count) for batch in planned.batch], jnp.float32
+        )
+        initial = jnp.asarray(planned.initial, jnp.float32)
+        _, noise_key = jax.random.split(key)
+        pieces = []
+        for start, a, b in self._chunks(planned.query, key, draws):
+            steps = self._step_noise(planned, jax.random.fold_in(noise_key, start), len(a))
+            pieces.append(_rolled_out(weights, a, b, steps, initial, jnp.float32(self.keep)))
+        mean, loss = (np.concatenate(parts)[None] for parts in zip(*pieces, strict=True))
+        if self.residual is not None:
+            loss = loss + resampled(self.residual, planned, key=noise_key, draws=draws)[None]
+        return Simulated(mean, loss)
+
+    def _chunks(
+        self, query: Int[np.ndarray, " query"], key: jax.Array, draws: int
+    ) -> Iterator[tuple[int, Array, Array]]:
+        """The key's draws of the coefficients: where a chunk starts, its ``a``, its ``b``."""
+        coefficients_key, _ = jax.random.split(key)
+        for start in range(0, draws, CHUNK):
+            own = jax.random.fold_in(coefficients_key, start)
+            yield start, *self._coefficients(query, own, min(CHUNK, draws - start))
+
+    def _coefficients(
+        self, query: Int[np.ndarray, " query"], key: jax.Array, draws: int
+    ) -> tuple[Float[Array, "draw query train"], Float[Array, "draw query train"]]:
+        mean = jnp.asarray(np.concatenate([self.a, self.b], axis=1)[query], jnp.float32)
+        drawn = jnp.broadcast_to(mean[None], (draws, *mean.shape))
+        if self.factor is not None:
+            factor = jnp.asarray(self.factor[query], jnp.float32)
+            z = jax.vmap(
+                lambda one: jax.random.normal(
+                    jax.random.fold_in(key, one), (draws, factor.shape[2])
+                )
+            )(jnp.asarray(query))
+            drawn = drawn + jnp.einsum("qws,qds->dqw", factor, z)
+        a, b = jnp.split(drawn, 2, axis=-1)
+        return a, b
+
+    def _step_noise(
+        self, planned: Planned, key: jax.Array, draws: int
+    ) -> Float[Array, "draw run step query"] | None:
+        if self.noise is None:
+            return None
+        runs, steps, _ = planned.batch.shape
+        shape = (draws, runs, steps, len(planned.query))
+        return jax.random.normal(key, shape) * self.noise[planned.query][None, None, None]
+
+    def samples(self, *, key: jax.Array, draws: int) -> Named:
+        """``a`` (unitless) and ``b`` (nats): one draw of a point, else as many as asked."""
+        chunks = self._chunks(np.arange(len(self.a)), key, self.draws or draws)
+        found = (np.concatenate(parts)[None] for parts in list(zip(*chunks, strict=True))[1:])
+        dims = ("chain", "draw", "query", "train")
+        return {name: (dims, one) for name, one in zip("ab", found, strict=True)}
+
+    def log_likelihood(
+        self,
+        planned: Planned,
+        loss: Float[np.ndarray, "run time query"],
+        *,
+        key: jax.Array,
+        draws: int,
+    ) -> Float[np.ndarray, "chain draw run step query"] | None:
+        """Of every step, where the noise is white; over a gap in the record, of several steps.
+
+        A point without noise has no density, and residual paths have none.
+        """
+        if self.noise is None or self.residual is not None:
+            return None
+        later = loss[:, 1:]
+        found = np.empty((1, draws, *later.shape), np.float32)
+        train = self.a.shape[1]
+        shares = [_weights(batch, train, self.count) for batch in planned.batch]
+        for start, a, b in self._chunks(planned.query, key, draws):
+            # Losses hardly move within a step: differences need double precision.
+            with double_precision():
+                weights, a, b = (jnp.asarray(one, float) for one in (np.stack(shares), a, b))
+                found[0, start : start + len(a)] = one_step_log_density(
+                    self.keep + jnp.einsum("rsn,dqn->drsq", weights, a),
+                    jnp.einsum("rsn,dqn->drsq", weights, b),
+                    jnp.asarray(self.noise[planned.query], float),
+                    jnp.asarray(planned.initial, float),
+                    jnp.asarray(later, float),
+                )
+        return found
+
+    def arrays(self) -> Named:
+        """Coefficients, factor, noise and residuals, where there are any."""
+        dims = {
+            "a": ("query", "train"),
+            "b": ("query", "train"),
+            "factor": ("query", "weight", "source"),
+            "noise": ("query",),
+            "residual": ("fitted", "time", "query"),
+        }
+        values = {name: getattr(self, name) for name in dims}
+        return {name: (dims[name], one) for name, one in values.items() if one is not None}
+
+    def settings(self) -> dict[str, Any]:
+        """The form of the recurrence."""
+        return {"keep": self.keep, "count": self.count}
+
+    @classmethod
+    def restore(
+        cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
+    ) -> "AffineSimulator":
+        """From ``arrays()`` and ``settings()``."""
+        return cls(**{**arrays, **settings})
+
+
+def _weights(batch: Curriculum, train: int, count: bool) -> Float[np.ndarray, "step train"]:
+    shares = exposures(batch, train)
+    return shares * (batch >= 0).sum(axis=1, keepdims=True) if count else shares
+
+
+@jax.jit
+def _rolled_out(
+    weights: Float[Array, "run step train"],
+    a: Float[Array, "draw query train"],
+    b: Float[Array, "draw query train"],
+    noise: Float[Array, "draw run step query"] | None,
+    initial: Float[Array, "run query"],
+    keep: Float[Array, ""],
+) -> tuple[Float[Array, "draw run time query"], Float[Array, "draw run time query"]]:
+    alpha = keep + jnp.einsum("rsn,dqn->drsq", weights, a)
+    beta = jnp.einsum("rsn,dqn->drsq", weights, b)
+    start = jnp.broadcast_to(initial[None], (len(a), *initial.shape))
+    path = affine_path
+    for axes, out in (((1, 1, 0), 1), ((0, 0, 0), 0), ((0, 0, 0), 0)):
+        path = jax.vmap(path, in_axes=axes, out_axes=out)
+    mean = path(alpha, beta, start)
+    return mean, mean if noise is None else path(alpha, beta + noise, start)

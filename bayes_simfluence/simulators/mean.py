@@ -1,0 +1,81 @@
+"""A simulator that does not look at curricula: every run goes the way that runs go on average."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.simulators.base import Named, Planned, Simulated, resampled
+
+__all__ = ["MeanSimulator"]
+
+
+@dataclass(frozen=True)
+class MeanSimulator:
+    """One trajectory for all runs, and whole residual paths of left-out runs as its band.
+
+    Attributes:
+        change: mean change of the loss since time 0, nats.
+        residual: true minus simulated losses of left-out runs.
+    """
+
+    name: ClassVar[str] = "mean"
+    change: Float[np.ndarray, "time query"]
+    residual: Float[np.ndarray, "fitted time query"]
+
+    @property
+    def draws(self) -> None:
+        """Any number."""
+        return None
+
+    def simulate(self, planned: Planned, *, key: jax.Array, draws: int) -> Simulated:
+        """The mean change on top of each run's initial losses."""
+        times = planned.batch.shape[1] + 1
+        if times > len(self.change):
+            raise Misuse(
+                "runs to simulate",
+                got=f"{times - 1} steps",
+                expected=f"at most the {len(self.change) - 1} steps of the fitted runs",
+                do="cut the curricula; a mean trajectory says nothing beyond its end",
+            )
+        path = planned.initial[:, None] + self.change[:times][None, :, planned.query]
+        mean = np.broadcast_to(path[None], (draws, *path.shape)).astype(np.float32)
+        noise = resampled(self.residual, planned, key=key, draws=draws)
+        return Simulated(mean[None], (mean + noise).astype(np.float32)[None])
+
+    def samples(self, *, key: jax.Array, draws: int) -> Named:
+        """The one trajectory there is."""
+        return {"change": (("chain", "draw", "time", "query"), self.change[None, None])}
+
+    def log_likelihood(
+        self,
+        planned: Planned,
+        loss: Float[np.ndarray, "run time query"],
+        *,
+        key: jax.Array,
+        draws: int,
+    ) -> None:
+        """Residual paths have no density."""
+        return None
+
+    def arrays(self) -> Named:
+        """Mean change and residuals."""
+        return {
+            "change": (("time", "query"), self.change),
+            "residual": (("fitted", "time", "query"), self.residual),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    @classmethod
+    def restore(
+        cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
+    ) -> "MeanSimulator":
+        """From ``arrays()`` and ``settings()``."""
+        return cls(**arrays, **settings)

@@ -1,0 +1,240 @@
+"""Draws of a model's sites, rolled out: what samplers leave behind, whatever the prior or error."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.gaussian.designs import stacked_paths
+from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.model.link import link_of, log_slope
+from bayes_simfluence.model.numpyro_model import Sites, Units, coefficients_of, density_of, gaps_of
+from bayes_simfluence.model.priors import ExampleFeatures
+from bayes_simfluence.model.simfluence import Path, Simfluence
+from bayes_simfluence.simulators.base import Named, Planned, Simulated, relative_step_size
+from bayes_simfluence.simulators.unrolled import of_queries, simulated
+
+__all__ = ["SampledSimulator"]
+
+
+@dataclass(frozen=True)
+class SampledSimulator:
+    """Posterior draws of every site of the model's program.
+
+    Attributes:
+        model: what was inferred.
+        sites: by name, each with leading axes (chain, draw).
+        units: of the queries' scales.
+        features: embeddings of examples and queries.
+        recorded: steps of a recorded run: the unit of training time.
+        largest_step_size: what step sizes were divided by; None when they were not recorded.
+        missing: positions (run, time, query) of the fitted runs' losses that the site ``missing``
+            holds.
+    """
+
+    name: ClassVar[str] = "sampled"
+    model: Simfluence
+    sites: Mapping[str, Float[np.ndarray, "chain draw *shape"]]
+    units: Units
+    features: ExampleFeatures
+    recorded: int
+    largest_step_size: float | None
+    missing: Int[np.ndarray, "entry axis"] = field(default_factory=lambda: np.zeros((0, 3), int))
+
+    @property
+    def draws(self) -> int:
+        """Draws of all chains together."""
+        chains, draws = self.sites["scale"].shape[:2]
+        return int(chains * draws)
+
+    def simulate(self, planned: Planned, *, key: jax.Array, draws: int) -> Simulated:
+        """Each kept draw rolled out once, with errors of its own."""
+        chosen, shape = self._chosen(draws)
+        steps = planned.batch.shape[1]
+        with double_precision():
+            paths = self._paths(planned)
+            start = link_of(self.model.link, jnp.asarray(planned.initial, float))
+            unroll = partial(simulated, self.model, knots=self._knots(steps))
+            found = unroll(
+                chosen, self.units, self.features, paths, start,
+                jnp.asarray(planned.query), jax.random.split(key, shape[0] * shape[1]),
+            )  # fmt: skip
+        initial = np.broadcast_to(
+            planned.initial[None, :, None], (len(found[0]), *start[:, None].shape)
+        )
+        whole = (
+            np.concatenate([initial, np.asarray(one)], axis=2, dtype=np.float32) for one in found
+        )
+        return Simulated(*(one.reshape(*shape, *one.shape[1:]) for one in whole))
+
+    def samples(self, *, key: jax.Array, draws: int) -> Named:
+        """Hyperparameters, scales, and the effects of a step on one example alone.
+
+        The published kinds have ``a`` (unitless) and ``b`` (nats), the others ``staying``,
+        ``fading`` and ``multiplicative`` on the scale of the link, averaged over training;
+        negative = helpful.
+        """
+        chosen, shape = self._chosen(draws)
+        with double_precision():
+            effects = _effects_of(self.model, self.units, self.features, chosen)
+        named: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+        for name, value in chosen.items():
+            if value.ndim <= 2 and name != "missing":
+                dims = ("chain", "draw", "query")[: value.ndim + 1]
+                named[name] = (dims, np.asarray(value).reshape(*shape, *value.shape[1:]))
+        for name, value in effects.items():
+            dims = ("chain", "draw", "query", "train")
+            named[name] = (dims, np.asarray(value, np.float32).reshape(*shape, *value.shape[1:]))
+        return named
+
+    def log_likelihood(
+        self,
+        planned: Planned,
+        loss: Float[np.ndarray, "run time query"],
+        *,
+        key: jax.Array,
+        draws: int,
+    ) -> Float[np.ndarray, "chain draw run step query"]:
+        """Log density (1/nats) of each loss given the run's earlier ones; NaN where none was seen.
+
+        Losses that were not recorded are integrated over where that is possible (``joint.Gaps``);
+        elsewhere they take the values of their draws.
+
+        Raises:
+            Misuse: losses left out that are not integrated over and that the fit has no draws of.
+        """
+        chosen, shape = self._chosen(draws)
+        with double_precision():
+            linked = link_of(self.model.link, jnp.asarray(loss, float))
+            gaps = gaps_of(self.model, np.asarray(linked))
+            drawn = self._drawn(gaps.imputed, planned.query)
+            query = jnp.asarray(planned.query)
+
+            def one(sites: Sites) -> Array:
+                found = coefficients_of(self.model, sites, self.units, self.features)
+                found = of_queries(found, query)
+                mine = {name: sites[name][query] for name in self._of_query()}
+                seen = linked
+                if len(gaps.imputed):
+                    seen = linked.at[tuple(gaps.imputed.T)].set(sites["missing"][drawn])
+                return density_of(self.model, {**sites, **mine}, found, paths, seen, gaps)
+
+            paths = self._paths(planned)
+            density = jax.lax.map(jax.jit(one), chosen)
+            jacobian = log_slope(self.model.link, jnp.asarray(loss[:, 1:], float))
+            found = np.asarray(density + jacobian[None], np.float32)
+        found = np.where(np.isfinite(loss[None, :, 1:]), found, np.nan)
+        return found.reshape(*shape, *found.shape[1:])
+
+    def _drawn(
+        self, wanted: Int[np.ndarray, "gap axis"], query: Int[np.ndarray, " query"]
+    ) -> Int[np.ndarray, " gap"]:
+        """Places in the site ``missing`` of losses at positions (run, time, queried)."""
+        places = {tuple(one): place for place, one in enumerate(self.missing.tolist())}
+        asked = [(run, time, int(query[at])) for run, time, at in wanted.tolist()]
+        unknown = sum(one not in places for one in asked)
+        if unknown:
+            raise Misuse(
+                "times",
+                got=f"{unknown} losses left out that the fit has no draws of",
+                expected="every recorded loss, for a density that needs the loss before each step",
+                do="leave times out",
+            )
+        return np.array([places[one] for one in asked], int)
+
+    def _of_query(self) -> tuple[str, ...]:
+        """Sites of which each query has its own, besides the coefficients."""
+        both = self.model.published and self.model.error.by_step
+        return ("scale", "noise") if both else ("scale",)
+
+    def _chosen(self, draws: int) -> tuple[dict[str, Array], tuple[int, int]]:
+        """Draws spread evenly over each chain, chain after chain; and how many of each."""
+        chains, held = self.sites["scale"].shape[:2]
+        each = min(held, max(1, -(-draws // chains)))
+        at = np.linspace(0, held - 1, each).round().astype(int)
+        with double_precision():
+            chosen = {
+                name: jnp.asarray(value[:, at].reshape(chains * each, *value.shape[2:]), float)
+                for name, value in self.sites.items()
+            }
+        return chosen, (chains, each)
+
+    def _knots(self, steps: int) -> int:
+        return self.model.coefficients.count(max(1.0, steps / self.recorded))
+
+    def _paths(self, planned: Planned) -> Path:
+        sizes = relative_step_size(planned, self.largest_step_size)
+        return stacked_paths(planned.batch, sizes, len(self.features.train), self.recorded)
+
+    def arrays(self) -> Named:
+        """The draws, with axes named by position."""
+        named: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+            "reference": (("query",), np.asarray(self.units.reference)),
+            "spread": ((), np.asarray(self.units.spread)),
+            "train_feature": (("train", "feature"), np.asarray(self.features.train)),
+            "query_feature": (("query", "of_query"), np.asarray(self.features.query)),
+            "missing": (("entry", "axis"), self.missing),
+        }
+        for name, value in self.sites.items():
+            rest = (f"{name}_{axis}" for axis in range(value.ndim - 2))
+            named[f"site_{name}"] = (("chain", "draw", *rest), np.asarray(value))
+        return named
+
+    def settings(self) -> dict[str, Any]:
+        """The model, and the units of time and step size."""
+        return {
+            "model": self.model.as_dict(),
+            "recorded": self.recorded,
+            "largest_step_size": self.largest_step_size,
+        }
+
+    @classmethod
+    def restore(
+        cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
+    ) -> "SampledSimulator":
+        """From ``arrays()`` and ``settings()``."""
+        with double_precision():
+            features = ExampleFeatures(
+                jnp.asarray(arrays["train_feature"]), jnp.asarray(arrays["query_feature"])
+            )
+            units = Units(jnp.asarray(arrays["reference"]), jnp.asarray(arrays["spread"]))
+        return cls(
+            model=Simfluence.from_dict(settings["model"]),
+            sites={
+                name.removeprefix("site_"): value
+                for name, value in arrays.items()
+                if name.startswith("site_")
+            },
+            units=units,
+            features=features,
+            recorded=settings["recorded"],
+            largest_step_size=settings["largest_step_size"],
+            missing=np.asarray(arrays["missing"], int),
+        )
+
+
+@partial(jax.jit, static_argnums=0)
+def _effects_of(
+    model: Simfluence, units: Units, features: ExampleFeatures, draws: Sites
+) -> dict[str, Float[Array, "draw query train"]]:
+    found: dict[str, Array] = jax.lax.map(partial(_effects, model, units, features), draws)
+    return found
+
+
+def _effects(
+    model: Simfluence, units: Units, features: ExampleFeatures, sites: Sites
+) -> dict[str, Float[Array, "query train"]]:
+    found = coefficients_of(model, sites, units, features)
+    named = {part: value.mean(axis=2) for part, value in found.additive.items()}
+    if found.multiplicative is not None:
+        named["multiplicative"] = found.multiplicative
+    published = {"staying": "b", "multiplicative": "a"}
+    if model.published:
+        return {published.get(name, name): value for name, value in named.items()}
+    return named

@@ -1,0 +1,196 @@
+"""Coefficients of any draw rolled out into losses, with errors drawn from the model's noise."""
+
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bayes_simfluence.linalg import cholesky
+from bayes_simfluence.model.hyper import Values
+from bayes_simfluence.model.link import loss_of
+from bayes_simfluence.model.mean_function import Coefficients, batch_effects, multipliers
+from bayes_simfluence.model.noise import Gaussian, StudentT
+from bayes_simfluence.model.numpyro_model import JITTER, Sites, Units, coefficients_of, noise_of
+from bayes_simfluence.model.priors import ExampleFeatures
+from bayes_simfluence.model.simfluence import Path, Simfluence, gather, rate_of
+
+__all__ = ["of_queries", "simulated"]
+
+AT_ONCE = 8
+"""Draws rolled out together."""
+
+
+@partial(jax.jit, static_argnames=("model", "knots"))
+def simulated(
+    model: Simfluence,
+    draws: Sites,
+    units: Units,
+    features: ExampleFeatures,
+    paths: Path,
+    start: Float[Array, "run query"],
+    query: Array,
+    keys: Array,
+    *,
+    knots: int,
+) -> tuple[Array, Array]:
+    """Losses after each step, without and with error: (draw, run, step, query)."""
+
+    def one(inputs: tuple[Sites, Array]) -> tuple[Array, Array]:
+        sites, key = inputs
+        knot_key, error_key = jax.random.split(key)
+        longer = _extended(model, sites, knots, key=knot_key)
+        found = of_queries(coefficients_of(model, longer, units, features), query)
+        noise = noise_of(model, sites)[query]
+        factor = _walk_factor(model, sites, paths.progress[0])
+        runs = jnp.arange(len(start))
+
+        def of_run(run: Array, path: Path, at: Array) -> tuple[Array, Array]:
+            own = jax.random.fold_in(error_key, run)
+            return _rolled(model, sites, found, path, at, noise, factor, key=own)
+
+        done: tuple[Array, Array] = jax.vmap(of_run)(runs, paths, start)
+        return done
+
+    found: tuple[Array, Array] = jax.lax.map(one, (draws, keys), batch_size=AT_ONCE)
+    return found
+
+
+def _extended(model: Simfluence, sites: Sites, knots: int, *, key: jax.Array) -> Sites:
+    """Sites with fresh prior draws of the knots beyond a recorded run.
+
+    An example's local scale shows in its size at the recorded knots.
+    """
+    longer = dict(sites)
+    for number, (name, value) in enumerate(sorted(sites.items())):
+        smooth = name.endswith("_unit") and not name.startswith("multiplicative")
+        curve = name.endswith("_time") and model.time_effect == "smooth"
+        more = knots - value.shape[-1] if smooth or curve else 0
+        if more > 0:
+            if smooth and not model.prior.varying:
+                last = jnp.repeat(value[..., -1:], more, axis=-1)
+                longer[name] = jnp.concatenate([value, last], axis=-1)
+                continue
+            own = jax.random.fold_in(key, number)
+            size = jnp.sqrt(jnp.square(value).mean(axis=-1, keepdims=True)) if smooth else 1.0
+            fresh = size * jax.random.normal(own, (*value.shape[:-1], more), value.dtype)
+            longer[name] = jnp.concatenate([value, fresh], axis=-1)
+    return longer
+
+
+def of_queries(found: Coefficients, query: Array) -> Coefficients:
+    """Those of some queries."""
+    taken: Coefficients = jax.tree.map(lambda whole: whole[query], found)
+    return taken
+
+
+def _walk_factor(
+    model: Simfluence, values: Values, progress: Float[Array, " step"]
+) -> Float[Array, "step step"]:
+    """The error path as a map of independent draws; for Student-t steps, their sum.
+
+    Noise of observation that the recurrence does not see is added to the rolled-out losses.
+    """
+    error = model.error
+    if isinstance(error, StudentT):
+        return jnp.tril(jnp.ones((len(progress), len(progress))))
+    if isinstance(error, Gaussian) and model.multiplicative:
+        error = replace(error, observation=False)
+    covariance = error.covariance(values, progress)
+    return cholesky(covariance + JITTER * jnp.eye(len(progress)))
+
+
+def _hidden(model: Simfluence) -> bool:
+    return model.multiplicative and isinstance(model.error, Gaussian) and model.error.observation
+
+
+def _rolled(
+    model: Simfluence,
+    sites: Sites,
+    coefficients: Coefficients,
+    path: Path,
+    start: Float[Array, " query"],
+    noise: Float[Array, " query"],
+    factor: Float[Array, "step step"],
+    *,
+    key: jax.Array,
+) -> tuple[Float[Array, "step query"], Float[Array, "step query"]]:
+    steps, queries = len(path.progress), len(start)
+    walk_key, seen_key = jax.random.split(key)
+    if isinstance(model.error, StudentT):
+        independent = jax.random.t(walk_key, model.error.freedom_of(sites), (steps, queries))
+    else:
+        independent = jax.random.normal(walk_key, (steps, queries))
+    error = noise[None] * (factor @ independent)
+    simple = not model.multiplicative and getattr(model.error, "loss_power", 0.0) == 0
+    way = _summed if simple else _scanned
+    mean = way(model, sites, coefficients, path, start, jnp.zeros_like(error))
+    loss = way(model, sites, coefficients, path, start, error)
+    if _hidden(model):
+        white = jax.random.normal(seen_key, (steps, queries))
+        loss = loss + sites["observation"] * noise[None] * white
+    return loss_of(model.link, mean), loss_of(model.link, loss)
+
+
+def _summed(
+    model: Simfluence,
+    values: Values,
+    coefficients: Coefficients,
+    path: Path,
+    start: Float[Array, " query"],
+    error: Float[Array, "step query"],
+) -> Float[Array, "step query"]:
+    """Without feedback of the loss: a sum of matrix products."""
+    rows = jnp.arange(len(path.progress))
+    total = start[None] + error
+    for part in model.parts:
+        moved = batch_effects(model, coefficients, part, path)
+        total = total + gather(model, values, path, part, rows) @ moved
+    return total
+
+
+class _State(NamedTuple):
+    moved: dict[str, Array]
+    total: dict[str, Array]
+    error: Array
+    loss: Array
+
+
+def _scanned(
+    model: Simfluence,
+    values: Values,
+    coefficients: Coefficients,
+    path: Path,
+    start: Float[Array, " query"],
+    error: Float[Array, "step query"],
+) -> Float[Array, "step query"]:
+    """Step by step: batches act on the simulated loss, and the error's size may follow it."""
+    steps = len(path.progress)
+    batches = {part: batch_effects(model, coefficients, part, path) for part in model.parts}
+    factor = multipliers(coefficients, path)
+    weights = model.exposure.weights(values, path.step_size)
+    kept = {part: jnp.exp(rate_of(values, part) * path.progress[0]) for part in model.parts}
+    pushes = jnp.diff(error, axis=0, prepend=jnp.zeros_like(error[:1]))
+
+    def step(state: _State, at: Array) -> tuple[_State, Array]:
+        moved, total = {}, {}
+        for part in model.parts:
+            now = batches[part][at]
+            if factor is not None and part == model.parts[0]:
+                now = now + factor[at] * state.loss
+            moved[part] = state.moved[part].at[at].set(now)
+            total[part] = kept[part] * state.total[part] + weights[at] @ moved[part]
+        size = model.error.sizes(values, loss_of(model.link, state.loss)[None])
+        push = pushes[at] if size is None else size[0] * pushes[at]
+        deviation = state.error + push
+        loss = start + sum(total.values()) + deviation
+        return _State(moved, total, deviation, loss), loss
+
+    nothing = {part: jnp.zeros_like(error) for part in model.parts}
+    zero = {part: jnp.zeros_like(start) for part in model.parts}
+    begin = _State(nothing, zero, jnp.zeros_like(start), start)
+    _, losses = jax.lax.scan(step, begin, jnp.arange(steps))
+    found: Array = losses
+    return found

@@ -1,0 +1,62 @@
+"""The fitted two-timescale model for examples and queries that no run knows.
+
+A training example that was never trained on is one more row of features: its own effect has the
+prior's spread, and what its features say of it is conditioned on as everything else is. A query
+that was never recorded is one more draw from the population of queries: its prior mean follows from
+its features, its weights are centred on the recorded queries' mean with the prior's spread, and the
+spread of its scale is that of the recorded queries' scales.
+"""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from scipy.optimize import brentq
+from scipy.special import polygamma
+
+from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.model.priors import ExampleFeatures
+from bayes_simfluence.simulators.gaussian import PathSimulator
+
+__all__ = ["for_unseen_queries", "with_unseen_examples"]
+
+FREEDOMS = (1.0, 200.0)
+"""Fewest and most degrees of freedom of a scale that is only known from other queries'."""
+
+
+def with_unseen_examples(
+    simulator: PathSimulator, train: Float[np.ndarray, "new feature"]
+) -> PathSimulator:
+    """The same posterior with further training examples after the fitted ones."""
+    features = simulator.fitted.features
+    with double_precision():
+        rows = jnp.concatenate([features.train, jnp.asarray(train, float)])
+    longer = ExampleFeatures(rows, features.query)
+    return replace(simulator, fitted=simulator.fitted._replace(features=longer))
+
+
+def for_unseen_queries(
+    simulator: PathSimulator, query: Float[np.ndarray, "new feature"]
+) -> PathSimulator:
+    """The posterior of queries that were never recorded, in the order of their features."""
+    variance = np.log(np.maximum(simulator.scale, np.finfo(float).tiny) ** 2)
+    with double_precision():
+        features = simulator.fitted.features._replace(query=jnp.asarray(query, float))
+    return replace(
+        simulator,
+        unseen=features,
+        scale=np.full(len(query), np.exp(0.5 * variance.mean())),
+        freedom=_freedom(float(variance.var(ddof=1)) if len(variance) > 1 else np.inf),
+    )
+
+
+def _freedom(variance: float) -> float:
+    """Degrees of freedom of a scaled inverse chi-square whose logarithm has this variance."""
+    fewest, most = FREEDOMS
+    if variance >= polygamma(1, 0.5 * fewest):
+        return fewest
+    if variance <= polygamma(1, 0.5 * most):
+        return most
+    found: float = brentq(lambda freedom: polygamma(1, 0.5 * freedom) - variance, fewest, most)
+    return found

@@ -1,0 +1,120 @@
+"""Causal language modelling with the loss on the completion alone."""
+
+from collections.abc import Sequence
+
+import jax
+from jaxtyping import Array, Float
+
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.networks.tensor_files import Tensors
+from bayes_simfluence.tasks.completions import Completions, completed, prompt_tokens
+from bayes_simfluence.tasks.generation import continuations, metrics_and_scores
+from bayes_simfluence.tasks.likelihood import (
+    completion_logits,
+    drawn_slopes,
+    mean_nats,
+    smallest_margin,
+)
+from bayes_simfluence.tasks.measures import Measure
+from bayes_simfluence.tasks.pretrained import Pretrained
+from bayes_simfluence.tasks.rows import Rows
+from bayes_simfluence.tasks.task import Task
+from bayes_simfluence.tasks.templates import filled
+from bayes_simfluence.tasks.tokens import Examples
+from bayes_simfluence.tasks.tuned import tuned_task
+from bayes_simfluence.tuning.tunings import FULL, Tuning
+
+__all__ = ["causal_task"]
+
+Logits = Float[Array, "target vocabulary"]
+
+
+def causal_task(
+    model: Pretrained,
+    train: Rows,
+    query: Rows,
+    *,
+    key: jax.Array,
+    prompt: str = "",
+    completion: str = "{text}",
+    max_tokens: int = 128,
+    metrics: Sequence[str] = (),
+    new_tokens: int = 32,
+    tuning: Tuning = FULL,
+) -> Task:
+    """Fine-tuning of a decoder; the loss is the mean cross-entropy of the completion's tokens.
+
+    The EOS token ends the completion and counts where the tokenizer has one and it was not cut
+    away; ``completions`` says what stands before the prompt.
+
+    Args:
+        key: decides the initial weights of adapters.
+        prompt: template of what comes before and is not predicted; blank = nothing.
+        completion: template of what is predicted.
+        metrics: of ``accuracy`` (1 when greedy decoding writes the completion), ``margin`` (nats,
+            of the completion's least certain token), ``bleu`` and ``rouge_l``.
+        new_tokens: most tokens generated for ``bleu`` and ``rouge_l``.
+        tuning: what is trained.
+
+    Raises:
+        Misuse: a network that is no decoder, rows or metrics that do not fit.
+    """
+    if model.network.kind != "decoder":
+        raise Misuse(
+            "task",
+            got=f"'causal' with {model.name}, whose family {model.network.family} is an "
+            f"{model.network.kind}",
+            expected="a decoder",
+            do="choose another --checkpoint, or another --task",
+        )
+    rows = {"train": train, "query": query}
+    texts = {
+        name: Completions(
+            one.places,
+            filled(one, prompt, "prompt") if prompt else [""] * len(one.ids),
+            filled(one, completion, "completion"),
+        )
+        for name, one in rows.items()
+    }
+
+    def outputs(weights: Tensors, example: Examples) -> Logits:
+        return completion_logits(model.network, weights, example["tokens"], example["attended"])
+
+    def output_loss(logits: Logits, example: Examples) -> Float[Array, ""]:
+        return mean_nats(logits, example["tokens"][1:], example["target"][1:])
+
+    def output_draw(logits: Logits, example: Examples, key: jax.Array) -> Logits:
+        return drawn_slopes(logits, example["target"][1:], key)
+
+    def loss(weights: Tensors, example: Examples) -> Float[Array, ""]:
+        return output_loss(outputs(weights, example), example)
+
+    def margin(weights: Tensors, example: Examples) -> Float[Array, ""]:
+        logits = outputs(weights, example)
+        return smallest_margin(logits, example["tokens"][1:], example["target"][1:])
+
+    def accuracy(weights: Tensors, example: Examples) -> Float[Array, ""]:
+        found = margin(weights, example)
+        return (found > 0).astype(found.dtype)
+
+    measured: dict[str, Measure] = {"accuracy": accuracy, "margin": margin}
+    recorded, scores = metrics_and_scores(
+        metrics,
+        measured,
+        lambda: continuations(model, prompt_tokens(model, texts["query"]), new_tokens),
+        [text.strip() for text in texts["query"].completions],
+    )
+    arrays, said = completed(model, texts, max_tokens, end=True)
+    return tuned_task(
+        model,
+        model.tensors,
+        tuning=tuning,
+        key=key,
+        loss=loss,
+        examples=arrays,
+        rows=rows,
+        metrics=recorded,
+        scores=scores,
+        provenance={"task": "causal", "prompt": prompt, "completion": completion, **said},
+        parts={"outputs": outputs, "output_loss": output_loss, "output_draw": output_draw},
+    )

@@ -1,0 +1,178 @@
+"""Texts from texts by an encoder-decoder (T5): texts of labels and their ranking, or any text."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from bayes_simfluence.checks import Misuse, shorten
+from bayes_simfluence.networks import network as networks
+from bayes_simfluence.networks.tensor_files import Tensors
+from bayes_simfluence.tasks.classification import codes_of
+from bayes_simfluence.tasks.generation import answers, metrics_and_scores
+from bayes_simfluence.tasks.likelihood import drawn_slopes, mean_nats, target_logits
+from bayes_simfluence.tasks.measures import measures
+from bayes_simfluence.tasks.pretrained import Pretrained
+from bayes_simfluence.tasks.rows import Rows
+from bayes_simfluence.tasks.task import Task
+from bayes_simfluence.tasks.templates import filled
+from bayes_simfluence.tasks.tokens import Examples, Texts, targets_of, tokenized
+from bayes_simfluence.tasks.tuned import tuned_task
+from bayes_simfluence.tuning.tunings import FULL, Tuning
+
+__all__ = ["seq2seq_task"]
+
+Logits = Float[Array, "target vocabulary"]
+
+
+def seq2seq_task(
+    model: Pretrained,
+    train: Rows,
+    query: Rows,
+    *,
+    key: jax.Array,
+    prompt: str = "{text}",
+    completion: str = "",
+    labels: Mapping[str, str] | None = None,
+    label_field: str = "label",
+    max_tokens: int = 128,
+    metrics: Sequence[str] = (),
+    new_tokens: int = 32,
+    tuning: Tuning = FULL,
+) -> Task:
+    """Fine-tuning of an encoder-decoder; the loss is the mean cross-entropy of the target's tokens.
+
+    The target is the text of the row's label, or any text. With labels the prediction is the
+    label text of lowest loss (rank classification).
+
+    Args:
+        key: decides the initial weights of adapters.
+        prompt: template of the source text.
+        completion: template of the target text; or
+        labels: the label words and the text of each.
+        metrics: of ``accuracy`` (0 or 1), ``margin`` (nats per token; both with labels only),
+            ``bleu`` and ``rouge_l``.
+        new_tokens: most tokens generated for ``bleu`` and ``rouge_l``.
+        tuning: what is trained.
+
+    Raises:
+        Misuse: a network that is no encoder-decoder, rows, labels or metrics that do not fit.
+    """
+    _check(model, completion, labels)
+    rows, words = {"train": train, "query": query}, dict(labels or {})
+    codes = {one: codes_of(rows[one], list(words), label_field, one) for one in rows if words}
+    texts = {
+        name: [list(words.values())[int(code)] for code in codes[name]]
+        if words
+        else filled(one, completion, "completion")
+        for name, one in rows.items()
+    }
+    sources = {name: Texts(one.places, filled(one, prompt, "prompt")) for name, one in rows.items()}
+    targets = {name: Texts(one.places, texts[name]) for name, one in rows.items()}
+    arrays, said = tokenized(model, sources, max_tokens)
+    answered, more = targets_of(model, {**_label_targets(words), **targets}, max_tokens)
+    _different(words, answered)
+    examples = {
+        one: {**arrays[one], **answered[one], **({"label": codes[one]} if words else {})}
+        for one in rows
+    }
+
+    def loss(weights: Tensors, example: Examples) -> Float[Array, ""]:
+        return _loss(model, weights, example, example["target"], example["counted"])
+
+    def outputs(weights: Tensors, example: Examples) -> Logits:
+        return target_logits(model.network, weights, _source(example), example["target"])
+
+    def output_loss(logits: Logits, example: Examples) -> Float[Array, ""]:
+        return mean_nats(logits, example["target"], example["counted"])
+
+    def output_draw(logits: Logits, example: Examples, key: jax.Array) -> Logits:
+        return drawn_slopes(logits, example["counted"], key)
+
+    def scores(
+        weights: Tensors, example: Examples
+    ) -> tuple[Float[Array, " label"], Int[Array, ""]]:
+        def loss_of(answer: Examples) -> Float[Array, ""]:
+            return _loss(model, weights, example, answer["target"], answer["counted"])
+
+        return -jax.vmap(loss_of)(answered["labels"]), example["label"]
+
+    recorded, text_scores = metrics_and_scores(
+        metrics,
+        measures(scores) if words else {},
+        lambda: answers(model, _source(examples["query"]), new_tokens),
+        [text.strip() for text in texts["query"]],
+    )
+    return tuned_task(
+        model,
+        model.tensors,
+        tuning=tuning,
+        key=key,
+        loss=loss,
+        examples=examples,
+        rows=rows,
+        metrics=recorded,
+        scores=text_scores,
+        provenance={
+            "task": "seq2seq",
+            "prompt": prompt,
+            **({"labels": words} if words else {"completion": completion}),
+            **said,
+            **more,
+        },
+        parts={"outputs": outputs, "output_loss": output_loss, "output_draw": output_draw},
+    )
+
+
+def _source(example: Examples) -> networks.Sequence:
+    return networks.Sequence(example["tokens"], example["segments"], example["attended"])
+
+
+def _loss(
+    model: Pretrained,
+    weights: Tensors,
+    example: Examples,
+    target: Int[Array, " target"],
+    counted: Bool[Array, " target"],
+) -> Float[Array, ""]:
+    logits = target_logits(model.network, weights, _source(example), target)
+    return mean_nats(logits, target, counted)
+
+
+def _check(model: Pretrained, completion: str, labels: Mapping[str, str] | None) -> None:
+    network = model.network
+    if network.kind != "encoder-decoder" or network.start_token is None:
+        raise Misuse(
+            "task",
+            got=f"'seq2seq' with {model.name} of the family {network.family} ({network.kind})",
+            expected="an encoder-decoder with a decoder_start_token_id",
+            do="choose another --checkpoint, or another --task",
+        )
+    if bool(completion) == bool(labels):
+        raise Misuse(
+            "completion",
+            got="both it and labels" if labels else "neither it nor labels",
+            expected="the template of the target text, or the texts of labels",
+            do="give one of the two",
+        )
+
+
+def _label_targets(labels: Mapping[str, str]) -> dict[str, Texts]:
+    places = [f"text of label {one!r}" for one in labels]
+    return {"labels": Texts(places, list(labels.values()))} if labels else {}
+
+
+def _different(labels: Mapping[str, str], targets: Mapping[str, Examples]) -> None:
+    tokens = [tuple(row) for row in targets["labels"]["target"].tolist()] if labels else []
+    repeated = [
+        f"{label}={text}"
+        for (label, text), row in zip(labels.items(), tokens, strict=True)
+        if tokens.count(row) > 1
+    ]
+    if repeated:
+        raise Misuse(
+            "label_texts",
+            got=f"the same tokens for {shorten(repeated)}",
+            expected="texts that the tokenizer tells apart",
+            do="correct --label-texts, as in '0=negative,1=positive'",
+        )

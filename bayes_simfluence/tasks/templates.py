@@ -1,0 +1,78 @@
+"""Texts from the fields of a row: plain templates, ``{premise} because {hypothesis}``."""
+
+import re
+from collections.abc import Sequence
+
+from bayes_simfluence.checks import Misuse, shorten
+from bayes_simfluence.tasks.rows import Rows
+
+__all__ = ["fields_of", "filled"]
+
+PIECE = re.compile(r"\{\{|\}\}|\{(?P<field>[^{}]*)\}|[{}]|[^{}]+")
+
+
+def fields_of(template: str, option: str) -> list[str]:
+    """The fields that a template names; what stands between braces is a name, nothing else.
+
+    >>> fields_of("{a}, {{so}} {b}", "prompt")
+    ['a', 'b']
+    """
+    return [piece for is_field, piece in _parsed(template, option) if is_field]
+
+
+def filled(rows: Rows, template: str, option: str) -> list[str]:
+    """The template with every row's values in place of the names.
+
+    Args:
+        rows: what is filled in, as text; a value may be blank where others are not.
+        template: text with fields in braces; a brace itself is written twice.
+        option: the setting that holds the template, for messages.
+
+    Raises:
+        Misuse: a brace alone, a field that a row lacks, a row whose text is blank.
+
+    >>> rows = Rows("file", "line", [1], ["1"], [{"a": 3, "b": "yes"}])
+    >>> filled(rows, "{a}: {b} {{ok}}", "prompt")
+    ['3: yes {ok}']
+    """
+    pieces = _parsed(template, option)
+    names = [piece for is_field, piece in pieces if is_field]
+    for at, row in enumerate(rows.fields):
+        for name in names:
+            if row.get(name) is None:
+                raise rows.lacks(at, name, option)
+    texts = [
+        "".join(str(row[piece]) if is_field else piece for is_field, piece in pieces)
+        for row in rows.fields
+    ]
+    for at, text in enumerate(texts):
+        if not text.strip():
+            raise _blank(rows, at, names, option)
+    return texts
+
+
+def _parsed(template: str, option: str) -> list[tuple[bool, str]]:
+    pieces = []
+    for match in PIECE.finditer(template):
+        piece, field = match.group(), match["field"]
+        if piece in ("{", "}") or field == "":
+            raise Misuse(
+                option,
+                got=f"{piece!r} in {template!r}",
+                expected="field names in braces, as '{premise} {hypothesis}'",
+                do="close the brace, or write a brace of the text twice",
+            )
+        literal = piece[0] if piece in ("{{", "}}") else piece
+        pieces.append((field is not None, literal if field is None else field))
+    return pieces
+
+
+def _blank(rows: Rows, at: int, names: Sequence[str], option: str) -> Misuse:
+    if len(names) == 1:
+        return rows.lacks(at, names[0], option)
+    return Misuse(
+        rows.where(at),
+        got=f"a blank text of fields {shorten(names, 8)}",
+        expected="some text",
+        do=f"correct the row, or the template --{option.replace('_', '-')}",
+    )

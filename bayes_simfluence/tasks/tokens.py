@@ -1,0 +1,219 @@
+"""Texts to arrays of token ids: truncation counted, lengths padded to a few sizes.
+
+All examples of a task, training and queries, have ONE padded length, so that a recording compiles
+once; the length is one of a small set, so that tasks of about the same length share programs. Up
+to 128 tokens it is a multiple of 8, above that one of four lengths between powers of two (160,
+192, 224, 256, 320, ...): at most a quarter is padding, and 1024 tokens need 28 lengths at most.
+Padding always stands on the right and nothing attends to it.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Shaped
+
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.tasks.pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "Examples",
+    "Texts",
+    "bucket",
+    "cut_said",
+    "filled_lengths",
+    "known_tokens",
+    "limit_of",
+    "padded",
+    "padding_of",
+    "shortened",
+    "targets_of",
+    "tokenized",
+    "without_special",
+]
+
+log = logging.getLogger(__name__)
+
+Examples = dict[str, Shaped[Array, "..."]]
+"""Arrays by name, of one example or with a leading axis of examples."""
+
+MULTIPLE, FINE = 8, 128
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts or pairs of texts to tokenize, each with its place for messages."""
+
+    where: Sequence[str]
+    texts: Sequence[str]
+    pairs: Sequence[str] | None = None
+
+
+def bucket(length: int, limit: int) -> int:
+    """The padded length for ``length`` tokens, at most ``limit``.
+
+    >>> [bucket(one, 1024) for one in (1, 9, 128, 129, 200, 600)]
+    [8, 16, 128, 160, 224, 640]
+    """
+    step = MULTIPLE if length <= FINE else 2 ** ((length - 1).bit_length() - 3)
+    return min(-(-length // step) * step, limit)
+
+
+def limit_of(model: Pretrained, max_tokens: int) -> int:
+    """The most tokens of a sequence: what was asked for, and what the network has places for."""
+    return min(max_tokens, model.network.positions or max_tokens)
+
+
+def tokenized(
+    model: Pretrained, files: Mapping[str, Texts], max_tokens: int
+) -> tuple[dict[str, Examples], dict[str, Any]]:
+    """Token ids, segments and attended positions of every file, and what there is to say of them.
+
+    Special tokens are the tokenizer's own; of a pair the longer text is cut first.
+
+    Raises:
+        Misuse: a token that the network does not know, no room for special tokens.
+    """
+    limit = limit_of(model, max_tokens)
+    encoded = {name: _encoded(model, one, limit) for name, one in files.items()}
+    longest = max(len(ids) for tokens, _, _ in encoded.values() for ids in tokens)
+    length = bucket(longest, limit)
+    examples = {
+        name: {
+            "tokens": padded(tokens, length, padding_of(model.tokenizer)),
+            "segments": padded(segments, length, 0),
+            "attended": padded([[1] * len(ids) for ids in tokens], length, 0).astype(bool),
+        }
+        for name, (tokens, segments, _) in encoded.items()
+    }
+    cut = {name: count for name, (_, _, count) in encoded.items()}
+    total = sum(len(one.texts) for one in files.values())
+    return examples, {"padded_tokens": length, "truncated": cut_said(cut, total, limit)}
+
+
+def targets_of(
+    model: Pretrained, files: Mapping[str, Texts], max_tokens: int
+) -> tuple[dict[str, Examples], dict[str, Any]]:
+    """Texts for a decoder to write: ``target``, ending with EOS where there is one, ``counted``.
+
+    Raises:
+        Misuse: a token that the network does not know, a text without any.
+    """
+    tokenizer = model.tokenizer
+    last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    plain = {name: without_special(tokenizer, one.texts) for name, one in files.items()}
+    for name, one in files.items():
+        known_tokens(model, plain[name], one.where)
+    whole = {name: [ids + last for ids in tokens] for name, tokens in plain.items()}
+    cut = {name: sum(len(ids) > max_tokens for ids in tokens) for name, tokens in whole.items()}
+    length = bucket(max(len(ids) for tokens in whole.values() for ids in tokens), max_tokens)
+    examples = {}
+    for name, tokens in whole.items():
+        kept = [ids[:max_tokens] for ids in tokens]
+        examples[name] = {
+            "target": padded(kept, length, padding_of(tokenizer)),
+            "counted": padded([[1] * len(ids) for ids in kept], length, 0).astype(bool),
+        }
+    total = sum(len(one.texts) for one in files.values())
+    said = cut_said(cut, total, max_tokens)
+    return examples, {"padded_target_tokens": length, "truncated_targets": said}
+
+
+def without_special(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of the texts alone."""
+    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def padded(rows: Sequence[Sequence[int]], length: int, fill: int) -> Int[Array, "example {length}"]:
+    """Rows of token ids as one array, filled up on the right."""
+    array = np.full((len(rows), length), fill, np.int32)
+    for at, row in enumerate(rows):
+        array[at, : len(row)] = row
+    return jnp.asarray(array)
+
+
+def padding_of(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that fills up; one that ends texts where the tokenizer has none for it."""
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    stand_in = tokenizer.eos_token_id
+    log.info("no padding token: %s stands in, unattended", tokenizer.eos_token or "token 0")
+    return 0 if stand_in is None else int(stand_in)
+
+
+def filled_lengths(examples: Examples) -> list[int]:
+    """Tokens of each example that are not padding; of the longest where it has several texts."""
+    filled = np.asarray(examples["attended"]).sum(axis=-1)
+    return [int(one) for one in filled.reshape(len(filled), -1).max(axis=1)]
+
+
+def shortened(example: Examples, length: int) -> Examples:
+    """One example without padding beyond ``length`` tokens; what a decoder writes stays whole."""
+    along = {"tokens", "segments", "attended", "target"} - _of_decoder(example)
+    return {name: x[..., :length] if name in along else x for name, x in example.items()}
+
+
+def _of_decoder(example: Examples) -> set[str]:
+    """Arrays along an encoder-decoder's target, not along its source."""
+    return {"target", "counted"} if "counted" in example else set()
+
+
+def cut_said(cut: Mapping[str, int], total: int, limit: int) -> dict[str, int]:
+    """How many texts of each file were cut, told to the log where there are any."""
+    if any(cut.values()):
+        log.warning("%d of %d texts cut to %d tokens", sum(cut.values()), total, limit)
+    return dict(cut)
+
+
+def known_tokens(model: Pretrained, tokens: Sequence[Sequence[int]], where: Sequence[str]) -> None:
+    """Raise when a token has no embedding: indexing in JAX would take another one's silently.
+
+    Raises:
+        Misuse: such a token, or a text without any; the message names the row.
+    """
+    size = model.network.vocabulary
+    for ids, place in zip(tokens, where, strict=True):
+        if not ids:
+            raise Misuse(
+                place,
+                got="a text of no tokens",
+                expected="at least one",
+                do="correct the row, or use the tokenizer that belongs to the checkpoint",
+            )
+        if max(ids) >= size:
+            word = model.tokenizer.convert_ids_to_tokens(max(ids))
+            raise Misuse(
+                place,
+                got=f"token {word!r} with id {max(ids)}",
+                expected=f"ids below {size}, the vocabulary of {model.name}",
+                do="use the tokenizer that belongs to the checkpoint",
+            )
+
+
+def _encoded(
+    model: Pretrained, texts: Texts, limit: int
+) -> tuple[list[list[int]], list[list[int]], int]:
+    """Token ids and segments, and how many of the texts were cut."""
+    arguments = (list(texts.texts), texts.pairs and list(texts.pairs))
+    special = model.tokenizer.num_special_tokens_to_add(pair=texts.pairs is not None)
+    if limit <= special:
+        raise Misuse(
+            "max_tokens",
+            got=limit,
+            expected=f"more than the {special} special tokens of each text",
+            do="raise --max-tokens",
+        )
+    encoded = model.tokenizer(*arguments)
+    cut = sum(len(ids) > limit for ids in encoded["input_ids"])
+    if cut:
+        encoded = model.tokenizer(*arguments, truncation=True, max_length=limit)
+    tokens = [list(ids) for ids in encoded["input_ids"]]
+    known_tokens(model, tokens, texts.where)
+    segments = encoded.get("token_type_ids") or [[0] * len(ids) for ids in tokens]
+    return tokens, segments, cut

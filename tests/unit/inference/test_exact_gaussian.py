@@ -1,0 +1,265 @@
+"""The two-timescale fit: its gradient, its verdict, and the recordings that it must take."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bayes_simfluence as bs
+from bayes_simfluence.checks import FitFailed, FitWarning, Misuse
+from bayes_simfluence.gaussian.designs import FittedPaths, designs_and_means
+from bayes_simfluence.gaussian.leave_out import evidence_score, left_out, left_out_score
+from bayes_simfluence.gaussian.search import _change, _negative_score, band_of, even_rows
+from bayes_simfluence.inference.recorded import features_of, recorded_from
+from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.model.hyper import log_prior, natural_values, start
+from bayes_simfluence.model.priors import Normal
+from bayes_simfluence.model.simfluence import Simfluence, hypers_of
+
+RUNS, STEPS, TIMES, QUERY = 4, 16, 4, 3
+EXACT = bs.Exact(times=TIMES)
+KEY = jax.random.key(0)
+
+
+examples = cache(bs.example_runs)
+
+
+def recording(runs=RUNS, first=0):
+    """A corner of the example recording, small enough to be fitted in a test."""
+    chosen = {"step": slice(0, STEPS), "time": slice(0, STEPS + 1), "query": slice(0, QUERY)}
+    return examples().isel(run=slice(first, first + runs), **chosen).copy(deep=True)
+
+
+@pytest.fixture(scope="module")
+def posterior():
+    return bs.fit(recording(), method=EXACT, key=KEY)
+
+
+def problem():
+    """Arrays of the search, as the fit makes them."""
+    found = recorded_from(recording())
+    fitted = FittedPaths(
+        batch=found.batch,
+        step_size=found.step_size / found.step_size.max(),
+        loss=found.loss,
+        features=features_of(found, Simfluence()),
+    )
+    return Simfluence(), fitted, even_rows(STEPS, TIMES)
+
+
+@pytest.mark.parametrize("criterion", ["leave-one-run-out", "evidence"])
+def test_the_gradient_is_that_of_differences(rng, criterion):
+    model, fitted, rows = problem()
+    with double_precision():
+        hypers = hypers_of(model, fitted.features)
+        free = start(hypers) + 0.2 * rng.normal(size=len(hypers))
+        change = _change(model, fitted, rows)
+        points = jnp.asarray(float(change.shape[0] * change.shape[2]))
+
+        def score(free):
+            return _negative_score(
+                jnp.asarray(free), fitted.paths(), fitted.features, change, jnp.asarray(rows),
+                points, model=model, criterion=criterion,
+            )  # fmt: skip
+
+        value, gradient = score(free)
+        differences = []
+        for at in range(len(free)):
+            step = np.zeros_like(free)
+            step[at] = 1e-5
+            differences.append(float(score(free + step)[0] - score(free - step)[0]) / 2e-5)
+        np.testing.assert_allclose(gradient, differences, rtol=1e-4, atol=1e-7)
+        assert np.abs(gradient).min() > 0
+
+        # The value: criterion plus prior, from the pieces.
+        values = natural_values(hypers, jnp.asarray(free))
+        designs, mean = designs_and_means(
+            model, values, fitted.paths(), fitted.features, jnp.asarray(rows), knots=6
+        )
+        flat = np.asarray(designs).reshape(-1, designs.shape[-1])
+        whole = flat @ flat.T / (flat**2).sum(axis=1).mean()
+        error = np.asarray(model.error.covariance(values, jnp.arange(1, STEPS + 1) / STEPS))
+        error = error[np.ix_(rows, rows)] + 1e-8 * np.eye(len(rows))
+        whole = jnp.asarray(whole + np.kron(np.eye(RUNS), error))
+        kept = left_out_score if criterion == "leave-one-run-out" else evidence_score
+        expected = kept(whole, change - mean) + log_prior(hypers, jnp.asarray(free)) / (
+            RUNS * QUERY
+        )
+        np.testing.assert_allclose(-value, expected, rtol=1e-6)
+
+
+def test_the_fit_explains_itself(posterior):
+    verdict = posterior.verdict
+    assert verdict.ok and "MSE of left-out runs" in verdict.sentence
+    assert any("90% bands cover" in note for note in verdict.notes)
+    assert any("4 runs tell little" in note for note in verdict.notes)
+    assert {"left_out_score", "left_out_mse", "left_out_coverage_90"} <= set(verdict.numbers)
+    assert np.isfinite(list(verdict.numbers.values())).all()
+    assert posterior.settings["method"] == "Exact" and posterior.settings["times"] == TIMES
+
+
+def test_the_search_beats_its_start(posterior):
+    model, fitted, rows = problem()
+    with double_precision():
+        hypers = hypers_of(model, fitted.features)
+        change = _change(model, fitted, rows)
+
+        def score(free):
+            return -_negative_score(
+                jnp.asarray(free), fitted.paths(), fitted.features, change, jnp.asarray(rows),
+                jnp.asarray(float(RUNS * QUERY)), model=model, criterion="leave-one-run-out",
+            )[0]  # fmt: skip
+
+        found = float(score(posterior.simulator.free))
+        np.testing.assert_allclose(found, posterior.verdict.numbers["left_out_score"], rtol=1e-6)
+        assert found > float(score(start(hypers))) + 0.01
+
+
+def test_left_out_runs_come_with_their_band(posterior):
+    left, truth = posterior.left_out, recording()["loss"]
+    assert left["predicted"].dims == ("run", "time", "query")
+    assert left["time"].values.tolist() == [4, 8, 12, 16]
+    assert (left["low"] < left["predicted"]).all() and (left["predicted"] < left["high"]).all()
+    truth = truth.sel(time=left["time"])
+    inside = float(((truth >= left["low"]) & (truth <= left["high"])).mean())
+    np.testing.assert_allclose(inside, posterior.verdict.numbers["left_out_coverage_90"], atol=0.02)
+    mse = float(((truth - left["predicted"]) ** 2).mean())
+    np.testing.assert_allclose(mse, posterior.verdict.numbers["left_out_mse"], rtol=1e-3)
+
+
+def test_the_band_is_scaled_by_left_out_errors(posterior):
+    model, fitted, rows = problem()
+    simulator = posterior.simulator
+    band = band_of(model, fitted, rows, simulator.free)
+    np.testing.assert_allclose(band.scale, simulator.scale, rtol=1e-6)
+    with double_precision():
+        values = natural_values(hypers_of(model, fitted.features), jnp.asarray(simulator.free))
+        designs, mean = designs_and_means(
+            model, values, fitted.paths(), fitted.features, jnp.asarray(rows), knots=6
+        )
+        flat = np.asarray(designs).reshape(-1, designs.shape[-1])
+        error = np.asarray(model.error.covariance(values, jnp.arange(1, STEPS + 1) / STEPS))
+        error = error[np.ix_(rows, rows)] + 1e-8 * np.eye(len(rows))
+        whole = flat @ flat.T / (flat**2).sum(axis=1).mean() + np.kron(np.eye(RUNS), error)
+        change = np.asarray(_change(model, fitted, rows))
+        found = left_out(jnp.asarray(whole), jnp.asarray(change - np.asarray(mean)))
+        z = np.asarray(found.error) / np.sqrt(np.asarray(found.variance))[..., None]
+    np.testing.assert_allclose(band.scale**2, (z**2).mean(axis=(0, 1)), rtol=1e-4)
+    # The widening is the least-squares fit to the mean square at each time.
+    by_time = np.log(((z / band.scale) ** 2).mean(axis=(0, 2)))
+    lines = np.interp((rows + 1) / STEPS, np.linspace(0, 1, TIMES), band.widening)
+    slack = [
+        np.interp((rows + 1) / STEPS, np.linspace(0, 1, TIMES), unit) for unit in np.eye(TIMES)
+    ]
+    np.testing.assert_allclose(np.stack(slack) @ (by_time - lines), 0.0, atol=1e-5)
+    assert band.freedom == 3.0
+
+
+def finite(posterior, runs=None):
+    """Simulations of two further runs; of the shape that other files have, to compile once."""
+    runs = recording(2, first=6) if runs is None else runs
+    simulated = posterior.simulate(runs, key=jax.random.key(1), draws=6)
+    assert np.isfinite(simulated["loss"]).all()
+    return simulated
+
+
+def quietly(runs, **settings):
+    """A fit whose verdict may be bad: what matters is that there is one."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)
+        found = bs.fit(runs, method=settings.pop("method", EXACT), key=KEY, **settings)
+    assert found.verdict.sentence.endswith(".")
+    return found
+
+
+def test_a_constant_loss_gives_finite_results():
+    runs = recording()
+    runs["loss"].values[..., 1] = 0.5
+    posterior = quietly(runs)
+    spread = finite(posterior)["loss"].isel(time=-1).std("draw").mean("run")[0]
+    assert np.isfinite(posterior.left_out.to_array()).all()
+    assert float(spread[1]) < 0.5 * float(spread[0])
+
+
+def test_a_zero_loss_gives_finite_results():
+    runs = recording()
+    runs["loss"].values[:, 5:, 2] = 0.0
+    finite(quietly(runs))
+
+
+def test_without_step_sizes_they_are_not_asked_for(posterior):
+    fitted = quietly(recording().drop_vars("step_size"))
+    assert fitted.simulator.largest_step_size is None
+    runs = recording(2, first=6).drop_vars("step_size")
+    one, other = finite(fitted, runs), finite(fitted)
+    np.testing.assert_array_equal(one["loss"], other["loss"])
+    with pytest.raises(Misuse, match=r"got no step_size.*planned_runs"):
+        finite(posterior, runs)
+
+
+def test_without_features_effects_are_independent():
+    fitted = quietly(recording().drop_vars(["train_feature", "query_feature"]))
+    assert not {"staying_alike", "staying_dot"} & set(fitted.simulator.values)
+    finite(fitted)
+
+
+def test_features_that_are_there_may_be_left_unused():
+    found = recorded_from(recording())
+    used, unused = (
+        features_of(found, bs.Simfluence(prior=Normal(features=one))) for one in (True, False)
+    )
+    assert used.train.shape == (200, 64) and used.query.shape == (QUERY, 64)
+    assert unused.train.shape == (200, 0) and unused.query.shape == (QUERY, 0)
+    alone = features_of(found._replace(query_feature=None), bs.Simfluence())
+    assert alone.train.shape == (200, 64) and alone.query.shape == (QUERY, 0)
+
+
+def test_two_runs_are_enough_and_one_is_not():
+    finite(quietly(recording(2)))
+    with pytest.raises(Misuse, match=r"runs: got one run; expected at least two.*kind='linear'"):
+        bs.fit(recording(1), method=EXACT, key=KEY)
+
+
+def test_the_evidence_is_a_criterion(posterior):
+    fitted = quietly(recording(), method=bs.Exact("evidence", times=TIMES))
+    assert fitted.settings["hyperparameters"] == "evidence"
+    assert not np.allclose(fitted.simulator.free, posterior.simulator.free)
+    finite(fitted)
+
+
+def test_a_bad_verdict_warns_or_raises_when_asked():
+    # The losses of each run belong to the curriculum of another.
+    runs = recording().drop_vars(["train_feature", "query_feature"])
+    runs["loss"].values[:] = np.roll(runs["loss"].values, 2, axis=0)
+    with pytest.warns(FitWarning, match="Curricula explain nothing yet"):
+        posterior = bs.fit(runs, method=EXACT, key=KEY)
+    assert not posterior.verdict.ok
+    with pytest.raises(FitFailed, match=r"Curricula explain nothing yet.*record more runs"):
+        bs.fit(runs, method=EXACT, key=KEY, strict=True)
+
+
+def test_held_out_runs_are_predicted(posterior):
+    final, error = [], []
+    for first in range(6, 14, 2):
+        held_out = recording(2, first)
+        final.append(held_out["loss"].values[:, -1])
+        predicted = finite(posterior, held_out)["mean_loss"].mean(("chain", "draw"))
+        error.append(predicted.values[:, -1] - final[-1])
+    mean = recording()["loss"].values[:, -1].mean(axis=0)
+    assert np.square(error).mean() < 0.5 * np.square(mean - np.array(final)).mean()
+
+
+@pytest.mark.parametrize(("steps", "count"), [(96, 24), (10, 24), (7, 3), (5, 1)])
+def test_times_are_spread_evenly_and_hold_the_last(steps, count):
+    rows = even_rows(steps, count)
+    assert rows[-1] == steps - 1 and len(rows) == min(count, steps) and rows[0] >= 0
+    assert np.ptp(np.diff(rows)) <= 1 if len(rows) > 1 else True
+
+
+def test_times_are_counted():
+    with pytest.raises(Misuse, match=r"Exact\(times=...\).*integer >= 1"):
+        bs.Exact(times=0)

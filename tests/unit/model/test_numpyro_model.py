@@ -1,0 +1,397 @@
+"""Density of losses against the recurrence as a loop, and against dense algebra where some miss."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.model import noise
+from bayes_simfluence.model.coefficients import Varying
+from bayes_simfluence.model.effects import ExampleFeatures, no_features
+from bayes_simfluence.model.exposure import FLOOR, Exposure
+from bayes_simfluence.model.hyper import natural_values, start
+from bayes_simfluence.model.mean_function import explained
+from bayes_simfluence.model.numpyro_model import (
+    JITTER,
+    Units,
+    coefficients_of,
+    density_of,
+    gaps_of,
+    noise_of,
+)
+from bayes_simfluence.model.simfluence import Path, Simfluence, hypers_of
+
+RUNS, STEPS, TRAIN, QUERIES, RECORDED = 2, 5, 3, 2, 4
+
+MODELS = {
+    "linear": Simfluence(kind="linear"),
+    "additive": Simfluence(kind="additive", link="log"),
+    "multiplicative": Simfluence(kind="multiplicative"),
+    "student": Simfluence(kind="linear", error=noise.StudentT()),
+    "power": Simfluence(kind="linear", error=noise.Gaussian(loss_power=None)),
+    "student with power": Simfluence(kind="linear", error=noise.StudentT(0.8, freedom=3.0)),
+    "ar1": Simfluence(kind="linear", error=noise.AR1(loss_power=-0.5, run_effect=True)),
+    "smooth": Simfluence(kind="linear", error=noise.Smooth()),
+    "run effect": Simfluence(kind="linear", error=noise.Gaussian(run_effect=True)),
+    "observation": Simfluence(kind="additive", error=noise.Gaussian(observation=True)),
+    "order": Simfluence(kind="linear", exposure=Exposure(order=3), time_effect="linear"),
+    "two timescales": Simfluence(coefficients=Varying(3)),
+    "two timescales, all": Simfluence(
+        multiplicative=True, coefficients=Varying(2), error=noise.StudentT(0.3), link="log"
+    ),
+    "fading": Simfluence(
+        timescales="fading", multiplicative=True, time_effect="linear", error=noise.AR1()
+    ),
+}
+
+
+def setting(model, rng, runs=RUNS):
+    """Hyperparameters off their centre, coefficients, runs and their losses."""
+    features = no_features(TRAIN, QUERIES)
+    hypers = hypers_of(model, features)
+    free = start(hypers) + 0.3 * rng.normal(size=len(hypers))
+    knots = model.coefficients.count(1.0)
+    with double_precision():
+        sites = dict(natural_values(hypers, jnp.asarray(free)))
+        sites["scale"] = jnp.asarray(rng.uniform(0.1, 0.3, QUERIES))
+        if model.published and model.error.by_step:
+            sites["noise"] = jnp.asarray(rng.uniform(0.1, 0.3, QUERIES))
+        for part in model.parts if model.additive else ():
+            sites[f"{part}_unit"] = jnp.asarray(rng.normal(size=(QUERIES, TRAIN, knots)))
+            if model.time_effect != "none":
+                width = knots if model.time_effect == "smooth" else 1
+                sites[f"{part}_time"] = jnp.asarray(rng.normal(size=(QUERIES, width)))
+        if model.multiplicative:
+            sites["multiplicative_unit"] = jnp.asarray(rng.normal(size=(QUERIES, TRAIN, 1)))
+        units = Units(jnp.asarray([1.5, 0.8]), jnp.asarray(1.0 if model.published else 3.0))
+        coefficients = coefficients_of(model, sites, units, features)
+        progress = np.broadcast_to(np.arange(1, STEPS + 1) / RECORDED, (runs, STEPS))
+        paths = Path(
+            jnp.asarray(rng.multinomial(2, np.full(TRAIN, 1 / TRAIN), (runs, STEPS)) / 2),
+            jnp.asarray(rng.uniform(0.1, 1.0, (runs, STEPS))),
+            jnp.asarray(progress),
+        )
+    return sites, coefficients, paths, rng.uniform(0.5, 2.0, (runs, STEPS + 1, QUERIES))
+
+
+def looped(model, sites, coefficients, path, y, query):
+    """``u_t + v_t`` of one run and query, batch by batch."""
+    value = {name: np.asarray(one, float) for name, one in sites.items()}
+    share, step_size, progress = map(np.asarray, path)
+    at = np.linspace(0.0, 1.0, model.coefficients.knots)
+    ahead = np.append(at, 1.0 + at[1] - at[0]) if len(at) > 1 else at
+
+    def now(curve, t):
+        longer = np.append(curve, np.zeros(len(ahead) - len(curve)))
+        return np.interp(progress[t], ahead, longer) if len(at) > 1 else curve[0]
+
+    def moved(part, t):
+        total = 0.0
+        if model.additive:
+            for i in range(TRAIN):
+                total += share[t, i] * now(np.asarray(coefficients.additive[part])[query, i], t)
+            if part in coefficients.common:
+                total += now(np.asarray(coefficients.common[part])[query], t)
+        if model.multiplicative and part == model.parts[0]:
+            total += share[t] @ np.asarray(coefficients.multiplicative)[query] * y[t]
+        return total
+
+    def weight(t, s):
+        exposure, lag = model.exposure, t - s
+        if exposure.is_memoryless:
+            found = float(lag == 0)
+        elif exposure.order is None:
+            rho = value.get("momentum", exposure.momentum)
+            found = (1 - rho) * rho**lag / (1 - rho ** (t + 1))
+        else:
+            shares = [1.0, *(value[f"lag_{k}"] for k in range(1, exposure.order))]
+            found = shares[lag] / sum(shares[: t + 1]) if lag < exposure.order else 0.0
+        power = value.get("step_size_power", exposure.step_size_power)
+        return found * ((step_size[t] + FLOOR) ** power if power else 1.0)
+
+    rates = {"staying": value.get("growth", 0.0), "fading": -1 / value.get("fade_length", 1.0)}
+    totals, found = dict.fromkeys(model.parts, 0.0), []
+    for t in range(STEPS):
+        for part in model.parts:
+            acts = sum(weight(t, s) * moved(part, s) for s in range(t + 1))
+            totals[part] = np.exp(rates[part] / RECORDED) * totals[part] + acts
+        found.append(sum(totals.values()))
+    return np.array(found)
+
+
+def to_loss(model, y):
+    return {"identity": y, "log": np.exp(y), "log-odds": np.logaddexp(0.0, y)}[model.link]
+
+
+def log_density(model, sites, coefficients, path, y, query):
+    """Of one run and query, all losses known."""
+    error = model.error
+    eta = y[1:] - y[0] - looped(model, sites, coefficients, path, y, query)
+    steps = np.diff(eta, prepend=0.0)
+    size = np.full(STEPS, float(noise_of(model, sites)[query]))
+    power = float(sites.get("loss_power", getattr(error, "loss_power", 0.0)))
+    size *= np.maximum(to_loss(model, y[:-1]), 1e-3) ** power
+    if isinstance(error, noise.StudentT):
+        freedom = error.freedom or 2 + float(sites["error_freedom"])
+        return sum(stats.t.logpdf(steps, freedom, scale=size))
+    if error == noise.Gaussian(loss_power=error.__dict__.get("loss_power", 0.0)):
+        return sum(stats.norm.logpdf(steps, scale=size))
+    with double_precision():
+        covariance = np.asarray(error.covariance(sites, path.progress))
+    law = stats.multivariate_normal(cov=covariance + JITTER * np.eye(STEPS))
+    return law.logpdf(np.cumsum(steps / size)) - np.log(size).sum()
+
+
+def run_of(paths, run):
+    return jax.tree.map(lambda whole: whole[run], paths)
+
+
+def densities(model, sites, coefficients, paths, y):
+    with double_precision():
+        gaps = gaps_of(model, y)
+        found = density_of(model, sites, coefficients, paths, jnp.asarray(y), gaps)
+        return np.asarray(found), gaps
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_density_is_that_of_the_recurrence_as_a_loop(rng, name):
+    model = MODELS[name]
+    sites, coefficients, paths, y = setting(model, rng)
+    found, gaps = densities(model, sites, coefficients, paths, y)
+    assert not gaps.filtered
+    assert len(gaps.imputed) == 0
+    for run in range(RUNS):
+        path = run_of(paths, run)
+        for query in range(QUERIES):
+            expected = log_density(model, sites, coefficients, path, y[run, :, query], query)
+            np.testing.assert_allclose(found[run, :, query].sum(), expected, rtol=1e-6)
+
+
+def test_what_is_explained_is_the_loop(rng):
+    model = MODELS["two timescales, all"]
+    sites, coefficients, paths, y = setting(model, rng)
+    path = run_of(paths, 0)
+    with double_precision():
+        found = explained(model, sites, coefficients, path, jnp.asarray(y[0, :-1]))
+    for query in range(QUERIES):
+        expected = looped(model, sites, coefficients, path, y[0, :, query], query)
+        np.testing.assert_allclose(found[:, query], expected, rtol=1e-8)
+
+
+def test_each_step_of_the_published_model_is_a_normal_step(rng):
+    model = MODELS["linear"]
+    sites, coefficients, paths, y = setting(model, rng)
+    found, _ = densities(model, sites, coefficients, paths, y)
+    a, b = np.asarray(coefficients.multiplicative), np.asarray(coefficients.additive["staying"])
+    for run in range(RUNS):
+        for step, share in enumerate(np.asarray(paths.exposure)[run]):
+            mean = (1 + share @ a.T) * y[run, step] + share @ b[..., 0].T
+            expected = stats.norm.logpdf(y[run, step + 1], mean, np.asarray(sites["noise"]))
+            np.testing.assert_allclose(found[run, step], expected, rtol=1e-8)
+
+
+def law_of_losses(model, sites, coefficients, path, y0, query):
+    """Mean and covariance of all losses of one run and query, by the recurrence.
+
+    The mean of a linear recurrence is its path without errors; a column of its response is what
+    one more unit of error at a step does to later losses.
+    """
+
+    def rolled(errors):
+        y = np.full(STEPS + 1, y0)
+        for t in range(STEPS):
+            told = looped(model, sites, coefficients, path, y, query)[t]
+            y[t + 1] = y0 + told + errors[t]
+        return y[1:]
+
+    mean = rolled(np.zeros(STEPS))
+    response = np.stack([rolled(one) - mean for one in np.eye(STEPS)], axis=1)
+    with double_precision():
+        error = model.error
+        observation = getattr(error, "observation", False)
+        own = noise.Gaussian() if observation else error
+        covariance = np.asarray(own.covariance(sites, path.progress))
+    size = float(noise_of(model, sites)[query])
+    whole = response @ covariance @ response.T
+    if observation:
+        whole = whole + float(sites["observation"]) ** 2 * np.eye(STEPS)
+    return mean, size**2 * whole
+
+
+ROWS = {
+    "smooth": Simfluence(coefficients=Varying(2)),
+    "ar1": Simfluence(kind="additive", error=noise.AR1()),
+    "run effect": Simfluence(kind="additive", error=noise.Gaussian(run_effect=True)),
+    "gaussian, with memory": Simfluence(kind="additive", exposure=Exposure(0.5, 0.0)),
+    "observation, with memory": Simfluence(
+        kind="additive", exposure=Exposure(0.5, 0.0), error=noise.Gaussian(observation=True)
+    ),
+}
+FILTERED = {
+    "linear": Simfluence(kind="linear"),
+    "multiplicative": Simfluence(kind="multiplicative"),
+    "time effect": Simfluence(kind="additive", time_effect="linear"),
+    "observation": Simfluence(kind="linear", error=noise.Gaussian(observation=True)),
+    "additive, observation": Simfluence(kind="additive", error=noise.Gaussian(observation=True)),
+}
+
+
+def same_as_dense(model, sites, coefficients, paths, y, found):
+    for run in range(RUNS):
+        for query in range(QUERIES):
+            path, seen = run_of(paths, run), y[run, 1:, query]
+            mean, covariance = law_of_losses(
+                model, sites, coefficients, path, y[run, 0, query], query
+            )
+            kept = np.flatnonzero(np.isfinite(seen))
+            law = stats.multivariate_normal(mean[kept], covariance[np.ix_(kept, kept)])
+            np.testing.assert_allclose(
+                found[run, :, query].sum(), law.logpdf(seen[kept]), rtol=1e-5
+            )
+            np.testing.assert_array_equal(found[run, ~np.isfinite(seen), query], 0.0)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_times_that_all_runs_lack_are_integrated_out(rng, name):
+    model = ROWS[name]
+    sites, coefficients, paths, y = setting(model, rng)
+    y[:, [1, 4]] = np.nan
+    found, gaps = densities(model, sites, coefficients, paths, y)
+    assert gaps.rows.tolist() == [1, 2, 4]
+    assert not gaps.filtered
+    assert len(gaps.imputed) == 0
+    same_as_dense(model, sites, coefficients, paths, y, found)
+
+
+@pytest.mark.parametrize("name", FILTERED)
+def test_any_missing_loss_of_a_markov_model_is_filtered_out(rng, name):
+    model = FILTERED[name]
+    sites, coefficients, paths, y = setting(model, rng)
+    y[0, [1, 2, 4], 0] = np.nan
+    y[1, 5, 1] = np.nan
+    found, gaps = densities(model, sites, coefficients, paths, y)
+    assert gaps.filtered
+    same_as_dense(model, sites, coefficients, paths, y, found)
+
+
+def test_noise_of_observation_with_multiplicative_terms_is_filtered_even_if_nothing_misses(rng):
+    model = FILTERED["observation"]
+    sites, coefficients, paths, y = setting(model, rng)
+    found, gaps = densities(model, sites, coefficients, paths, y)
+    assert gaps.filtered
+    same_as_dense(model, sites, coefficients, paths, y, found)
+
+
+def test_a_missing_loss_of_a_student_model_is_imputed(rng):
+    """The program's density over the missing loss has the integral of the product of steps."""
+    model = MODELS["student"]
+    sites, coefficients, paths, y = setting(model, rng, runs=1)
+    y[0, 3, 1] = np.nan
+    with double_precision():
+        gaps = gaps_of(model, y)
+        assert gaps.imputed.tolist() == [[0, 3, 1]]
+        assert not gaps.filtered
+        grid = jnp.linspace(-30.0, 30.0, 3001)
+        one = partial(density_of, model, sites, coefficients, paths, gaps=gaps)
+        seen = jnp.asarray(y)
+        found = jax.vmap(lambda at: one(seen.at[0, 3, 1].set(at))[0, :, 1].sum())(grid)
+        integral = np.trapezoid(np.exp(np.asarray(found)), np.asarray(grid))
+    scale, freedom = float(sites["noise"][1]), 2 + float(sites["error_freedom"])
+    share = np.asarray(paths.exposure)[0]
+    alpha = 1 + share @ np.asarray(coefficients.multiplicative)[1]
+    beta = share @ np.asarray(coefficients.additive["staying"])[1, :, 0]
+
+    def product(missing):
+        whole = np.where(np.isnan(y[0, :, 1]), missing, y[0, :, 1])
+        step = whole[1:] - alpha * whole[:-1] - beta
+        return np.prod(stats.t.pdf(step, freedom, scale=scale))
+
+    expected, _ = integrate.quad(product, -30.0, 30.0, points=[0.0, 1.0, 2.0], epsabs=1e-14)
+    np.testing.assert_allclose(integral, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "way"),
+    [
+        (MODELS["smooth"], "imputed"),  # multiplicative terms need the loss before a step
+        (MODELS["power"], "imputed"),
+        (MODELS["ar1"], "imputed"),
+        (MODELS["two timescales"], "rows"),
+        (MODELS["observation"], "filtered"),
+    ],
+)
+def test_the_cheapest_exact_way_is_taken(rng, model, way):
+    y = rng.normal(size=(RUNS, STEPS + 1, QUERIES))
+    y[:, 2] = np.nan
+    gaps = gaps_of(model, y)
+    assert gaps.filtered == (way == "filtered")
+    assert (len(gaps.imputed) > 0) == (way == "imputed")
+    assert len(gaps.rows) == STEPS - (way == "rows")
+    y[0, 3, 0] = np.nan
+    assert (len(gaps_of(model, y).imputed) > 0) == (way != "filtered")
+
+
+def test_gradients_are_finite_where_losses_are_missing(rng):
+    for model, lost in ((ROWS["smooth"], np.s_[:, 2]), (FILTERED["linear"], np.s_[0, 2, 1])):
+        sites, _, paths, y = setting(model, rng)
+        y[lost] = np.nan
+        with double_precision():
+            gaps, units = gaps_of(model, y), Units(jnp.ones(QUERIES), jnp.ones(()))
+
+            def total(sites, model=model, paths=paths, y=y, gaps=gaps, units=units):
+                found = coefficients_of(model, sites, units, no_features(TRAIN, QUERIES))
+                return density_of(model, sites, found, paths, jnp.asarray(y), gaps).sum()
+
+            gradient = jax.jit(jax.grad(total))(sites)
+            assert all(np.isfinite(np.asarray(one)).all() for one in gradient.values())
+            assert any(np.abs(np.asarray(one)).max() > 0 for one in gradient.values())
+
+
+def test_coefficients_have_their_units(rng):
+    """``scale / spread`` times the part's, times unit curves, minus what gradients say."""
+    model = Simfluence(coefficients=Varying(3), multiplicative=True)
+    sites, _, _, _ = setting(model, rng)
+    train, query = rng.normal(size=(TRAIN, 2)), rng.normal(size=(QUERIES, 2))
+    with double_precision():
+        sites = {**sites, "staying_dot": jnp.asarray(0.4), "fading_dot": jnp.asarray(-0.2)}
+        features = ExampleFeatures(jnp.asarray(train), jnp.asarray(query))
+        units = Units(jnp.ones(QUERIES), jnp.asarray(3.0))
+        found = coefficients_of(model, sites, units, features)
+    value = {name: np.asarray(one) for name, one in sites.items()}
+    scale = value["scale"] / 3.0
+    at = np.arange(3) / 2
+    for part, dot, ratio in (("staying", 0.4, 1.0), ("fading", -0.2, value["fading_scale"])):
+        share, length = value[f"{part}_constant_share"], value[f"{part}_length"]
+        smooth = share + (1 - share) * np.exp(-((at[:, None] - at) ** 2) / 2 / length**2)
+        root = np.linalg.cholesky(smooth + 1e-6 * np.eye(3))
+        for q in range(QUERIES):
+            for i in range(TRAIN):
+                expected = scale[q] * ratio * (root @ value[f"{part}_unit"][q, i])
+                expected = expected - dot * train[i] @ query[q]
+                np.testing.assert_allclose(found.additive[part][q, i], expected, rtol=1e-6)
+            common = scale[q] * ratio * value[f"{part}_common"] * (root @ value[f"{part}_time"][q])
+            np.testing.assert_allclose(found.common[part][q], common, rtol=1e-6)
+    expected = scale[:, None] * value["multiplicative_scale"] * value["multiplicative_unit"][..., 0]
+    np.testing.assert_allclose(found.multiplicative, expected, rtol=1e-6)
+
+
+def test_effects_of_a_callers_distribution_are_in_nats_and_stay_the_same(rng):
+    from numpyro.distributions import Laplace
+
+    model = Simfluence(coefficients=Varying(3), prior=Laplace(0.0, 0.1), timescales="both")
+    sites, coefficients, _, _ = setting(model, rng)
+    for part in model.parts:
+        np.testing.assert_array_equal(coefficients.additive[part], sites[f"{part}_unit"])
+
+
+def test_multiplicative_terms_of_the_published_kinds_are_relative_to_the_loss_at_the_start(rng):
+    sites, coefficients, _, _ = setting(MODELS["linear"], rng)
+    expected = (np.asarray(sites["scale"]) / np.array([1.5, 0.8]))[:, None]
+    found = np.asarray(coefficients.multiplicative)
+    np.testing.assert_allclose(
+        found, expected * np.asarray(sites["multiplicative_unit"])[..., 0], rtol=1e-6
+    )
