@@ -359,7 +359,7 @@ def test_the_root_imports_nothing_of_the_package_when_it_is_imported():
         ("model.noise", "def f():\n    import bayes_simfluence.posterior.fit", "stand before"),
         ("model.noise", "from bayes_simfluence.posterior import fit", "posterior.fit"),
         ("model.noise", "from ..posterior.fit import fit", "posterior.fit"),
-        ("model.noise", "from . import bayesian", "model.simfluence"),
+        ("model.noise", "from . import simfluence", "model.simfluence"),
         ("model.hyper", "from bayes_simfluence.model.noise import x", "stand before"),
         ("model.hyper", "from bayes_simfluence.networks import bert", "must not know"),
         ("model.hyper", "from bayes_simfluence.tasks.task import Task", "must not know"),
