@@ -55,7 +55,7 @@ def record_together(
         Misuse: a score that is not one number for each query.
         WorkFailed: a run could not be written; those before it are safe.
     """
-    task = tasks.task
+    task = recording.task
     fixed = fixed_of(task)
     measured = jax.jit(measure_of(task, recording.query_chunk))(task.params, fixed)
     initial = {name: np.asarray(one) for name, one in measured.items()}
@@ -95,7 +95,7 @@ def _train(
     told: _Teller,
 ) -> None:
     """Train ``members``; those with ``places`` are written when all have ended."""
-    task, plan = tasks.task, recording.plan
+    task, plan = recording.task, recording.plan
     batches = recording.curricula[members]
     rates = np.full(batches.shape[:2], np.nan, np.float32)
     shape = (len(members), plan.steps + 1, len(task.query_ids))
