@@ -4,6 +4,7 @@
 |---|---|
 | ``run`` | one recorded fine-tuning run; all runs of a recording start from the same weights |
 | ``step`` 1..T | one update; ``batch[run, step, slot]`` holds indices into ``train``, -1 = empty |
+| weight | ``weight[run, step, slot]`` >= 0 of the example in a slot; 1 where not recorded |
 | ``time`` 0..T | a point between updates; ``loss[run, time, query]``, time 0 = before any update |
 | not recorded | NaN in ``loss`` of a complete run: nobody looked then; never at time 0 |
 | metric | more than the loss of a query (accuracy, margin); NaN where nobody looked |
@@ -19,7 +20,8 @@
 | effect on the loss | nats; **negative = helpful** |
 | feature | coordinates of an example's loss gradient at the initial weights |
 | step size | the optimizer's learning rate at that step |
-| exposure | occurrences of an example in a batch / examples in that batch (mean reduction) |
+| weight | of an example in its batch's mean loss, relative to the others; unitless |
+| exposure | weight of an example in a batch / sum of weights in that batch (mean reduction) |
 
 Inside kernels arrays are positional and written for one run and one query; at the boundary every
 array is an ``xarray`` object whose dimensions carry the names above.
@@ -44,6 +46,7 @@ __all__ = [
     "Curricula",
     "Curriculum",
     "Trajectory",
+    "Weights",
 ]
 
 SCHEMA_VERSION: Final = 1
@@ -68,6 +71,9 @@ Curriculum: TypeAlias = Int[np.ndarray, "step slot"]
 Curricula: TypeAlias = Int[np.ndarray, "run step slot"]
 """Curricula of several runs of equal length."""
 
+Weights: TypeAlias = Float[np.ndarray, "step slot"]
+"""Weight of the example in each slot of a curriculum, >= 0; what empty slots carry is ignored."""
+
 Trajectory: TypeAlias = Float[np.ndarray, "time query"]
 """Losses of one run, time 0 before any update."""
 
@@ -79,6 +85,10 @@ VARIABLES: Final[dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
     "loss": (
         ("run", "time", "query"),
         {"long_name": "loss of the query", "units": "nat"},
+    ),
+    "weight": (
+        ("run", "step", "slot"),
+        {"long_name": "weight of the example in its batch's mean loss", "units": "1"},
     ),
     "step_size": (
         ("run", "step"),
@@ -109,5 +119,5 @@ METRIC: Final = {"role": "metric"}
 METRIC_DIMS: Final = ("run", "time", "query")
 """Dimensions of every metric, a floating variable."""
 
-OPTIONAL: Final = ("step_size", "train_feature", "query_feature")
+OPTIONAL: Final = ("weight", "step_size", "train_feature", "query_feature")
 """Variables that a recording may lack."""

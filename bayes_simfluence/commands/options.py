@@ -157,11 +157,12 @@ def posteriors_of(named: list[str]) -> dict[str, Any]:
 def apart(methods: dict[str, Any], held_out: Any) -> None:
     """Raise when a posterior was fitted to a run that it is to be judged on."""
     for name, one in methods.items():
-        fitted = {run.tobytes() for run in one.runs["batch"].values}
+        fitted = set(_curricula(one.runs))
+        names = held_out["run"].values.astype(str)
         seen = [
-            str(run)
-            for run, batch in zip(held_out["run"].values, held_out["batch"].values, strict=True)
-            if batch.tobytes() in fitted
+            run
+            for run, curriculum in zip(names, _curricula(held_out), strict=True)
+            if curriculum in fitted
         ]
         if seen:
             raise Misuse(
@@ -170,6 +171,13 @@ def apart(methods: dict[str, Any], held_out: Any) -> None:
                 expected="held-out runs",
                 do="choose others with --select",
             )
+
+
+def _curricula(runs: Any) -> list[tuple[bytes, bytes]]:
+    from bayes_simfluence.data.weights import weights_of
+
+    pairs = zip(runs["batch"].values, weights_of(runs), strict=True)
+    return [(batch.tobytes(), weight.tobytes()) for batch, weight in pairs]
 
 
 def table_saved(table: Any, out: Path, markdown: Callable[[Any], str]) -> None:

@@ -18,14 +18,15 @@ __all__ = [
     "members",
     "number",
     "places_of",
+    "slot_weights",
     "sorted_ids",
     "step_number",
     "told",
     "typed_ids",
 ]
 
-COLUMNS: Final = ("run", "step", "examples", "query", "loss", "step_size", "status")
-"""Columns of the table; the last two may be absent."""
+COLUMNS: Final = ("run", "step", "examples", "query", "loss", "step_size", "status", "weight")
+"""Columns of the table; the last three may be absent."""
 NEEDED: Final = COLUMNS[:5]
 
 
@@ -143,6 +144,33 @@ def members(table: Table, row: int, cell: Any) -> tuple[str | None, ...]:
             do="correct it; [] is an empty batch",
         )
     return tuple(None if one is None else str(one) for one in listed)
+
+
+def slot_weights(table: Table, row: int, cell: Any) -> tuple[float, ...]:
+    """Weights of a batch's slots in the order of ``examples``; ``null`` for empty slots is 0."""
+    listed = cell
+    if isinstance(cell, str):
+        try:
+            listed = json.loads(cell) if cell.lstrip().startswith("[") else _floats(cell.split())
+        except ValueError:
+            listed = None
+    listed = [listed] if isinstance(listed, int | float) else listed
+    if not isinstance(listed, list) or not all(
+        value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+        for value in listed
+    ):
+        raise Misuse(
+            table.at(row, "weight"),
+            got=shorten([repr(cell)]),
+            expected="one number for each of the step's examples, separated by spaces, or a JSON "
+            "list with null for empty slots",
+            do="correct it; blank means 1 for every example",
+        )
+    return tuple(0.0 if value is None else float(value) for value in listed)
+
+
+def _floats(words: list[str]) -> list[float]:
+    return [float(word) for word in words]
 
 
 def told(

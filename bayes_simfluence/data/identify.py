@@ -1,6 +1,6 @@
 """What the curricula of some runs cannot tell apart."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,8 @@ import numpy as np
 import xarray as xr
 
 from bayes_simfluence.checks import shorten
-from bayes_simfluence.conventions import EMPTY_SLOT, Curricula
+from bayes_simfluence.conventions import EMPTY_SLOT
+from bayes_simfluence.data.weights import weights_of
 
 __all__ = ["Identifiability", "identifiability"]
 
@@ -18,7 +19,8 @@ class Identifiability:
     """What the curricula of some runs cannot tell apart.
 
     Attributes:
-        duplicate_runs: groups of run ids with the same curriculum (their spread is pure noise).
+        duplicate_runs: groups of run ids with the same exposures at every step (their spread is
+            pure noise).
         never_seen: ids of training examples in no batch (their effect is the prior's).
         always_together: groups of ids with the same exposure at every step (only their sum shows).
     """
@@ -32,19 +34,19 @@ class Identifiability:
 
     def sentences(self) -> tuple[str, ...]:
         """One sentence for each kind of finding, none when all is well."""
-        said = []
+        sentences = []
         if self.duplicate_runs:
             groups = shorten("=".join(group) for group in self.duplicate_runs)
-            said.append(f"runs with the same curriculum: {groups}")
+            sentences.append(f"runs with the same curriculum: {groups}")
         if self.never_seen:
-            said.append(
+            sentences.append(
                 f"{len(self.never_seen)} examples never trained on, their effects are the prior's: "
                 + shorten(self.never_seen)
             )
         if self.always_together:
             groups = shorten("+".join(group) for group in self.always_together)
-            said.append(f"examples always together, only their sum is identified: {groups}")
-        return tuple(said)
+            sentences.append(f"examples always together, only their sum is identified: {groups}")
+        return tuple(sentences)
 
 
 def identifiability(runs: xr.Dataset) -> Identifiability:
@@ -58,24 +60,36 @@ def identifiability(runs: xr.Dataset) -> Identifiability:
     >>> found.never_seen, found.always_together, found.duplicate_runs
     (('c',), (('a', 'b'),), (('0', '1'),))
     """
-    batch = runs["batch"].values
-    train = runs["train"].values.astype(str)
-    shares = _share_keys(batch, len(train))
-    never = tuple(train[[not share for share in shares]].tolist())
-    seen = [(share, name) for share, name in zip(shares, train, strict=True) if share]
-    curricula = np.sort(batch, axis=2)
-    keyed = zip((one.tobytes() for one in curricula), runs["run"].values.astype(str), strict=True)
-    return Identifiability(_groups(keyed), never, _groups(seen))
+    train, run = runs["train"].values.astype(str), runs["run"].values.astype(str)
+    by_example: list[list[tuple[int, int, float]]] = [[] for _ in train]
+    by_run: list[list[tuple[int, int, float]]] = [[] for _ in run]
+    for at, step, example, share in _shares(runs):
+        by_example[example].append((at, step, share))
+        by_run[at].append((step, example, share))
+    never = tuple(train[[not shares for shares in by_example]].tolist())
+    return Identifiability(
+        duplicate_runs=_groups(zip(map(tuple, by_run), run, strict=True)),
+        never_seen=never,
+        always_together=_groups(
+            (tuple(shares), name) for shares, name in zip(by_example, train, strict=True) if shares
+        ),
+    )
 
 
-def _share_keys(batch: Curricula, train: int) -> list[tuple[tuple[int, int], ...]]:
-    """For each example, the (flat step, count) pairs at which it occurs."""
-    occurrences: list[dict[int, int]] = [{} for _ in range(train)]
-    for position, members in enumerate(batch.reshape(-1, batch.shape[-1])):
-        for example in members[members != EMPTY_SLOT]:
-            at = occurrences[int(example)]
-            at[position] = at.get(position, 0) + 1
-    return [tuple(one.items()) for one in occurrences]
+def _shares(runs: xr.Dataset) -> Iterator[tuple[int, int, int, float]]:
+    """Run, step, example and its share in the batch's weight, in order, where it is above 0.
+
+    Shares are rounded so that equal ones compare equal.
+    """
+    batch, weight = runs["batch"].values, weights_of(runs).astype(float)
+    weight = np.where(batch == EMPTY_SLOT, 0.0, weight)
+    at, step, slot = np.nonzero(weight)
+    shape = (runs.sizes["run"], runs.sizes["step"], runs.sizes["train"])
+    flat = np.ravel_multi_index((at, step, batch[at, step, slot]), shape)
+    places, inverse = np.unique(flat, return_inverse=True)
+    share = np.bincount(inverse, (weight[at, step, slot] / weight.sum(axis=2)[at, step]))
+    columns = (*np.unravel_index(places, shape), share.round(6))
+    yield from zip(*(column.tolist() for column in columns), strict=True)
 
 
 def _groups(pairs: Iterable[tuple[Any, str]]) -> tuple[tuple[str, ...], ...]:

@@ -53,7 +53,8 @@ def import_runs(
     ``run``, ``step`` (0 = before the first update), ``examples`` (of the update of this step: ids
     separated by spaces, or a JSON list with ``null`` for empty slots; in any row of the step),
     ``query``, ``loss`` (after the update, nats; a row that is absent or blank was not recorded),
-    and maybe ``step_size`` and ``status``. Every query needs its loss at step 0.
+    and maybe ``step_size``, ``status`` and ``weight`` (of each of ``examples``, listed as they
+    are; 1 where blank). Every query needs its loss at step 0.
 
     ``npz``: arrays named as the arguments of ``runs_from_arrays``; NaN is a loss that was not
     recorded.

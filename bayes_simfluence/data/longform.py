@@ -16,6 +16,7 @@ from bayes_simfluence.data.columns import (
     members,
     number,
     places_of,
+    slot_weights,
     sorted_ids,
     step_number,
     told,
@@ -33,7 +34,8 @@ def rows_of(runs: xr.Dataset) -> Iterator[list[Any]]:
 
     ``examples`` is a JSON list with ``null`` for empty slots; steps are counted from 1, whatever
     the coordinate says, and time 0 has every query. ``step_size`` and ``status`` are ``None``
-    where the runs have none, or all are complete.
+    where the runs have none, or all are complete. ``weight`` is a JSON list as long as
+    ``examples``, or ``None`` where the runs have no weights.
     """
     words = {value: word for word, value in STATUSES.items()}
     complete = bool((runs["status"].values == COMPLETE).all())
@@ -42,18 +44,20 @@ def rows_of(runs: xr.Dataset) -> Iterator[list[Any]]:
         one = runs.isel(run=place)
         status = None if complete else words[int(one["status"])]
         sizes = one["step_size"].values.tolist() if "step_size" in one else None
+        weights = one["weight"].values.tolist() if "weight" in one else None
         losses, batches = one["loss"].values.tolist(), one["batch"].values.tolist()
         for step, row in enumerate(losses):
             ids = [None if at == EMPTY_SLOT else train[at] for at in batches[step - 1]]
             examples = json.dumps(ids, ensure_ascii=False) if step else None
             size = sizes[step - 1] if sizes is not None and step else None
+            weight = json.dumps(weights[step - 1]) if weights is not None and step else None
             known = [
                 (query, None if np.isnan(loss) else loss)
                 for query, loss in zip(queries, row, strict=True)
                 if not step or not np.isnan(loss)
             ]
             for query, loss in known or [(None, None)]:
-                yield [run, step, examples, query, loss, size, status]
+                yield [run, step, examples, query, loss, size, status, weight]
 
 
 def runs_of(
@@ -95,6 +99,9 @@ def runs_of(
         rates = told(table, cells, "step_size", run_at, steps, _size)
         _every_step(table, "step_size", runs, rates, last)
         sizes = np.array([[rates[at, step] for step in _steps(last)] for at in range(len(runs))])
+    weights = None
+    if "weight" in cells:
+        weights = told(table, cells, "weight", run_at, steps, slot_weights)
     statuses = _statuses(table, cells, run_at, len(runs))
     if statuses is None:
         statuses = run_statuses(loss, missing=True) if keep_diverged else None
@@ -109,6 +116,7 @@ def runs_of(
     return runs_from_arrays(
         batch=batch[order[0]],
         loss=loss[order[0]][:, :, order[1]].astype(dtype),
+        weight=None if weights is None else _weight(table, weights, batches, batch)[order[0]],
         step_size=None if sizes is None else sizes[order[0]],
         train_ids=train,
         query_ids=_kept(queries, order[1], query_ids),
@@ -286,3 +294,22 @@ def _batch(
             EMPTY_SLOT if one is None else places[one] for one in ids
         ]
     return batch
+
+
+def _weight(
+    table: Table,
+    weights: Mapping[tuple[int, int], tuple[float, ...]],
+    batches: Mapping[tuple[int, int], tuple[str | None, ...]],
+    batch: Curricula,
+) -> Float[np.ndarray, "run step slot"]:
+    weight = np.ones(batch.shape)
+    for (run, step), values in weights.items():
+        if len(values) != len(batches[run, step]):
+            raise Misuse(
+                f"{table.path}, column 'weight'",
+                got=f"{len(values)} weights at step {step}",
+                expected=f"{len(batches[run, step])}, one for each of the step's examples",
+                do="correct them; null stands for an empty slot",
+            )
+        weight[run, step - 1, : len(values)] = values
+    return weight

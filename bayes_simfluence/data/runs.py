@@ -19,6 +19,7 @@ from bayes_simfluence.conventions import (
     VARIABLES,
 )
 from bayes_simfluence.data.metrics import validate_metrics
+from bayes_simfluence.data.weights import checked_weights, validate_weights
 
 __all__ = [
     "planned_runs",
@@ -35,6 +36,7 @@ def runs_from_arrays(
     *,
     batch: Any,
     loss: Any,
+    weight: Any = None,
     step_size: Any = None,
     train_ids: Ids | None = None,
     query_ids: Ids | None = None,
@@ -52,6 +54,9 @@ def runs_from_arrays(
         batch: indices into ``train``, ``(run, step, slot)``, -1 = empty slot.
         loss: nats, ``(run, time, query)`` with one more time than steps; time 0 is before any
             update.
+        weight: of the example in each slot, ``(run, step, slot)``, finite and >= 0; all 1 when
+            omitted. Only the weights within a batch relative to one another matter: an example's
+            share in the mean loss of its batch is its weight over their sum.
         step_size: learning rate of each step, ``(run, step)``, ``(step,)`` or one number.
         train_ids, query_ids, run_ids: stable ids; positions when omitted.
         train_feature, query_feature: gradient features ``(train, feature)`` and
@@ -67,8 +72,9 @@ def runs_from_arrays(
             known; otherwise its losses decide.
 
     Raises:
-        Misuse: shapes that do not fit, runs of different length, indices out of range, a loss
-            that is not finite, or under ``missing`` one that is needed.
+        Misuse: shapes that do not fit, runs of different length, indices out of range, a weight
+            that is negative or not finite, a batch of examples without weight, a loss that is
+            not finite, or under ``missing`` one that is needed.
 
     >>> runs = runs_from_arrays(batch=[[[0, 1], [1, -1]]], loss=[[[0.7], [0.6], [0.5]]])
     >>> dict(runs.sizes)
@@ -93,6 +99,8 @@ def runs_from_arrays(
         "loss": loss,
         "status": _statuses(loss, status, keep_diverged=keep_diverged, missing=missing),
     }
+    if weight is not None:
+        variables["weight"] = checked_weights(weight, batch)
     for name, feature in (("train_feature", train_feature), ("query_feature", query_feature)):
         if feature is not None:
             variables[name] = np.asarray(feature, dtype=np.float32)
@@ -120,13 +128,19 @@ def runs_from_arrays(
 
 
 def planned_runs(
-    like: xr.Dataset, batch: Any, *, step_size: Any = None, run_ids: Ids | None = None
+    like: xr.Dataset,
+    batch: Any,
+    *,
+    weight: Any = None,
+    step_size: Any = None,
+    run_ids: Ids | None = None,
 ) -> xr.Dataset:
     """Runs that were never recorded: curricula to be simulated, in the schema of ``like``.
 
     Args:
         like: recorded runs; the initial losses, examples and queries are theirs.
         batch: curricula, ``(run, step, slot)`` or ``(step, slot)`` for one.
+        weight: of the example in each slot, in the shape of ``batch``; all 1 when omitted.
         step_size: learning rates, ``(run, step)``, ``(step,)`` or one number; those of the first
             run of ``like`` when omitted and the number of steps is the same.
 
@@ -135,14 +149,19 @@ def planned_runs(
     array([0.7, nan, nan], dtype=float32)
     """
     batch = np.asarray(batch)
-    batch = _rectangular("batch", batch[None] if batch.ndim == 2 else batch, 3, np.int32)
+    if batch.ndim == 2:
+        batch, weight = batch[None], None if weight is None else [weight]
+    batch = _rectangular("batch", batch, 3, np.int32)
     runs, steps, _ = batch.shape
     loss = np.full((runs, steps + 1, like.sizes["query"]), np.nan, np.float32)
     loss[:, 0] = like["loss"].values[0, 0]
     if step_size is None and "step_size" in like and like.sizes["step"] == steps:
         step_size = like["step_size"].values[0]
+    variables = {"batch": batch, "loss": loss, "status": np.full(runs, UNRECORDED, np.int8)}
+    if weight is not None:
+        variables["weight"] = checked_weights(weight, batch)
     planned = _dataset(
-        {"batch": batch, "loss": loss, "status": np.full(runs, UNRECORDED, np.int8)},
+        variables,
         step_size=step_size,
         ids={
             "run": _ids(run_ids, runs),
@@ -167,8 +186,9 @@ def validate_runs(runs: xr.Dataset) -> xr.Dataset:
     """``runs`` itself when it follows the schema of ``conventions``; checked once, at the door.
 
     Raises:
-        Misuse: a variable, dimension or id is missing, repeated or out of range; in a complete
-            run, a loss that is infinite or not recorded at time 0.
+        Misuse: a variable, dimension or id is missing, repeated or out of range; weights that
+            are negative, not finite or sum to 0 in a batch with examples; in a complete run, a
+            loss that is infinite or not recorded at time 0.
     """
     if not isinstance(runs, xr.Dataset):
         raise Misuse(
@@ -198,6 +218,7 @@ def validate_runs(runs: xr.Dataset) -> xr.Dataset:
             do="slice step and time together",
         )
     _indices_in_range(runs)
+    validate_weights(runs)
     _finite_where_complete(runs)
     return runs
 

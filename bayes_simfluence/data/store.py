@@ -28,6 +28,7 @@ from bayes_simfluence.conventions import (
 from bayes_simfluence.data.metrics import metric_names, metric_variable
 from bayes_simfluence.data.netcdf import plain, read_group, write_groups
 from bayes_simfluence.data.runs import Ids, run_statuses, validate_runs
+from bayes_simfluence.data.weights import checked_weights, with_weights
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path, old_path
 
 __all__ = [
@@ -74,6 +75,8 @@ def save_runs(runs: xr.Dataset, path: PathLike, *, overwrite: bool = False) -> P
 def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
     """Add ``runs`` to the store at ``path``; the same examples and queries, new run ids.
 
+    Where only one of the two has weights, those of the other are written out as 1.
+
     Raises:
         Misuse: other ids or steps than the store's, or run ids that it holds already.
     """
@@ -86,6 +89,8 @@ def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
                 expected=f"the same {name} as in {path}",
                 do="save these runs to a store of their own",
             )
+    if "weight" in stored or "weight" in runs:
+        stored, runs = with_weights(stored), with_weights(runs)
     for name in (*OPTIONAL, *{*metric_names(stored), *metric_names(runs)}):
         if (name in stored) != (name in runs):
             raise Misuse(
@@ -192,6 +197,7 @@ def create_store(
     train_ids: Ids,
     query_ids: Ids,
     attrs: Mapping[str, Any],
+    weights: Float[np.ndarray, "run step slot"] | None = None,
     features: Mapping[str, np.ndarray] | None = None,
     metrics: Sequence[str] = (),
     overwrite: bool = False,
@@ -199,6 +205,7 @@ def create_store(
     """A store with the curricula (and features) of runs that are still to be recorded.
 
     Args:
+        weights: of the example in each slot of the curricula; all 1 when omitted.
         metrics: names of what will be recorded beside the loss.
     """
     runs, steps, _ = curricula.shape
@@ -209,6 +216,8 @@ def create_store(
         "status": np.full(runs, UNRECORDED, np.int8),
         **dict(features or {}),
     }
+    if weights is not None:
+        values["weight"] = checked_weights(weights, values["batch"])
     dataset = xr.Dataset(
         {
             **{name: (VARIABLES[name][0], one, VARIABLES[name][1]) for name, one in values.items()},

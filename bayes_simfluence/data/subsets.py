@@ -14,6 +14,7 @@ from bayes_simfluence.checks import Misuse, keyed
 from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.data.curriculum import shuffled_epochs
 from bayes_simfluence.data.runs import Ids, planned_runs, usable_runs
+from bayes_simfluence.data.weights import weights_of
 
 __all__ = ["planned_subsets", "subsets_from_arrays", "subsets_of_runs"]
 
@@ -92,11 +93,16 @@ def subsets_from_arrays(
 def subsets_of_runs(runs: xr.Dataset) -> xr.Dataset:
     """Recorded runs as subsets: who was in a run's batches, and the losses after its last step.
 
+    An example that has weight 0 wherever it occurs in a run was not trained on.
+
     Raises:
         Misuse: runs whose last losses were not recorded.
     """
     runs = usable_runs(runs)
-    batch, size = runs["batch"].values, runs.sizes["train"]
+    batch, size = (
+        np.where(weights_of(runs) > 0, runs["batch"].values, EMPTY_SLOT),
+        runs.sizes["train"],
+    )
     mask = np.zeros((len(batch), size + 1), bool)
     # The last column takes the empty slots.
     mask[np.arange(len(batch))[:, None, None], np.where(batch == EMPTY_SLOT, size, batch)] = True

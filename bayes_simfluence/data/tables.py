@@ -122,7 +122,7 @@ def write_table(runs: xr.Dataset, path: Path, *, parquet: bool) -> None:
         Misuse: blank ids, attributes that JSON cannot hold, pyarrow is not installed.
     """
     about = _about(validate_runs(runs))
-    columns = [one for one in COLUMNS if one != "step_size" or one in runs]
+    columns = [one for one in COLUMNS if one not in ("step_size", "weight") or one in runs]
     if (runs["status"].values == 1).all():
         columns.remove("status")
     kept = [COLUMNS.index(one) for one in columns]

@@ -22,6 +22,7 @@ ROWS = {
     "data": [
         "curriculum",
         "netcdf",
+        "weights",
         "identify",
         "claims",
         "metrics",

@@ -50,6 +50,7 @@ def recordings(draw):
         batch=rng.integers(-1, train, (runs, steps, slots)),
         loss=loss,
         step_size=sizes,
+        weight=rng.uniform(0.1, 3.0, (runs, steps, slots)) if draw(st.booleans()) else None,
         train_ids=some_ids(draw, train),
         query_ids=some_ids(draw, queries),
         run_ids=some_ids(draw, runs),
@@ -90,7 +91,7 @@ def test_a_table_alone_in_any_order_has_the_same_numbers(made, format, seed, tmp
     text = [one.assign_coords({name: one[name].values.astype(str) for name in ("run", "query")})
             for one in (back, runs)]  # fmt: skip
     found = text[0].sel(run=text[1]["run"].values, query=text[1]["query"].values)
-    for name in ("batch", "loss", "status", "step_size"):
+    for name in ("batch", "loss", "status", "step_size", "weight"):
         if name in runs:
             np.testing.assert_array_equal(found[name], runs[name], err_msg=name)
 

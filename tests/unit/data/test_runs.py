@@ -27,7 +27,11 @@ def arrays(rng, runs=3, steps=4, slots=2, queries=5, train=6):
 def test_runs_follow_the_schema(rng):
     features = {"train_feature": rng.normal(size=(6, 2)), "query_feature": rng.normal(size=(5, 2))}
     runs = runs_from_arrays(
-        **arrays(rng), **features, step_size=np.full(4, 0.1), attrs={"model": "none"}
+        **arrays(rng),
+        **features,
+        weight=np.ones((3, 4, 2)),
+        step_size=np.full(4, 0.1),
+        attrs={"model": "none"},
     )
     for name, (dims, attrs) in VARIABLES.items():
         assert runs[name].dims == dims
