@@ -69,7 +69,7 @@ def simulate(
 
     import jax
 
-    from bayes_simfluence.counterfactual.edits import without_examples
+    from bayes_simfluence.counterfactual import edits
     from bayes_simfluence.data.netcdf import write_groups
     from bayes_simfluence.posterior.posterior import load_posterior
     from bayes_simfluence.report.plots import plot_curves, save_figure
@@ -78,7 +78,7 @@ def simulate(
     fitted = load_posterior(posterior)
     recorded = selected(opened(runs), select, "--select")
     ids = [one.strip() for one in drop.split(",") if one.strip()]
-    planned = without_examples(recorded, ids) if ids else recorded
+    planned = edits.edit_runs(recorded, edits.drop, ids) if ids else recorded
     with progress_of(quiet).work("simulate", 1) as meter:
         simulated = fitted.simulate(planned, key=jax.random.key(seed), draws=draws, band=chosen)
         meter.advance()

@@ -10,8 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from bayes_simfluence.attribution.simple import mean_trajectory, persistence
-from bayes_simfluence.counterfactual.edits import drop
-from bayes_simfluence.data.runs import planned_runs
+from bayes_simfluence.counterfactual.edits import drop, edit_runs
 from bayes_simfluence.demo.pretrain import pretrained_checkpoint
 from bayes_simfluence.evaluation.calibration import by_horizon
 from bayes_simfluence.evaluation.compare import compare
@@ -157,13 +156,11 @@ def _counterfactual(
     query = held_out["query"].values[int(hurt.argmax())]
     mine = effects.sel(query=query)
     harmful = mine["train"].values[worst[int(hurt.argmax())]][::-1]
-    indices = [posterior.runs["train"].values.tolist().index(one) for one in harmful]
-    edited = drop(batch, indices)
-    planned = planned_runs(run, edited, run_ids=run["run"].values)
+    planned = edit_runs(run, drop, harmful)
     before, after = (posterior.simulate(one, key=key) for one in (run, planned))
     actual = record(
         task_of(config),
-        edited[None],
+        planned["batch"].values,
         optimizer_of(config),
         store=folder / "counterfactual.zarr",
         progress=progress,
