@@ -5,7 +5,7 @@ returns both, edited; it never changes its arguments. Examples are positions in 
 ``edit_runs`` applies an edit to runs, where examples are named by their ids.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -219,7 +219,7 @@ def edit_runs(runs: xr.Dataset, edit: Edit, *arguments: Any, step_size: Any = No
     return planned
 
 
-Places: TypeAlias = Callable[[Sequence[Any]], list[int]]
+Places: TypeAlias = Callable[[Iterable[Any]], list[int]]
 
 
 def _of_list(places: Places, examples: Sequence[Any] | np.ndarray) -> tuple[Any, ...]:
