@@ -2,18 +2,16 @@
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Int
 
 from bayes_simfluence.checks import Misuse, shorten
+from bayes_simfluence.data.tabular import Table
 
 __all__ = [
     "COLUMNS",
-    "Table",
     "columns_of",
     "members",
     "number",
@@ -28,20 +26,6 @@ __all__ = [
 COLUMNS: Final = ("run", "step", "examples", "query", "loss", "step_size", "status", "weight")
 """Columns of the table; the last three may be absent."""
 NEEDED: Final = COLUMNS[:5]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as read: the cells of each column, and where each row stands in the file."""
-
-    path: Path
-    columns: Mapping[str, Sequence[Any]]
-    lines: Sequence[int]
-    word: str = "line"
-
-    def at(self, row: int, column: str) -> str:
-        """The place of a cell, for an error."""
-        return f"{self.path}, {self.word} {self.lines[row]}, column {column!r}"
 
 
 def columns_of(table: Table, names: Mapping[str, str]) -> dict[str, Sequence[Any]]:
@@ -202,7 +186,7 @@ def told(
             raise Misuse(
                 table.at(row, column),
                 got=repr(cell),
-                expected=f"{before!r} as in {table.word} {table.lines[first]}, of the same step",
+                expected=f"{before!r} as in {table.unit} {table.lines[first]}, of the same step",
                 do="correct one of them",
             )
     return {key: value for key, (_, value, _) in found.items() if key[1]}

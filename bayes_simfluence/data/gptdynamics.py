@@ -22,6 +22,7 @@ from bayes_simfluence.checks import Misuse, RunsWarning, named, positive_integer
 from bayes_simfluence.conventions import COMPLETE, DIVERGED, EMPTY_SLOT, Curricula
 from bayes_simfluence.data.columns import sorted_ids, typed_ids
 from bayes_simfluence.data.runs import Ids, runs_from_arrays
+from bayes_simfluence.data.tabular import utf8_text
 from bayes_simfluence.files import first_line
 
 __all__ = ["is_gptdynamics", "read_gptdynamics"]
@@ -210,7 +211,7 @@ def _batches(path: Path, size: int | None) -> dict[int, tuple[str, ...]]:
 
 def _batch_entries(path: Path, size: int | None) -> Iterator[tuple[str, Any, Any]]:
     """Place, step and ids of each entry: of JSON lines, or of one JSON list."""
-    text = _text(path)
+    text = utf8_text(path)
     if not text.lstrip().startswith("["):
         for line, said in _lines(path, text, ("step", "samples_id")):
             yield f"{path}, line {line}", said["step"], said["samples_id"]
@@ -236,7 +237,7 @@ def _losses(path: Path, *, keep_diverged: bool) -> dict[str, dict[int, float]]:
     """Losses of each query by step; all queries at the same steps."""
     found: dict[str, dict[int, float]] = {}
     steps: set[int] = set()
-    for line, said in _lines(path, _text(path), ("id", "loss_trajectory")):
+    for line, said in _lines(path, utf8_text(path), ("id", "loss_trajectory")):
         where, query = f"{path}, line {line}", str(said["id"])
         if not _is_id(said["id"]) or query in found:
             raise Misuse(
@@ -337,11 +338,12 @@ def _indices(runs: list[_Run], used: list[list[tuple[str, ...]]], train: np.ndar
 
 def _lines(path: Path, text: str, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
     """The JSON objects of a file of lines, with their numbers; blank lines are left out."""
-    for line, one in enumerate(text.splitlines(), 1):
-        if not one.strip():
+    # Line feeds alone end a line: JSON allows Unicode's other ends of lines inside a text.
+    for line, content in enumerate(text.split("\n"), 1):
+        if not content.strip():
             continue
         try:
-            said = json.loads(one)
+            said = json.loads(content)
         except ValueError as error:
             raise _unreadable(f"{path}, line {line}", first_line(error), "JSON") from error
         missing = [one for one in fields if not isinstance(said, dict) or one not in said]
@@ -353,13 +355,6 @@ def _lines(path: Path, text: str, fields: tuple[str, ...]) -> Iterator[tuple[int
                 do="correct the line",
             )
         yield line, said
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise _unreadable(str(path), first_line(error), "text in UTF-8") from error
 
 
 def _unreadable(where: str, got: str, expected: str) -> Misuse:

@@ -13,13 +13,8 @@ from bayes_simfluence.conventions import COMPLETE, OPTIONAL
 from bayes_simfluence.data.gptdynamics import is_gptdynamics, read_gptdynamics
 from bayes_simfluence.data.longform import runs_of
 from bayes_simfluence.data.runs import Ids, runs_from_arrays, validate_runs
-from bayes_simfluence.data.tables import (
-    about_path,
-    read_about,
-    read_csv,
-    read_parquet,
-    write_table,
-)
+from bayes_simfluence.data.tables import about_path, read_about, write_table
+from bayes_simfluence.data.tabular import read_csv, read_parquet
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path
 
 __all__ = ["FORMATS", "export_runs", "import_runs"]

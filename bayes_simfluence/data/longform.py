@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from bayes_simfluence.checks import Misuse, named, shorten
 from bayes_simfluence.conventions import COMPLETE, DIVERGED, EMPTY_SLOT, UNRECORDED, Curricula
 from bayes_simfluence.data.columns import (
-    Table,
     columns_of,
     members,
     number,
@@ -23,6 +22,7 @@ from bayes_simfluence.data.columns import (
     typed_ids,
 )
 from bayes_simfluence.data.runs import Ids, run_statuses, runs_from_arrays
+from bayes_simfluence.data.tabular import Table
 
 __all__ = ["rows_of", "runs_of"]
 
@@ -221,7 +221,7 @@ def _losses(
         row = int(named_rows[again.min()])
         raise Misuse(
             table.at(row, "query"),
-            got=f"run, step {step[row]} and query of an earlier {table.word}",
+            got=f"run, step {step[row]} and query of an earlier {table.unit}",
             expected="each run, step and query once",
             do="remove the repeated row",
         )

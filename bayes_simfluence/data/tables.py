@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from bayes_simfluence.checks import Misuse, shorten
+from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import SCHEMA_VERSION
-from bayes_simfluence.data.columns import COLUMNS, Table
+from bayes_simfluence.data.columns import COLUMNS
 from bayes_simfluence.data.longform import rows_of
 from bayes_simfluence.data.runs import validate_runs
+from bayes_simfluence.data.tabular import pyarrow_for
 from bayes_simfluence.files import atomically, first_line
 
-__all__ = ["about_path", "read_about", "read_csv", "read_parquet", "write_table"]
+__all__ = ["about_path", "read_about", "write_table"]
 
 FEATURES = ("train_feature", "query_feature")
 
@@ -24,68 +25,6 @@ FEATURES = ("train_feature", "query_feature")
 def about_path(path: Path) -> Path:
     """Where what a table cannot hold lies: beside it."""
     return path.with_name(f"{path.name}.about.json")
-
-
-def read_csv(path: Path) -> Table:
-    """The cells of a CSV file, all text, and the line of each row.
-
-    Raises:
-        Misuse: no text, no header, a name twice, a row of another length.
-    """
-    rows, lines = [], []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            for row in reader:
-                if row:
-                    rows.append(row)
-                    lines.append(reader.line_num)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise Misuse(
-            f"{path}, line {reader.line_num}" if isinstance(error, csv.Error) else str(path),
-            got=first_line(error),
-            expected="CSV text in UTF-8",
-            do="save the file again",
-        ) from error
-    twice = {one for one in header if header.count(one) > 1}
-    if not header or twice:
-        raise Misuse(
-            f"{path}, line 1",
-            got=f"columns {shorten(sorted(twice))} twice" if twice else "nothing",
-            expected=f"columns {shorten(COLUMNS, 9)}",
-            do="write a header that names each column once",
-        )
-    for row, line in zip(rows, lines, strict=True):
-        if len(row) != len(header):
-            raise Misuse(
-                f"{path}, line {line}",
-                got=f"{len(row)} fields",
-                expected=f"{len(header)}, as in the header",
-                do="quote fields that contain a comma",
-            )
-    columns = [list(one) for one in zip(*rows, strict=True)] or [[] for _ in header]
-    return Table(path, dict(zip(header, columns, strict=True)), lines)
-
-
-def read_parquet(path: Path) -> Table:
-    """The cells of a Parquet file, as they are.
-
-    Raises:
-        Misuse: no Parquet file, or pyarrow is not installed.
-    """
-    parquet = _pyarrow(path).parquet
-    try:
-        columns = parquet.read_table(path).to_pydict()
-    except Exception as error:
-        raise Misuse(
-            str(path),
-            got=f"a file that cannot be read ({first_line(error)})",
-            expected="a Parquet file",
-            do="write it again",
-        ) from error
-    rows = len(next(iter(columns.values()), []))
-    return Table(path, columns, range(1, rows + 1), "row")
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -126,7 +65,7 @@ def write_table(runs: xr.Dataset, path: Path, *, parquet: bool) -> None:
     if (runs["status"].values == 1).all():
         columns.remove("status")
     kept = [COLUMNS.index(one) for one in columns]
-    arrow = _pyarrow(path) if parquet else None
+    arrow = pyarrow_for(path) if parquet else None
     with atomically(about_path(path)) as partial:
         partial.write_text(about, "utf-8")
     with atomically(path) as partial:
@@ -180,17 +119,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(f"a {type(value).__name__}")
-
-
-def _pyarrow(path: Path) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise Misuse(
-            str(path),
-            got="a Parquet file, and no pyarrow to read or write it",
-            expected="pyarrow",
-            do="install the extra [parquet], or use CSV",
-        ) from error
-    return pyarrow

@@ -1,7 +1,5 @@
 """Rows of JSON lines, CSV, Parquet or a Hugging Face dataset: fields by name, errors by line."""
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bayes_simfluence.checks import Misuse, shorten
-from bayes_simfluence.files import first_line
+from bayes_simfluence.data.tabular import read_csv, read_parquet, utf8_text
 
 __all__ = ["Rows", "read_rows"]
 
@@ -101,7 +99,7 @@ def read_rows(source: Any, *, id_field: str = "id") -> Rows:
         )
     kind = path.suffix.lower()
     if kind == ".parquet":
-        return _rows(str(path), "row", _parquet(path), id_field)
+        return _rows(str(path), "row", list(read_parquet(path).rows()), id_field)
     return _rows(str(path), "line", _csv(path) if kind == ".csv" else _json(path), id_field)
 
 
@@ -132,7 +130,7 @@ def _rows(source: str, unit: str, found: Numbered, id_field: str) -> Rows:
 
 def _json(path: Path) -> Numbered:
     # Line feeds alone end a line: JSON allows Unicode's other ends of lines inside a text.
-    lines = enumerate(_decoded(path).split("\n"), 1)
+    lines = enumerate(utf8_text(path).split("\n"), 1)
     return [(number, _object(path, number, line)) for number, line in lines if line.strip()]
 
 
@@ -152,61 +150,15 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _csv(path: Path) -> Numbered:
-    reader = csv.reader(io.StringIO(_decoded(path).removeprefix("\ufeff"), newline=""), strict=True)
-    found: list[tuple[int, list[str]]] = []
-    first = 1
-    try:
-        for cells in reader:
-            found += [(first, cells)] if cells else []
-            first = reader.line_num + 1
-    except csv.Error as error:
+    table = read_csv(path)
+    if not all(name.strip() for name in table.columns):
         raise Misuse(
-            f"{path} line {first}",
-            got=f"a row that cannot be read ({first_line(error)})",
-            expected="comma-separated values",
-            do="put texts with commas, quotes or line breaks in double quotes, and double a quote",
-        ) from error
-    if not found:
-        return []
-    header = found[0][1]
-    if len(set(header)) < len(header) or not all(name.strip() for name in header):
-        raise Misuse(
-            f"{path} line {found[0][0]}",
-            got=f"the header {shorten(header, 8)}",
-            expected="a different name for every column",
+            f"{path} line 1",
+            got=f"the header {shorten(table.columns, 8)}",
+            expected="a name for every column",
             do="write the names into the first line",
         )
-    for number, cells in found[1:]:
-        if len(cells) != len(header):
-            raise Misuse(
-                f"{path} line {number}",
-                got=f"{len(cells)} values",
-                expected=f"{len(header)}, one for each of {shorten(header, 8)}",
-                do="put texts with commas in double quotes",
-            )
-    return [(number, dict(zip(header, cells, strict=True))) for number, cells in found[1:]]
-
-
-def _parquet(path: Path) -> Numbered:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise Misuse(
-            str(path),
-            got="no package pyarrow",
-            expected="the extra [parquet]",
-            do="pip install 'bayes-simfluence[parquet]'",
-        ) from error
-    try:
-        table = parquet.read_table(path)
-    except (ArrowException, OSError) as error:
-        raise Misuse(
-            str(path),
-            got=f"a file that cannot be read ({first_line(error)})",
-            expected="a Parquet file",
-            do="write it again",
-        ) from error
-    return list(enumerate(table.to_pylist(), 1))
+    return list(table.rows())
 
 
 def _dataset_name(source: Any) -> str:
@@ -223,12 +175,3 @@ def _dataset(source: Any) -> Numbered:
             do="pick one: dataset['train']",
         )
     return list(enumerate((dict(row) for row in source.with_format(None)), 1))
-
-
-def _decoded(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Misuse(
-            str(path), got=first_line(error), expected="UTF-8 text", do="convert the file to UTF-8"
-        ) from error

@@ -29,6 +29,7 @@ ROWS = {
         "runs",
         "subsets",
         "store",
+        "tabular",
         "columns",
         "longform",
         "gptdynamics",

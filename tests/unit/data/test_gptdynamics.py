@@ -199,7 +199,7 @@ def test_other_flaws_of_a_folder(root):
         import_runs(root)
     (root / RUNS[0] / BATCHES).write_bytes(b"\xff")
     (root / RUNS[0] / "config.json").unlink()
-    with pytest.raises(Misuse, match=r"json: got .*expected text in UTF-8"):
+    with pytest.raises(Misuse, match=r"json: got .*expected UTF-8 text"):
         import_runs(root)
     (root / RUNS[0] / BATCHES).unlink()
     with pytest.raises(
