@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 from bayes_simfluence.data.curriculum import exposures
 from bayes_simfluence.model import simfluence as bayesian
 from bayes_simfluence.model.hyper import Values
-from bayes_simfluence.model.noise import StudentT
 from bayes_simfluence.model.priors import ExampleFeatures
 from bayes_simfluence.model.simfluence import Path, Simfluence
 
@@ -140,7 +139,5 @@ def error_covariance(
     model: Simfluence, values: Values, progress: Float[Array, " step"]
 ) -> Float[Array, "step step"]:
     """Covariance of a run's error, with the jitter that keeps it invertible."""
-    if isinstance(model.error, StudentT):
-        raise TypeError(f"{type(model.error).__name__} has no covariance")
     size = values.get("noise", jnp.ones(()))
     return size**2 * model.error.covariance(values, progress) + JITTER * jnp.eye(len(progress))

@@ -146,7 +146,7 @@ def _check_paths(runs: Recorded, model: Simfluence) -> None:
     """Raise unless effects and error are Gaussian and all queries share one covariance."""
     error, prior = model.error, model.prior
     wrong = {
-        f"error={error!r}": not error.gaussian or getattr(error, "loss_power", 0.0) != 0,
+        f"error={error!r}": not error.gaussian or error.follows_loss,
         f"prior={prior!r}": not prior.gaussian or prior.pooled,
         "multiplicative=True": model.multiplicative,
     }

@@ -15,8 +15,7 @@ from bayes_simfluence.gaussian.search import even_rows
 from bayes_simfluence.inference.recorded import Recorded, features_of
 from bayes_simfluence.model.hyper import natural_values, start
 from bayes_simfluence.model.link import link_of
-from bayes_simfluence.model.noise import Gaussian, StudentT
-from bayes_simfluence.model.numpyro_model import Gaps, Observed, Units, gaps_of
+from bayes_simfluence.model.numpyro_model import Gaps, Observed, Units, filterable, gaps_of
 from bayes_simfluence.model.priors import ExampleFeatures
 from bayes_simfluence.model.simfluence import Path, Simfluence, hypers_of
 from bayes_simfluence.simulators.sampled import SampledSimulator
@@ -73,12 +72,9 @@ class Program:
         The density of independent runs of one step is that of the whole runs, so minibatches of
         runs become minibatches of transitions.
         """
-        error = self.model.error
         linked = self.observed.linked
-        independent = isinstance(error, StudentT) or (
-            isinstance(error, Gaussian) and not (error.observation or error.run_effect)
-        )
-        if not (self.model.markov and independent and bool(jnp.isfinite(linked).all())):
+        independent = self.model.markov and self.model.error.independent_steps
+        if not (independent and bool(jnp.isfinite(linked).all())):
             return self
         pairs = jnp.stack([linked[:, :-1], linked[:, 1:]], axis=2)
         steps = pairs.shape[0] * pairs.shape[1]
@@ -120,10 +116,8 @@ def program_of(runs: Recorded, model: Simfluence, method: str) -> Program:
     Raises:
         Misuse: a combination of parts that no density is known of.
     """
-    error = model.error
-    hidden = isinstance(error, Gaussian) and error.observation and model.multiplicative
-    slopes = isinstance(error, Gaussian) and error.run_effect
-    if hidden and (slopes or not model.markov):
+    hidden = model.multiplicative and model.error.hides_state
+    if hidden and not filterable(model):
         raise Misuse(
             f"{method}: the model",
             got="observation noise and multiplicative terms with a memory longer than one step "

@@ -1,31 +1,160 @@
-"""Errors of a run: what its curriculum does not explain, as a random path that starts at zero.
+"""Errors of a run: what its curriculum does not explain, as a random trajectory from zero.
 
 ``eta_t = y_t - y_0 - (what the curriculum explains)`` on the scale of the link. ``Gaussian``,
 ``StudentT`` and ``AR1`` speak of its steps ``eta_t - eta_{t-1}``: an error made once stays, as in
-the recurrence ``L_t = alpha L_{t-1} + beta + eps_t``. ``Smooth`` speaks of the whole path. Sizes
-are relative to one number that the model brings (sd of a query's one-step error, or of effects).
+the recurrence ``L_t = alpha L_{t-1} + beta + eps_t``. ``Smooth`` speaks of the whole trajectory.
+Sizes are relative to one number that the model brings (sd of a query's one-step error, or of
+effects).
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import Misuse
+from bayes_simfluence.linalg import cholesky, solve_lower
 from bayes_simfluence.model.hyper import Hyper, Values
 from bayes_simfluence.model.recurrence import accumulation
 
 __all__ = ["AR1", "ERRORS", "Error", "Gaussian", "Smooth", "StudentT", "error_from_dict"]
 
+JITTER = 1e-8
+"""Added to the variances of a trajectory in units of its error, so that it can be factorized."""
+LOG_TWO_PI = float(np.log(2.0 * np.pi))
 LOWEST = 1e-3
 """Losses below this (nats) count as this much where the error's size follows the loss."""
 
 
 @dataclass(frozen=True)
-class _Steps:
+class Error(ABC):
+    """How a run may err.
+
+    The trajectory of an error is a lower triangular matrix times innovations: independent draws of
+    unit scale. Where steps are independent it is their sum, else the matrix is a Cholesky factor of
+    the trajectory's covariance. So an error with normal innovations says what is inferred and its
+    ``covariance``; an error of independent steps with other innovations says the law of those.
+    """
+
+    name: ClassVar[str]
+    """As settings and the command line call it."""
+    gaussian: ClassVar[bool] = True
+    """Whether the trajectory is normal given hyperparameters, so that it has a ``covariance``."""
+    by_step: ClassVar[bool] = True
+    """Whether its unit is the sd of one step's error; else that of the effects."""
+    number: ClassVar[str | None] = None
+    """The setting that a number after the name sets, as in ``student-t:4``."""
+
+    @property
+    def follows_loss(self) -> bool:
+        """Whether the size of a step's error depends on the loss before it (``sizes``)."""
+        return False
+
+    @property
+    def independent_steps(self) -> bool:
+        """Whether steps are independent given the losses before them."""
+        return False
+
+    @property
+    def hides_state(self) -> bool:
+        """Whether losses are measured with noise that the next loss does not start from."""
+        return False
+
+    @property
+    def random_walk(self) -> bool:
+        """Whether steps of the state are independent and normal with one size: a Kalman filter's.
+
+        The state may be hidden.
+        """
+        return False
+
+    @property
+    def of_state(self) -> "Error":
+        """The error of the state itself, without the noise that hides it."""
+        return self
+
+    @abstractmethod
+    def hypers(self) -> dict[str, Hyper]:
+        """What is inferred."""
+
+    def observation_sd(self, values: Values) -> Float[Array, ""]:
+        """Sd of the noise that hides the state, relative to one step's error."""
+        return jnp.zeros(())
+
+    def sizes(
+        self, values: Values, before: Float[Array, "step query"]
+    ) -> Float[Array, "step query"] | None:
+        """Relative sd of each step's error given the losses (nats) before it; None = all one."""
+        return None
+
+    def covariance(
+        self, values: Values, progress: Float[Array, " step"]
+    ) -> Float[Array, "step step"]:
+        """Covariance of a run's error between the times after each step, relative units."""
+        raise TypeError(f"{type(self).__name__} has no covariance")
+
+    def log_density(
+        self,
+        values: Values,
+        error: Float[Array, "step query"],
+        progress: Float[Array, " step"],
+        rows: Int[np.ndarray, " row"],
+    ) -> Float[Array, "step query"]:
+        """Log density of one run's error after each step given its earlier ones, relative units.
+
+        Args:
+            values: hyperparameters.
+            error: the trajectory; steps that are not in ``rows`` are integrated out.
+            progress: step / steps of the fitted runs.
+            rows: positions of steps; the density is zero at the others.
+        """
+        if self.independent_steps and len(rows) == len(progress):
+            return self.innovation_log_density(values, jnp.diff(error, axis=0, prepend=0.0))
+        factor = self._factor(values, progress, rows)
+        density = self.innovation_log_density(values, solve_lower(factor, error[rows]))
+        density = density - jnp.log(jnp.diagonal(factor))[:, None]
+        return jnp.zeros_like(error).at[rows].set(density)
+
+    def trajectory(
+        self, values: Values, progress: Float[Array, " step"], queries: int, *, key: Array
+    ) -> Float[Array, "step query"]:
+        """A draw of one run's error for each query, relative units; the loss is not followed."""
+        steps = len(progress)
+        innovations = self.innovations(values, (steps, queries), key=key)
+        if self.gaussian:
+            return self._factor(values, progress, np.arange(steps)) @ innovations
+        return jnp.tril(jnp.ones((steps, steps))) @ innovations
+
+    def innovations(
+        self, values: Values, shape: tuple[int, ...], *, key: Array
+    ) -> Float[Array, "..."]:
+        """Independent draws of unit scale, of which trajectories are made: standard normal."""
+        return jax.random.normal(key, shape)
+
+    def innovation_log_density(
+        self, values: Values, innovation: Float[Array, "*shape"]
+    ) -> Float[Array, "*shape"]:
+        """Log density of each innovation."""
+        return -0.5 * (jnp.square(innovation) + LOG_TWO_PI)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Name and settings; ``error_from_dict`` makes them an error again."""
+        return {"name": self.name, **asdict(self)}
+
+    def _factor(
+        self, values: Values, progress: Float[Array, " step"], rows: Int[np.ndarray, " row"]
+    ) -> Float[Array, "row row"]:
+        """Cholesky factor of the trajectory's covariance between the times after some steps."""
+        covariance = self.covariance(values, progress)[rows][:, rows]
+        return cholesky(covariance + JITTER * jnp.eye(len(rows)))
+
+
+@dataclass(frozen=True)
+class _Steps(Error):
     """What errors of single steps share.
 
     Attributes:
@@ -37,8 +166,6 @@ class _Steps:
     loss_power: float | None = 0.0
     run_effect: bool = False
 
-    by_step: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if self.loss_power is not None and not np.isfinite(self.loss_power):
             raise Misuse(
@@ -47,6 +174,11 @@ class _Steps:
                 expected="a finite number, or None to infer it",
                 do="pass 0 for an error that does not follow the loss",
             )
+
+    @property
+    def follows_loss(self) -> bool:
+        """Whether its power of the loss is other than zero."""
+        return self.loss_power != 0
 
     def hypers(self) -> dict[str, Hyper]:
         """What is inferred."""
@@ -63,7 +195,7 @@ class _Steps:
         self, values: Values, before: Float[Array, "step query"]
     ) -> Float[Array, "step query"] | None:
         """Relative sd of each step's error given the losses (nats) before it; None = all one."""
-        if self.loss_power == 0:
+        if not self.follows_loss:
             return None
         power = values["loss_power"] if self.loss_power is None else self.loss_power
         return jnp.maximum(before, LOWEST) ** power
@@ -87,18 +219,42 @@ class Gaussian(_Steps):
             linear-Gaussian state space: process noise and observation noise).
     """
 
+    name: ClassVar[str] = "gaussian"
     observation: bool = False
-    gaussian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.observation and self.loss_power != 0:
+        if self.observation and self.follows_loss:
             raise Misuse(
                 "Gaussian(observation=True)",
                 got=f"loss_power={self.loss_power}",
                 expected="loss_power=0, since the true loss before a step is not observed",
                 do="leave one of them out",
             )
+
+    @property
+    def independent_steps(self) -> bool:
+        """Unless neighbouring steps share noise of observation, or all a run effect."""
+        return not (self.observation or self.run_effect)
+
+    @property
+    def hides_state(self) -> bool:
+        """Whether there is noise of observation."""
+        return self.observation
+
+    @property
+    def random_walk(self) -> bool:
+        """Unless sizes follow the loss or a run has a slope of its own."""
+        return not (self.follows_loss or self.run_effect)
+
+    @property
+    def of_state(self) -> "Gaussian":
+        """The same without noise of observation."""
+        return replace(self, observation=False)
+
+    def observation_sd(self, values: Values) -> Float[Array, ""]:
+        """Sd of the noise of observation over that of one step's error."""
+        return values["observation"] if self.observation else jnp.zeros(())
 
     def hypers(self) -> dict[str, Hyper]:
         """What is inferred."""
@@ -112,7 +268,7 @@ class Gaussian(_Steps):
     def covariance(
         self, values: Values, progress: Float[Array, " step"]
     ) -> Float[Array, "step step"]:
-        """Covariance of the error path, for unit variance of a step's error."""
+        """Covariance of the trajectory, for unit variance of a step's error."""
         step = progress / progress[0]
         walk = jnp.minimum(step[:, None], step[None, :])
         if self.observation:
@@ -127,7 +283,7 @@ class AR1(_Steps):
     Stationary from the first step on, with unit variance.
     """
 
-    gaussian: ClassVar[bool] = True
+    name: ClassVar[str] = "ar1"
 
     def hypers(self) -> dict[str, Hyper]:
         """What is inferred."""
@@ -137,7 +293,7 @@ class AR1(_Steps):
     def covariance(
         self, values: Values, progress: Float[Array, " step"]
     ) -> Float[Array, "step step"]:
-        """Covariance of the error path, for unit variance of a step's error."""
+        """Covariance of the trajectory, for unit variance of a step's error."""
         rho, size = values["error_correlation"], len(progress)
         lag = jnp.abs(jnp.arange(size)[:, None] - jnp.arange(size)[None, :])
         steps = jnp.where(lag == 0, 1.0, rho ** jnp.maximum(lag, 1))
@@ -150,11 +306,13 @@ class StudentT(_Steps):
     """Independent Student-t errors of each step: rare large jumps do not pull the coefficients.
 
     Attributes:
-        freedom: degrees of freedom, above 2; inferred when None.
+        df: degrees of freedom, above 2; inferred when None.
     """
 
-    freedom: float | None = None
+    name: ClassVar[str] = "student-t"
     gaussian: ClassVar[bool] = False
+    number: ClassVar[str | None] = "df"
+    df: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,38 +323,50 @@ class StudentT(_Steps):
                 expected="run_effect=False",
                 do="use Gaussian(run_effect=True) or AR1(run_effect=True)",
             )
-        if self.freedom is not None and not 2 < self.freedom < np.inf:
+        if self.df is not None and not 2 < self.df < np.inf:
             raise Misuse(
-                "StudentT(freedom=...)",
-                got=repr(self.freedom),
+                "StudentT(df=...)",
+                got=repr(self.df),
                 expected="a finite number above 2, so that the error has a variance",
                 do="pass a larger one, or None to infer it",
             )
 
+    @property
+    def independent_steps(self) -> bool:
+        """Always."""
+        return True
+
     def hypers(self) -> dict[str, Hyper]:
         """What is inferred."""
         free = super().hypers()
-        if self.freedom is None:
+        if self.df is None:
+            # Saved posteriors know the site by this name.
             free["error_freedom"] = Hyper(4.0, 0.7, "positive", "degrees of freedom above 2")
         return free
 
-    def freedom_of(self, values: Values) -> Float[Array, ""]:
+    def df_of(self, values: Values) -> Float[Array, ""]:
         """Degrees of freedom."""
-        if self.freedom is not None:
-            return jnp.asarray(self.freedom)
-        return 2.0 + values["error_freedom"]
+        return 2.0 + values["error_freedom"] if self.df is None else jnp.asarray(self.df)
 
-    def log_density(self, values: Values, step: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """Log density of steps of unit scale."""
-        freedom = self.freedom_of(values)
-        half = 0.5 * (freedom + 1.0)
+    def innovations(
+        self, values: Values, shape: tuple[int, ...], *, key: Array
+    ) -> Float[Array, "..."]:
+        """Student-t draws of unit scale."""
+        return jax.random.t(key, self.df_of(values), shape)
+
+    def innovation_log_density(
+        self, values: Values, innovation: Float[Array, "*shape"]
+    ) -> Float[Array, "*shape"]:
+        """Log density of Student-t draws of unit scale."""
+        df = self.df_of(values)
+        half = 0.5 * (df + 1.0)
         gammaln = jax.scipy.special.gammaln
-        constant = gammaln(half) - gammaln(0.5 * freedom) - 0.5 * jnp.log(freedom * jnp.pi)
-        return constant - half * jnp.log1p(jnp.square(step) / freedom)
+        constant = gammaln(half) - gammaln(0.5 * df) - 0.5 * jnp.log(df * jnp.pi)
+        return constant - half * jnp.log1p(jnp.square(innovation) / df)
 
 
 @dataclass(frozen=True)
-class Smooth:
+class Smooth(Error):
     """A random walk plus a smooth stationary part, both zero before the first update.
 
     The random walk lets a run drift away for good; with positive ``growth`` deviations feed on
@@ -205,8 +375,8 @@ class Smooth:
     relative to the effects'.
     """
 
+    name: ClassVar[str] = "smooth"
     by_step: ClassVar[bool] = False
-    gaussian: ClassVar[bool] = True
 
     def hypers(self) -> dict[str, Hyper]:
         """What is inferred."""
@@ -216,9 +386,6 @@ class Smooth:
             "wobble_length": Hyper(0.08, 1.0, "positive", "training time over which it changes"),
             "wobble_trend": Hyper(0.0, 1.0, "real", "log growth of its sd per recorded length"),
         }
-
-    def sizes(self, values: Values, before: Float[Array, "step query"]) -> None:
-        """None: the error does not follow the loss."""
 
     def covariance(
         self, values: Values, progress: Float[Array, " step"]
@@ -233,21 +400,15 @@ class Smooth:
         return values["drift"] ** 2 * walk + sd[:, None] * sd[None, :] * smooth
 
 
-Error: TypeAlias = Gaussian | AR1 | StudentT | Smooth
-"""How a run may err."""
-
-ERRORS: dict[str, type[Error]] = {
-    "gaussian": Gaussian,
-    "student-t": StudentT,
-    "ar1": AR1,
-    "smooth": Smooth,
-}
+ERRORS: dict[str, type[Error]] = {kind.name: kind for kind in (Gaussian, StudentT, AR1, Smooth)}
 """By the name that settings and the command line use."""
 
 
 def error_from_dict(settings: dict[str, Any]) -> Error:
-    """The error of settings ``{"name": ..., **attributes}``."""
+    """The error of settings made by ``Error.as_dict``."""
     rest = dict(settings)
+    if "freedom" in rest:  # as version 0.1 wrote it
+        rest["df"] = rest.pop("freedom")
     return ERRORS[rest.pop("name")](**rest)
 
 

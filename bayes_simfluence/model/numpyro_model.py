@@ -7,7 +7,7 @@ is its error plus what earlier losses and the curriculum determine.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ import numpyro
 from jaxtyping import Array, Float, Int
 from numpyro import distributions as dist
 
-from bayes_simfluence.linalg import cholesky, solve_lower
 from bayes_simfluence.model import kalman
 from bayes_simfluence.model.hyper import Hyper, Values
 from bayes_simfluence.model.link import loss_of
@@ -26,7 +25,6 @@ from bayes_simfluence.model.mean_function import (
     explained,
     multipliers,
 )
-from bayes_simfluence.model.noise import Gaussian, StudentT
 from bayes_simfluence.model.priors import ExampleFeatures, no_features
 from bayes_simfluence.model.simfluence import (
     MULTIPLICATIVE,
@@ -44,6 +42,7 @@ __all__ = [
     "Units",
     "coefficients_of",
     "density_of",
+    "filterable",
     "gaps_of",
     "joint",
     "noise_of",
@@ -55,8 +54,6 @@ WIDE_SCALE = Hyper(
 )
 NOISE = Hyper(0.01, 1.5, "positive", "sd of one step's error, units of the link")
 """Priors of what belongs to each query: for the published kinds, ``WIDE_SCALE`` for the other."""
-JITTER = 1e-8
-LOG_TWO_PI = float(np.log(2.0 * np.pi))
 
 Sites = Mapping[str, Array]
 """Values of the program's sample sites, by name."""
@@ -114,22 +111,20 @@ def gaps_of(model: Simfluence, linked: Float[np.ndarray, "run time query"]) -> G
     lost = ~np.isfinite(linked)
     nothing = np.zeros((0, 3), int)
     error = model.error
-    hidden = isinstance(error, Gaussian) and error.observation and model.multiplicative
-    if hidden or (lost.any() and _plain(model)):
+    hidden = model.multiplicative and error.hides_state
+    if hidden or (lost.any() and filterable(model)):
         return Gaps(steps, nothing, True)
     by_time = lost.any(axis=(0, 2))[1:]
     common = bool((lost[:, 1:] == by_time[None, :, None]).all())
-    linear = error.gaussian and not model.multiplicative
-    if common and linear and getattr(error, "loss_power", 0.0) == 0:
+    linear = error.gaussian and not (model.multiplicative or error.follows_loss)
+    if common and linear:
         return Gaps(steps[~by_time], nothing, False)
     return Gaps(steps, np.argwhere(lost), False)
 
 
-def _plain(model: Simfluence) -> bool:
-    """Whether the next loss depends on the last alone, with independent normal errors."""
-    error = model.error
-    normal = isinstance(error, Gaussian) and error.loss_power == 0 and not error.run_effect
-    return model.markov and normal
+def filterable(model: Simfluence) -> bool:
+    """Whether a Kalman filter takes it: the next loss follows from the last one, errors apart."""
+    return model.markov and model.error.random_walk
 
 
 def joint(
@@ -256,13 +251,13 @@ def density_of(
     Zero where none was recorded; the sum over steps is the log density of the run.
     """
     if gaps.filtered:
-        one = partial(_filtered_density, model, sites, coefficients)
+        of_run = partial(_filtered_density, model, sites, coefficients)
     else:
-        # The factor is common to all runs, which are equally long.
-        factor = _error_factor(model, sites, paths.progress[0], gaps)
-        one = partial(_direct_density, model, sites, coefficients, gaps, factor)
-    found: Array = jax.vmap(one)(paths, linked)
-    return found
+        # Runs are equally long: what depends on their times alone is computed once.
+        progress = paths.progress[0]
+        of_run = partial(_direct_density, model, sites, coefficients, gaps.rows, progress)
+    density: Array = jax.vmap(of_run)(paths, linked)
+    return density
 
 
 def noise_of(model: Simfluence, sites: Sites) -> Float[Array, " query"]:
@@ -283,61 +278,30 @@ def _filtered_density(
     factor = multipliers(coefficients, path)
     alpha = jnp.ones_like(beta) if factor is None else 1.0 + factor
     process = jnp.square(noise_of(model, sites))
-    behind = sites.get("observation", jnp.zeros(()))
-    density = jax.vmap(kalman.log_density, in_axes=(1, 1, 0, 1, 0, 0), out_axes=1)
-    found: Array = density(
-        alpha, beta, linked[0], linked[1:], process, jnp.square(behind) * process
-    )
-    return found
+    observation = jnp.square(model.error.observation_sd(sites)) * process
+    of_query = jax.vmap(kalman.log_density, in_axes=(1, 1, 0, 1, 0, 0), out_axes=1)
+    density: Array = of_query(alpha, beta, linked[0], linked[1:], process, observation)
+    return density
 
 
 def _direct_density(
     model: Simfluence,
     sites: Sites,
     coefficients: Coefficients,
-    gaps: Gaps,
-    factor: Float[Array, "row row"] | None,
+    rows: Int[np.ndarray, " row"],
+    progress: Float[Array, " step"],
     path: Path,
     linked: Float[Array, "time query"],
 ) -> Float[Array, "step query"]:
-    # Times that ``gaps.rows`` leaves out must not spoil the gradient of the others.
+    # Times that ``rows`` leaves out must not spoil the gradient of the others.
     linked = jnp.where(jnp.isfinite(linked), linked, linked[:1])
     before = linked[:-1]
     error = linked[1:] - linked[:1] - explained(model, sites, coefficients, path, before)
     noise = noise_of(model, sites)[None]
     sizes = model.error.sizes(sites, loss_of(model.link, before))
     if sizes is not None:
-        error = jnp.cumsum(_steps(error) / sizes, axis=0)
-    unit = error / noise
-    if isinstance(model.error, StudentT):
-        density = model.error.log_density(sites, _steps(unit))
-    elif factor is None:
-        density = -0.5 * (jnp.square(_steps(unit)) + LOG_TWO_PI)
-    else:
-        white = solve_lower(factor, unit[gaps.rows])
-        known = -0.5 * (jnp.square(white) + LOG_TWO_PI) - jnp.log(jnp.diagonal(factor))[:, None]
-        density = jnp.zeros_like(unit).at[gaps.rows].set(known)
-        return density.at[gaps.rows].add(-jnp.log(noise) + _minus_log(sizes, gaps.rows))
-    return density - jnp.log(noise) + _minus_log(sizes, slice(None))
-
-
-def _steps(path: Float[Array, "step query"]) -> Float[Array, "step query"]:
-    return jnp.diff(path, axis=0, prepend=jnp.zeros_like(path[:1]))
-
-
-def _minus_log(sizes: Array | None, rows: Any) -> Array:
-    return jnp.zeros((1, 1)) if sizes is None else -jnp.log(sizes[rows])
-
-
-def _error_factor(
-    model: Simfluence, sites: Sites, progress: Float[Array, " step"], gaps: Gaps
-) -> Float[Array, "row row"] | None:
-    """Cholesky factor of the error path at the recorded times; None for independent steps."""
-    error = model.error
-    if isinstance(error, StudentT):
-        return None
-    white = isinstance(error, Gaussian) and not (error.observation or error.run_effect)
-    if white and len(gaps.rows) == len(progress):
-        return None
-    covariance = error.covariance(sites, progress)[gaps.rows][:, gaps.rows]
-    return cholesky(covariance + JITTER * jnp.eye(len(covariance)))
+        error = jnp.cumsum(jnp.diff(error, axis=0, prepend=0.0) / sizes, axis=0)
+    density = model.error.log_density(sites, error / noise, progress, rows)
+    enters = np.isin(np.arange(len(progress)), rows)[:, None]
+    density = density - jnp.where(enters, jnp.log(noise), 0.0)
+    return density if sizes is None else density - jnp.where(enters, jnp.log(sizes), 0.0)

@@ -58,18 +58,18 @@ class StudentT(Prior):
     """Student-t effects: a few examples may matter several times as much as the rest.
 
     Attributes:
-        freedom: degrees of freedom; at 4, one example in 100 exceeds 4.6 scales.
+        df: degrees of freedom; at 4, one example in 100 exceeds 4.6 scales.
     """
 
     name: ClassVar[str] = "student-t"
-    freedom: float = 4.0
+    df: float = 4.0
 
     def __post_init__(self) -> None:
-        positive_number("StudentT(freedom=...)", self.freedom)
+        positive_number("StudentT(df=...)", self.df)
 
     def law(self, name: str, shape: Shape, values: Values) -> Float[Array, "query train knot"]:
         """Normal with an inverse-gamma variance for each query and example."""
-        half = 0.5 * self.freedom
+        half = 0.5 * self.df
         return _mixture(name, shape, dist.InverseGamma(half, half))
 
 
@@ -94,14 +94,14 @@ class Horseshoe(Prior):
     Attributes:
         share: guess of the share of examples that matter; ``share / (1 - share)`` is the median of
             ``tau`` (their eq. 3.12, for effects in units of their errors).
-        slab_scale, slab_freedom: effects that matter are about Student-t with these, in units of
+        slab_scale, slab_df: effects that matter are about Student-t with these, in units of
             the query's scale.
     """
 
     name: ClassVar[str] = "horseshoe"
     share: float = 0.1
     slab_scale: float = 2.0
-    slab_freedom: float = 4.0
+    slab_df: float = 4.0
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -112,7 +112,7 @@ class Horseshoe(Prior):
                 do="guess how many of the examples matter",
             )
         positive_number("Horseshoe(slab_scale=...)", self.slab_scale)
-        positive_number("Horseshoe(slab_freedom=...)", self.slab_freedom)
+        positive_number("Horseshoe(slab_df=...)", self.slab_df)
 
     def law(self, name: str, shape: Shape, values: Values) -> Float[Array, "query train knot"]:
         """Normal with a local, a global and a slab scale."""
@@ -121,7 +121,7 @@ class Horseshoe(Prior):
         tau = positive(f"{name}_global", (queries, 1), cauchy)
         tau = tau * self.share / (1.0 - self.share)
         squared = jnp.square(positive(f"{name}_local", (queries, train), cauchy))
-        half = 0.5 * self.slab_freedom
+        half = 0.5 * self.slab_df
         slab = positive(f"{name}_slab", (queries, 1), dist.InverseGamma(half, half))
         slab = self.slab_scale**2 * slab
         regular = slab * squared / (slab + jnp.square(tau) * squared)
@@ -245,7 +245,8 @@ def prior_from_dict(settings: dict[str, Any]) -> Prior:
 
     A caller's own distribution or embeddings are not saved; what was inferred under them is.
     """
-    rest = dict(settings)
+    # ``freedom``, ``slab_freedom``: as version 0.1 wrote them.
+    rest = {name.replace("freedom", "df"): value for name, value in settings.items()}
     return PRIORS[rest.pop("name")](**rest)
 
 

@@ -33,7 +33,7 @@ from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.exposure import Exposure
 from bayes_simfluence.model.hyper import Hyper, Values
 from bayes_simfluence.model.link import LINKS, Link
-from bayes_simfluence.model.noise import ERRORS, Error, Gaussian, Smooth, error_from_dict
+from bayes_simfluence.model.noise import Error, Gaussian, Smooth, error_from_dict
 from bayes_simfluence.model.priors import (
     Custom,
     ExampleFeatures,
@@ -118,7 +118,7 @@ class Simfluence:
         added = TIME_EFFECTS if self.additive else ("none",)
         choice_of("Simfluence(time_effect=...)", self.time_effect, added)
         _instance("prior", self.prior, Prior, "a prior such as priors.Normal()")
-        _instance("error", self.error, tuple(ERRORS.values()), "an error such as noise.Smooth()")
+        _instance("error", self.error, Error, "an error such as noise.Smooth()")
         _instance("exposure", self.exposure, Exposure, "an Exposure(...)")
         _instance("coefficients", self.coefficients, Varying, "a Varying(...)")
         if not self.additive and (self.coefficients.knots > 1 or self.timescales != "staying"):
@@ -160,7 +160,6 @@ class Simfluence:
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values; ``from_dict`` makes them a model again."""
-        names = {kind: name for name, kind in ERRORS.items()}
         return {
             "kind": self.kind,
             "link": self.link,
@@ -168,7 +167,7 @@ class Simfluence:
             "exposure": asdict(self.exposure),
             "coefficients": asdict(self.coefficients),
             "prior": self.prior.as_dict(),
-            "error": {"name": names[type(self.error)], **asdict(self.error)},
+            "error": self.error.as_dict(),
             "time_effect": self.time_effect,
             "multiplicative": self.multiplicative,
         }

@@ -24,7 +24,7 @@ OWN: dict[str, tuple[str, ...]] = {
 """Settings that each method takes; ``exact`` those of the sampler too where it samples."""
 NUMBER_OF_PRIOR: dict[str, tuple[str, Callable[[str], float | int]] | None] = {
     "normal": None,
-    "student-t": ("freedom", float),
+    "student-t": ("df", float),
     "laplace": None,
     "horseshoe": ("share", float),
     "low-rank": ("rank", int),
@@ -46,13 +46,13 @@ class FitConfig:
     link: str | None = say("scale of the effects", None, ("log-odds", "log", "identity"))
     timescales: str | None = say("effects", None, ("both", "staying", "fading"))
     prior: str | None = say(
-        "of effects: normal, student-t[:freedom], laplace, horseshoe[:share that matters], "
+        "of effects: normal, student-t[:df], laplace, horseshoe[:share that matters], "
         "low-rank[:rank]", None,
     )  # fmt: skip
     pooled: bool | None = say("effects partly the same for all queries", None)
     features: bool | None = say("use the recording's gradient features", None)
     noise: str | None = say(
-        "error of a run: smooth, gaussian, ar1, student-t[:freedom, inferred when left out]", None
+        "error of a run: smooth, gaussian, ar1, student-t[:df, inferred when left out]", None
     )
     loss_power: float | str | None = say(
         f"power of the loss in the error's sd, or '{INFERRED}'", None
@@ -220,7 +220,7 @@ class FitConfig:
             if number and name != "student-t":
                 raise _no_number("noise", self.noise, name)
             if number:
-                said["freedom"] = _number("noise", number, float)
+                said["df"] = _number("noise", number, float)
         known = {one.name for one in fields(kind)}
         for name in set(said) - known:
             raise Misuse(
@@ -281,10 +281,10 @@ def words_of(model: Any) -> dict[str, Any]:
         "time_effect": model.time_effect,
         "multiplicative": model.multiplicative,
     }
-    if getattr(error, "freedom", None) is not None:
-        found["noise"] += f":{error.freedom!r}"
+    if getattr(error, "df", None) is not None:
+        found["noise"] += f":{error.df!r}"
     for one in fields(error):
-        if one.name != "freedom":
+        if one.name != "df":
             value = getattr(error, one.name)
             found[one.name] = _word_of_inferred(value) if one.name == "loss_power" else value
     return found

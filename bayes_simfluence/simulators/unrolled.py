@@ -1,6 +1,5 @@
 """Coefficients of any draw rolled out into losses, with errors drawn from the model's noise."""
 
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -8,12 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bayes_simfluence.linalg import cholesky
 from bayes_simfluence.model.hyper import Values
 from bayes_simfluence.model.link import loss_of
 from bayes_simfluence.model.mean_function import Coefficients, batch_effects, multipliers
-from bayes_simfluence.model.noise import Gaussian, StudentT
-from bayes_simfluence.model.numpyro_model import JITTER, Sites, Units, coefficients_of, noise_of
+from bayes_simfluence.model.numpyro_model import Sites, Units, coefficients_of, noise_of
 from bayes_simfluence.model.priors import ExampleFeatures
 from bayes_simfluence.model.simfluence import Path, Simfluence, gather, rate_of
 
@@ -44,12 +41,12 @@ def simulated(
         longer = _extended(model, sites, knots, key=knot_key)
         found = of_queries(coefficients_of(model, longer, units, features), query)
         noise = noise_of(model, sites)[query]
-        factor = _walk_factor(model, sites, paths.progress[0])
+        progress = paths.progress[0]
         runs = jnp.arange(len(start))
 
         def of_run(run: Array, path: Path, at: Array) -> tuple[Array, Array]:
             own = jax.random.fold_in(error_key, run)
-            return _rolled(model, sites, found, path, at, noise, factor, key=own)
+            return _rolled(model, sites, found, path, at, noise, progress, key=own)
 
         done: tuple[Array, Array] = jax.vmap(of_run)(runs, paths, start)
         return done
@@ -81,29 +78,9 @@ def _extended(model: Simfluence, sites: Sites, knots: int, *, key: jax.Array) ->
 
 
 def of_queries(found: Coefficients, query: Array) -> Coefficients:
-    """Those of some queries."""
+    """The coefficients of some queries alone."""
     taken: Coefficients = jax.tree.map(lambda whole: whole[query], found)
     return taken
-
-
-def _walk_factor(
-    model: Simfluence, values: Values, progress: Float[Array, " step"]
-) -> Float[Array, "step step"]:
-    """The error path as a map of independent draws; for Student-t steps, their sum.
-
-    Noise of observation that the recurrence does not see is added to the rolled-out losses.
-    """
-    error = model.error
-    if isinstance(error, StudentT):
-        return jnp.tril(jnp.ones((len(progress), len(progress))))
-    if isinstance(error, Gaussian) and model.multiplicative:
-        error = replace(error, observation=False)
-    covariance = error.covariance(values, progress)
-    return cholesky(covariance + JITTER * jnp.eye(len(progress)))
-
-
-def _hidden(model: Simfluence) -> bool:
-    return model.multiplicative and isinstance(model.error, Gaussian) and model.error.observation
 
 
 def _rolled(
@@ -113,24 +90,22 @@ def _rolled(
     path: Path,
     start: Float[Array, " query"],
     noise: Float[Array, " query"],
-    factor: Float[Array, "step step"],
+    progress: Float[Array, " step"],
     *,
     key: jax.Array,
 ) -> tuple[Float[Array, "step query"], Float[Array, "step query"]]:
-    steps, queries = len(path.progress), len(start)
     walk_key, seen_key = jax.random.split(key)
-    if isinstance(model.error, StudentT):
-        independent = jax.random.t(walk_key, model.error.freedom_of(sites), (steps, queries))
-    else:
-        independent = jax.random.normal(walk_key, (steps, queries))
-    error = noise[None] * (factor @ independent)
-    simple = not model.multiplicative and getattr(model.error, "loss_power", 0.0) == 0
-    way = _summed if simple else _scanned
+    # Multiplicative terms act on the state: the noise that hides it is added at the end.
+    hidden = model.multiplicative and model.error.hides_state
+    own = model.error.of_state if hidden else model.error
+    error = noise[None] * own.trajectory(sites, progress, len(start), key=walk_key)
+    feedback = model.multiplicative or model.error.follows_loss
+    way = _scanned if feedback else _summed
     mean = way(model, sites, coefficients, path, start, jnp.zeros_like(error))
     loss = way(model, sites, coefficients, path, start, error)
-    if _hidden(model):
-        white = jax.random.normal(seen_key, (steps, queries))
-        loss = loss + sites["observation"] * noise[None] * white
+    if hidden:
+        white = jax.random.normal(seen_key, error.shape)
+        loss = loss + model.error.observation_sd(sites) * noise[None] * white
     return loss_of(model.link, mean), loss_of(model.link, loss)
 
 

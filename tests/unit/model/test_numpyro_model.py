@@ -16,7 +16,6 @@ from bayes_simfluence.model.exposure import FLOOR, Exposure
 from bayes_simfluence.model.hyper import natural_values, start
 from bayes_simfluence.model.mean_function import explained
 from bayes_simfluence.model.numpyro_model import (
-    JITTER,
     Units,
     coefficients_of,
     density_of,
@@ -33,7 +32,7 @@ MODELS = {
     "multiplicative": Simfluence(kind="multiplicative"),
     "student": Simfluence(kind="linear", error=noise.StudentT()),
     "power": Simfluence(kind="linear", error=noise.Gaussian(loss_power=None)),
-    "student with power": Simfluence(kind="linear", error=noise.StudentT(0.8, freedom=3.0)),
+    "student with power": Simfluence(kind="linear", error=noise.StudentT(0.8, df=3.0)),
     "ar1": Simfluence(kind="linear", error=noise.AR1(loss_power=-0.5, run_effect=True)),
     "smooth": Simfluence(kind="linear", error=noise.Smooth()),
     "run effect": Simfluence(kind="linear", error=noise.Gaussian(run_effect=True)),
@@ -136,13 +135,13 @@ def log_density(model, sites, coefficients, path, y, query):
     power = float(sites.get("loss_power", getattr(error, "loss_power", 0.0)))
     size *= np.maximum(to_loss(model, y[:-1]), 1e-3) ** power
     if isinstance(error, noise.StudentT):
-        freedom = error.freedom or 2 + float(sites["error_freedom"])
-        return sum(stats.t.logpdf(steps, freedom, scale=size))
+        df = error.df or 2 + float(sites["error_freedom"])
+        return sum(stats.t.logpdf(steps, df, scale=size))
     if error == noise.Gaussian(loss_power=error.__dict__.get("loss_power", 0.0)):
         return sum(stats.norm.logpdf(steps, scale=size))
     with double_precision():
         covariance = np.asarray(error.covariance(sites, path.progress))
-    law = stats.multivariate_normal(cov=covariance + JITTER * np.eye(STEPS))
+    law = stats.multivariate_normal(cov=covariance + noise.JITTER * np.eye(STEPS))
     return law.logpdf(np.cumsum(steps / size)) - np.log(size).sum()
 
 
@@ -300,7 +299,7 @@ def test_a_missing_loss_of_a_student_model_is_imputed(rng):
         seen = jnp.asarray(y)
         found = jax.vmap(lambda at: one(seen.at[0, 3, 1].set(at))[0, :, 1].sum())(grid)
         integral = np.trapezoid(np.exp(np.asarray(found)), np.asarray(grid))
-    scale, freedom = float(sites["noise"][1]), 2 + float(sites["error_freedom"])
+    scale, df = float(sites["noise"][1]), 2 + float(sites["error_freedom"])
     share = np.asarray(paths.exposure)[0]
     alpha = 1 + share @ np.asarray(coefficients.multiplicative)[1]
     beta = share @ np.asarray(coefficients.additive["staying"])[1, :, 0]
@@ -308,7 +307,7 @@ def test_a_missing_loss_of_a_student_model_is_imputed(rng):
     def product(missing):
         whole = np.where(np.isnan(y[0, :, 1]), missing, y[0, :, 1])
         step = whole[1:] - alpha * whole[:-1] - beta
-        return np.prod(stats.t.pdf(step, freedom, scale=scale))
+        return np.prod(stats.t.pdf(step, df, scale=scale))
 
     expected, _ = integrate.quad(product, -30.0, 30.0, points=[0.0, 1.0, 2.0], epsabs=1e-14)
     np.testing.assert_allclose(integral, expected, rtol=1e-4)

@@ -45,7 +45,7 @@ def follows(draws, law):
 LAWS = {
     "normal": (priors.Normal(), stats.norm()),
     "student-t": (priors.StudentT(), stats.t(4)),
-    "student-t 8": (priors.StudentT(freedom=8.0), stats.t(8)),
+    "student-t 8": (priors.StudentT(df=8.0), stats.t(8)),
     "laplace": (priors.Laplace(), stats.laplace(scale=np.sqrt(0.5))),
     "features": (priors.Features(train=np.ones((100, 1))), stats.norm()),
     "custom": (priors.Custom(dist.Cauchy(0.0, 0.01)), stats.cauchy(scale=0.01)),
@@ -73,7 +73,7 @@ def test_laws_are_told_from_one_another():
 
 def test_one_example_has_one_local_scale_for_all_knots():
     """Normal given its scale: the two knots' ratio is Cauchy, whatever the scale's law."""
-    for prior in (priors.StudentT(freedom=3.0), priors.Laplace(), priors.Horseshoe()):
+    for prior in (priors.StudentT(df=3.0), priors.Laplace(), priors.Horseshoe()):
         drawn, _ = effects(prior, shape=(40, 50, 2))
         assert follows(drawn[..., 0] / drawn[..., 1], stats.cauchy())
         sizes = np.log(np.abs(drawn)).reshape(-1, 2)
@@ -257,11 +257,11 @@ def test_embeddings_that_do_not_fit_are_refused(train, query, match):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: priors.StudentT(freedom=0.0), r"StudentT\(freedom=...\): got 0.0"),
+        (lambda: priors.StudentT(df=0.0), r"StudentT\(df=...\): got 0.0"),
         (lambda: priors.Horseshoe(share=1.0), r"Horseshoe\(share=...\): got 1.0.*0 and 1"),
         (lambda: priors.Horseshoe(share=float("nan")), r"Horseshoe\(share=...\): got nan"),
         (lambda: priors.Horseshoe(slab_scale=-1.0), r"Horseshoe\(slab_scale=...\): got -1.0"),
-        (lambda: priors.Horseshoe(slab_freedom=0.0), r"Horseshoe\(slab_freedom=...\): got 0.0"),
+        (lambda: priors.Horseshoe(slab_df=0.0), r"Horseshoe\(slab_df=...\): got 0.0"),
         (lambda: priors.LowRank(rank=0), r"LowRank\(rank=...\): got 0"),
         (lambda: priors.Features(train=np.ones(3)), r"Features\(train=...\): got shape \(3,\)"),
         (lambda: priors.Features(query=np.full((2, 2), np.nan)), r"query=...\): got values not"),
@@ -282,9 +282,9 @@ def test_settings_that_make_no_sense_are_refused(make, match):
 
 SETTINGS = [
     priors.Normal(features=False, pooled=True),
-    priors.StudentT(freedom=7.0, pooled=True),
+    priors.StudentT(df=7.0, pooled=True),
     priors.Laplace(features=False),
-    priors.Horseshoe(share=0.2, slab_scale=3.0, slab_freedom=5.0),
+    priors.Horseshoe(share=0.2, slab_scale=3.0, slab_df=5.0),
     priors.LowRank(rank=5, pooled=True),
 ]
 
@@ -295,6 +295,13 @@ def test_settings_survive_as_plain_values(prior):
     assert priors.prior_from_dict(plain) == prior
     model = Simfluence(prior=prior)
     assert Simfluence.from_dict(json.loads(json.dumps(model.as_dict()))) == model
+
+
+def test_settings_of_version_0_1_still_read():
+    old = {"name": "horseshoe", "share": 0.2, "slab_scale": 3.0, "slab_freedom": 5.0}
+    assert priors.prior_from_dict(old) == priors.Horseshoe(share=0.2, slab_scale=3.0, slab_df=5.0)
+    old = {"name": "student-t", "freedom": 7.0, "pooled": True}
+    assert priors.prior_from_dict(old) == priors.StudentT(df=7.0, pooled=True)
 
 
 def test_of_a_callers_own_the_settings_survive():

@@ -245,7 +245,7 @@ def test_the_log_slope_is_that_of_the_link(link):
     [
         {"kind": "linear", "error": Gaussian(None, run_effect=True)},
         {"kind": "additive", "error": AR1(0.5), "link": "log", "time_effect": "linear"},
-        {"kind": "multiplicative", "error": StudentT(freedom=5.0)},
+        {"kind": "multiplicative", "error": StudentT(df=5.0)},
         {"timescales": "fading", "multiplicative": True, "exposure": Exposure(order=4)},
     ],
 )

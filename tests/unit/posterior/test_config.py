@@ -29,8 +29,8 @@ SAID = {
          "exposure": "momentum:0.9", "guide": "low-rank", "steps": 7, "batch": 2},
         bs.Simfluence(
             kind="additive",
-            prior=bs.priors.StudentT(freedom=5.0, features=False),
-            error=bs.noise.StudentT(freedom=3.0),
+            prior=bs.priors.StudentT(df=5.0, features=False),
+            error=bs.noise.StudentT(df=3.0),
             exposure=bs.Exposure(momentum=0.9),
         ),
         bs.SVI(guide="low-rank", steps=7, batch=2),
