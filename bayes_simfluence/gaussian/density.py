@@ -13,48 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bayes_simfluence.linalg import cholesky, solve_lower
 
-__all__ = ["correlated_log_density", "one_step_log_density", "whitening"]
-
-
-_Known = tuple[Array, Array]
-"""Mean and variance of the current loss given the recorded ones."""
+__all__ = ["correlated_log_density", "whitening"]
 
 
 def _normal(deviation: Array, variance: Array) -> Array:
     return -0.5 * (jnp.log(2.0 * jnp.pi * variance) + jnp.square(deviation) / variance)
-
-
-@jax.jit
-@partial(jax.vmap, in_axes=(0, 0, None, None, None))
-@partial(jax.vmap, in_axes=(0, 0, None, 0, 0))
-@partial(jax.vmap, in_axes=(1, 1, 0, 0, 1), out_axes=1)
-def one_step_log_density(
-    alpha: Float[Array, " step"],
-    beta: Float[Array, " step"],
-    noise: Float[Array, ""],
-    initial: Float[Array, ""],
-    loss: Float[Array, " step"],
-) -> Float[Array, " step"]:
-    """Of ``L_t = alpha_t L_{t-1} + beta_t + eps_t``, white ``eps`` of standard deviation ``noise``.
-
-    Written for one run, one query and one draw; called with axes ``draw run step query`` of
-    ``alpha`` and ``beta``, ``query`` of ``noise``, ``run query`` of ``initial``, ``run step query``
-    of ``loss``.
-    """
-
-    def step(state: _Known, now: tuple[Array, Array, Array]) -> tuple[_Known, Array]:
-        # What is known of the loss: exactly recorded, or predicted over a gap in the record.
-        mean, variance = state
-        factor, shift, seen = now
-        mean = factor * mean + shift
-        variance = jnp.square(factor) * variance + jnp.square(noise)
-        recorded = jnp.isfinite(seen)
-        density = jnp.where(recorded, _normal(seen - mean, variance), jnp.nan)
-        known = (jnp.where(recorded, seen, mean), jnp.where(recorded, 0.0, variance))
-        return known, density
-
-    _, density = jax.lax.scan(step, (initial, jnp.zeros_like(initial)), (alpha, beta, loss))
-    return density
 
 
 def whitening(

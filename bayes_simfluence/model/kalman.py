@@ -1,4 +1,4 @@
-"""A loss seen through noise, or not at every time: exact likelihood of the affine recurrence.
+"""The Kalman filter: exact likelihood of losses seen through noise, or not at every time.
 
 ``L_t = alpha_t L_{t-1} + beta_t + N(0, process)`` starts from a known ``L_0`` and is seen as
 ``L_t + N(0, observation)``, or not at all (NaN). One run and one query; filtering is an associative
@@ -16,7 +16,11 @@ __all__ = ["log_density"]
 
 
 class _Element(NamedTuple):
-    """``L_t`` given ``L_s`` is normal(``gain L_s + shift``, ``spread``); what y says of ``L_s``."""
+    """What losses seen between steps ``s`` and ``t`` say of ``L_t`` given ``L_s``, and of ``L_s``.
+
+    ``L_t`` is normal(``gain L_s + shift``, ``spread``); the likelihood of ``L_s`` is proportional
+    to ``exp(pull L_s - weight L_s^2 / 2)``.
+    """
 
     gain: Array
     shift: Array
@@ -40,13 +44,13 @@ def log_density(
         initial: the loss before the first update, known.
         seen: losses after each step, NaN = not recorded.
         process: variance of a step's error, above zero.
-        observation: variance of the measurement's, zero for none.
+        observation: variance of a measurement's error, zero for none.
 
     >>> import jax.numpy as jnp
     >>> seen = jnp.array([jnp.nan, 2.0])
-    >>> one = jnp.ones(2)
-    >>> found = log_density(one, 0 * one, jnp.array(1.0), seen, jnp.array(0.5), jnp.array(0.0))
-    >>> round(float(found[1]), 3)
+    >>> alpha, beta = jnp.ones(2), jnp.zeros(2)
+    >>> density = log_density(alpha, beta, jnp.array(1.0), seen, jnp.array(0.5), jnp.array(0.0))
+    >>> round(float(density[1]), 3)
     -1.419
     """
     elements = _elements(alpha, beta, initial, seen, process, observation)

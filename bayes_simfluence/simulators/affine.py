@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.conventions import Curriculum
 from bayes_simfluence.data.curriculum import exposures
-from bayes_simfluence.gaussian.density import one_step_log_density
 from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.model import kalman
 from bayes_simfluence.model.recurrence import affine_path
 from bayes_simfluence.simulators.base import CHUNK, Named, Planned, Simulated, resampled
 
@@ -131,15 +131,16 @@ class AffineSimulator:
         for start, a, b in self._chunks(planned.query, key, draws):
             # Losses hardly move within a step: differences need double precision.
             with double_precision():
-                weights, a, b = (jnp.asarray(one, float) for one in (np.stack(shares), a, b))
-                found[0, start : start + len(a)] = one_step_log_density(
-                    self.keep + jnp.einsum("rsn,dqn->drsq", weights, a),
-                    jnp.einsum("rsn,dqn->drsq", weights, b),
+                found[0, start : start + len(a)] = _log_density(
+                    jnp.asarray(np.stack(shares), float),
+                    jnp.asarray(a, float),
+                    jnp.asarray(b, float),
                     jnp.asarray(self.noise[planned.query], float),
                     jnp.asarray(planned.initial, float),
                     jnp.asarray(later, float),
+                    jnp.asarray(self.keep, float),
                 )
-        return found
+        return np.where(np.isfinite(later), found, np.float32(np.nan))
 
     def arrays(self) -> Named:
         """Coefficients, factor, noise and residuals, where there are any."""
@@ -187,3 +188,29 @@ def _rolled_out(
         path = jax.vmap(path, in_axes=axes, out_axes=out)
     mean = path(alpha, beta, start)
     return mean, mean if noise is None else path(alpha, beta + noise, start)
+
+
+@jax.jit
+def _log_density(
+    weights: Float[Array, "run step train"],
+    a: Float[Array, "draw query train"],
+    b: Float[Array, "draw query train"],
+    noise: Float[Array, " query"],
+    initial: Float[Array, "run query"],
+    loss: Float[Array, "run step query"],
+    keep: Float[Array, ""],
+) -> Float[Array, "draw run step query"]:
+    """Of each loss given the run's earlier ones; zero where none was recorded."""
+    of_run = jax.vmap(kalman.log_density, in_axes=(1, 1, 0, 1, 0, None), out_axes=1)
+    of_runs = jax.vmap(of_run, in_axes=(0, 0, 0, 0, None, None))
+
+    def of_draw(coefficients: tuple[Array, Array]) -> Array:
+        a, b = (jnp.einsum("rsn,qn->rsq", weights, drawn) for drawn in coefficients)
+        density: Array = of_runs(
+            keep + a, b, initial, loss, jnp.square(noise), jnp.zeros_like(keep)
+        )
+        return density
+
+    # The filter's scan holds several arrays of this size: one draw at a time.
+    density: Array = jax.lax.map(of_draw, (a, b))
+    return density
