@@ -65,8 +65,7 @@ def collapsed_regression(
         )
         thin = _thin(program, sampler)
         drawn = sample(
-            _of_scales, (data,), sampler, key=sample_key, thin=thin, keep=_always,
-            progress=progress,
+            _of_scales, (data,), sampler, key=sample_key, thin=thin, progress=progress,
         )  # fmt: skip
         chains, draws = drawn.sites["scale"].shape[:2]
         flat = {name: one.reshape(chains * draws, -1) for name, one in drawn.sites.items()}
@@ -184,8 +183,8 @@ def collapsed_paths(
         )
         thin = _thin(program, sampler)
         drawn = sample(
-            Hypers(model), (points,), sampler, key=sample_key, thin=thin, keep=_always,
-            progress=progress, dense=True,
+            Hypers(model), (points,), sampler, key=sample_key, thin=thin, progress=progress,
+            dense=True,
         )  # fmt: skip
         chains, draws = drawn.sites["scale"].shape[:2]
         flat = {
@@ -271,7 +270,3 @@ def _named_weights(
 
 def _thin(program: Program, sampler: NUTS) -> int:
     return -(-sampler.draws * sampler.chains * program.bytes_of_a_draw() // LIMIT)
-
-
-def _always(name: str) -> bool:
-    return name != "evidence"

@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Array
 from numpyro import handlers
 
-from bayes_simfluence.inference.numpyro_runs import Program, is_own
+from bayes_simfluence.inference.numpyro_runs import Program
 from bayes_simfluence.model.numpyro_model import Gaps, Observed, joint
 from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.model.sites import kept
 
 __all__ = ["JointProgram"]
 
@@ -37,7 +38,7 @@ class JointProgram:
     def of(cls, program: Program, batch: int | None = None) -> "JointProgram":
         """What ``program`` is apart from its data, or that of ``batch`` runs at a time."""
         gaps = program.gaps
-        imputed = tuple(tuple(one) for one in gaps.imputed.tolist())
+        imputed = tuple(tuple(position) for position in gaps.imputed.tolist())
         return cls(program.model, tuple(gaps.rows.tolist()), imputed, gaps.filtered, batch)
 
     def __call__(self, observed: Observed, *, simulate: bool = False) -> None:
@@ -54,33 +55,26 @@ class JointProgram:
         """Everything needed to simulate, from draws of the sample sites (leading axis of draws)."""
         return _sites(self, observed, dict(values))
 
-    def sampled(self, observed: Observed, values: Mapping[str, Array]) -> dict[str, Array]:
-        """Those of the values that belong to sample sites, not to what follows from them."""
-        first = {name: one[0] for name, one in values.items()}
-        own = {name for name, site in _trace(self, observed, first).items() if is_own(site)}
-        return {name: one for name, one in values.items() if name in own}
+    def trace(self, observed: Observed, values: Mapping[str, Array]) -> dict[str, Any]:
+        """NumPyro's trace of all sites, those in ``values`` (one draw) set to them."""
+        run = handlers.substitute(handlers.seed(self, 0), dict(values))
+        trace: dict[str, Any] = handlers.trace(run).get_trace(observed)
+        return trace
 
 
 @partial(jax.jit, static_argnums=0)
 def _prior_sites(program: JointProgram, observed: Observed, keys: Array) -> dict[str, Array]:
-    def one(key: Array) -> dict[str, Array]:
+    def of_draw(key: Array) -> dict[str, Array]:
         run = handlers.seed(partial(program, simulate=True), key)
-        return Program.kept(handlers.trace(run).get_trace(observed))
+        return kept(handlers.trace(run).get_trace(observed))
 
-    found: dict[str, Array] = jax.lax.map(one, keys, batch_size=8)
-    return found
+    sites: dict[str, Array] = jax.lax.map(of_draw, keys, batch_size=8)
+    return sites
 
 
 @partial(jax.jit, static_argnums=0)
 def _sites(program: JointProgram, observed: Observed, values: dict[str, Array]) -> dict[str, Array]:
-    def one(values: dict[str, Array]) -> dict[str, Array]:
-        return Program.kept(_trace(program, observed, values))
-
-    found: dict[str, Array] = jax.lax.map(one, values, batch_size=8)
-    return found
-
-
-def _trace(program: JointProgram, observed: Observed, values: dict[str, Array]) -> dict[str, Any]:
-    run = handlers.substitute(handlers.seed(program, 0), values)
-    found: dict[str, Any] = handlers.trace(run).get_trace(observed)
-    return found
+    sites: dict[str, Array] = jax.lax.map(
+        lambda draw: kept(program.trace(observed, draw)), values, batch_size=8
+    )
+    return sites

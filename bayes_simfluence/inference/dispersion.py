@@ -12,6 +12,7 @@ from numpyro.infer.util import potential_energy, unconstrain_fn
 
 from bayes_simfluence.inference.compiled import JointProgram
 from bayes_simfluence.model.numpyro_model import Observed
+from bayes_simfluence.model.sites import is_coefficient, is_sampled
 
 __all__ = ["dispersion"]
 
@@ -20,8 +21,6 @@ MEASURED = 16
 ITERATIONS = 500
 SMALLEST = 1e-6
 """Of a ratio: a guide without any spread has no logarithm."""
-LINEAR = ("_own", "_of_features", "_time", "_traits")
-"""Ends of the names of sites in which the log posterior is (nearly) quadratic."""
 
 
 def dispersion(
@@ -40,15 +39,17 @@ def dispersion(
         key: decides which coefficients are measured.
     """
     # A guide's draws may hold what follows from its sites; put in, that would cut them off.
-    own = program.sampled(observed, drawn)
-    medians = {name: jnp.median(one, axis=0) for name, one in own.items()}
-    free = {name: one for name, one in own.items() if name.endswith(LINEAR)}
+    trace = program.trace(observed, {name: draws[0] for name, draws in drawn.items()})
+    sampled = [name for name in drawn if name in trace and is_sampled(trace[name])]
+    medians = {name: jnp.median(drawn[name], axis=0) for name in sampled}
+    # In these the log posterior is (nearly) quadratic.
+    free = tuple(name for name in sampled if is_coefficient(trace[name]))
     if not free:
         return float("nan")
-    spread, _ = ravel_pytree({name: jnp.std(one, axis=0) for name, one in free.items()})
+    spread, _ = ravel_pytree({name: jnp.std(drawn[name], axis=0) for name in free})
     measured = min(MEASURED, len(spread))
     chosen = jax.random.choice(key, len(spread), (measured,), replace=False)
-    implied = np.asarray(_variances(program, observed, medians, chosen))
+    implied = np.asarray(_variances(program, observed, free, medians, chosen))
     known = implied > 0
     ratios = np.asarray(spread)[np.asarray(chosen)][known] / np.sqrt(implied[known])
     if not known.any():
@@ -56,32 +57,30 @@ def dispersion(
     return float(np.exp(np.log(np.maximum(ratios, SMALLEST)).mean()))
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 2))
 def _variances(
     program: JointProgram,
     observed: Observed,
+    free: tuple[str, ...],
     medians: dict[str, jax.Array],
     chosen: Int[jax.Array, " chosen"],
 ) -> Float[jax.Array, " chosen"]:
     """Entries of the diagonal of the inverse Hessian over the coefficients."""
     centre = unconstrain_fn(program, (observed,), {}, medians)
-    flat, unravel = ravel_pytree(
-        {name: one for name, one in centre.items() if name.endswith(LINEAR)}
-    )
+    flat, unravel = ravel_pytree({name: centre[name] for name in free})
 
-    def energy(vector: jax.Array) -> jax.Array:
-        found: jax.Array = potential_energy(program, (observed,), {}, {**centre, **unravel(vector)})
-        return found
+    def energy(vector: jax.Array) -> Any:
+        return potential_energy(program, (observed,), {}, {**centre, **unravel(vector)})
 
     def curvature(vector: jax.Array) -> jax.Array:
         # Backward twice: the factorizations have no forward derivative.
-        found: jax.Array = jax.grad(lambda at: jnp.vdot(jax.grad(energy)(at), vector))(flat)
-        return found
+        product: jax.Array = jax.grad(lambda at: jnp.vdot(jax.grad(energy)(at), vector))(flat)
+        return product
 
     def variance(at: jax.Array) -> jax.Array:
         solve: Any = jax.scipy.sparse.linalg.cg
         solved, _ = solve(curvature, jnp.zeros_like(flat).at[at].set(1.0), maxiter=ITERATIONS)
         return solved[at]
 
-    found: jax.Array = jax.lax.map(variance, chosen)
-    return found
+    variances: jax.Array = jax.lax.map(variance, chosen)
+    return variances

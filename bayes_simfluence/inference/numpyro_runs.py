@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from bayes_simfluence.model.priors import ExampleFeatures
 from bayes_simfluence.model.simfluence import Path, Simfluence, hypers_of
 from bayes_simfluence.simulators.sampled import SampledSimulator
 
-__all__ = ["LIMIT", "Program", "is_own", "program_of"]
+__all__ = ["LIMIT", "Program", "program_of"]
 
 SPREAD_ROWS = 12
 """Times of a run at which the size of effects is measured."""
@@ -51,21 +50,6 @@ class Program:
         """Runs, or transitions."""
         return len(self.observed.linked)
 
-    @staticmethod
-    def keeps(name: str) -> bool:
-        """Whether a site is needed to simulate; the rest is what those are made of."""
-        inside = ("_own", "_local", "_global", "_slab", "_traits", "_of_features", "_of_query")
-        return not name.endswith((*inside, "_is_flat")) and "_common_to_queries" not in name
-
-    @staticmethod
-    def kept(trace: Mapping[str, Any]) -> dict[str, Array]:
-        """Values of everything that ``keeps``, of a trace of the program."""
-        return {
-            name: site["value"].astype(jnp.float32)
-            for name, site in trace.items()
-            if (is_own(site) or site["type"] == "deterministic") and Program.keeps(name)
-        }
-
     def by_transition(self) -> "Program":
         """Each step as a run of its own, where a loss depends on the last one alone; else itself.
 
@@ -87,7 +71,7 @@ class Program:
         """Draws, leading axes (chain, draw), as a simulator."""
         return SampledSimulator(
             model=self.model,
-            sites={name: value for name, value in sites.items() if self.keeps(name)},
+            sites=sites,
             units=self.observed.units,
             features=self.observed.features,
             recorded=self.recorded,
@@ -103,11 +87,6 @@ class Program:
         parts = len(self.model.parts) * knots if self.model.additive else 0
         effects = queries * train * (parts + int(self.model.multiplicative))
         return 4 * (effects + len(self.gaps.imputed) + 8 * queries + 64)
-
-
-def is_own(site: Mapping[str, Any]) -> bool:
-    """Whether a site of a trace is sampled: neither seen nor what follows from others."""
-    return site["type"] == "sample" and not site["is_observed"]
 
 
 def program_of(runs: Recorded, model: Simfluence, method: str) -> Program:

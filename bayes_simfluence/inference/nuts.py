@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro import infer
+from numpyro import distributions as dist
+from numpyro import handlers, infer
 from numpyro.infer import hmc
 from numpyro.infer.util import potential_energy
 
@@ -16,10 +17,11 @@ from bayes_simfluence.checks import Misuse, choice_of, count_of, positive_intege
 from bayes_simfluence.inference.compiled import JointProgram
 from bayes_simfluence.inference.diagnostics import SampleStats, sampler_verdict
 from bayes_simfluence.inference.method import Fitted
-from bayes_simfluence.inference.numpyro_runs import LIMIT, Program, program_of
+from bayes_simfluence.inference.numpyro_runs import LIMIT, program_of
 from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.model.sites import kept
 from bayes_simfluence.progress import Meter, Progress
 
 __all__ = ["NUTS", "Sampled", "sample"]
@@ -102,7 +104,7 @@ class NUTS:
             thin = -(-self.draws * self.chains * program.bytes_of_a_draw() // LIMIT)
             found = sample(
                 JointProgram.of(program), (program.observed,), self, key=key, thin=thin,
-                keep=Program.keeps, progress=progress,
+                progress=progress,
             )  # fmt: skip
         simulator = program.simulator(found.sites)
         return Fitted(
@@ -131,21 +133,19 @@ def sample(
     *,
     key: jax.Array,
     thin: int,
-    keep: Callable[[str], bool],
     progress: Progress,
     dense: bool = False,
 ) -> Sampled:
     """NUTS of any NumPyro program, in chunks: progress is told, draws leave the device.
 
     Args:
-        program: takes all data as arguments. It and ``keep`` are compared by value: what was
-            compiled for equal ones is used again for other data of the same shapes.
+        program: takes all data as arguments. It is compared by value: what was compiled for an
+            equal one is used again for other data of the same shapes.
         arguments: the data.
         settings, key, thin, progress: as the methods have them.
-        keep: which sites.
         dense: adapt a full mass matrix, for few dimensions.
     """
-    machine = _machine(program, keep, _settings_of_a_chain(settings), dense)
+    machine = _machine(program, _settings_of_a_chain(settings), dense)
     together = settings.chain_method != "sequential"
     total = (settings.warmup + settings.draws) * (1 if together else settings.chains)
     keys = jax.random.split(key, settings.chains)
@@ -213,9 +213,7 @@ class _Machine(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _machine(
-    program: Callable[..., None], keep: Callable[[str], bool], settings: NUTS, dense: bool
-) -> _Machine:
+def _machine(program: Callable[..., None], settings: NUTS, dense: bool) -> _Machine:
     def potential(*arguments: Any) -> Callable[[Any], Any]:
         return partial(potential_energy, program, arguments, {})
 
@@ -256,11 +254,11 @@ def _machine(
         initialized(first.rng_key, first.z, arguments)
 
         def one(at: Any, carried: Any) -> Any:
-            state, kept = carried
+            state, filled = carried
             state = jax.vmap(lambda one: iterate(one, arguments, {}))(state)
             found = _told(state)
-            kept = jax.tree.map(lambda all, new: all.at[at].set(new), kept, found)
-            return state, kept
+            filled = jax.tree.map(lambda all, new: all.at[at].set(new), filled, found)
+            return state, filled
 
         empty = jax.tree.map(
             lambda x: jnp.zeros((CHUNK, *jnp.shape(x)), jnp.result_type(x)), _told(state)
@@ -271,12 +269,16 @@ def _machine(
     def constrain(
         z: dict[str, jax.Array], at: jax.Array, arguments: tuple[Any, ...]
     ) -> dict[str, jax.Array]:
-        def one(z: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            values = infer.util.constrain_fn(program, arguments, {}, z, return_deterministic=True)
-            return {name: one.astype(jnp.float32) for name, one in values.items() if keep(name)}
+        def of_draw(z: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            def value(site: Any) -> Any:
+                if site["name"] in z:
+                    return dist.biject_to(site["fn"].support)(z[site["name"]])
+
+            constrained = handlers.substitute(program, substitute_fn=value)
+            return kept(handlers.trace(constrained).get_trace(*arguments))
 
         flat = jax.tree.map(lambda x: jnp.moveaxis(x[at], 1, 0).reshape(-1, *x.shape[2:]), z)
-        values = jax.lax.map(one, flat, batch_size=8)
+        values = jax.lax.map(of_draw, flat, batch_size=8)
         return {name: one.reshape(-1, len(at), *one.shape[1:]) for name, one in values.items()}
 
     own = _over_devices(advance) if settings.chain_method == "parallel" else advance

@@ -8,7 +8,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from bayes_simfluence.checks import named
-from bayes_simfluence.model.priors import ExampleFeatures, Features, Prior
+from bayes_simfluence.model.priors import ExampleFeatures, Prior
 from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.simulators.base import Planned
 
@@ -62,7 +62,7 @@ def recorded_from(runs: xr.Dataset, prior: Prior | None = None) -> Recorded:
     def optional(name: str) -> np.ndarray | None:
         return np.asarray(runs[name].values, float) if name in runs else None
 
-    found = Recorded(
+    recorded = Recorded(
         batch=runs["batch"].values,
         loss=np.asarray(runs["loss"].values, float),
         step_size=optional("step_size"),
@@ -70,10 +70,12 @@ def recorded_from(runs: xr.Dataset, prior: Prior | None = None) -> Recorded:
         query_feature=optional("query_feature"),
         train=runs.sizes["train"],
     )
-    if not isinstance(prior, Features):
-        return found
-    train, query = prior.resolve(runs["train"].values, runs["query"].values)
-    return found._replace(train_feature=np.asarray(train), query_feature=np.asarray(query))
+    own = None if prior is None else prior.resolve(runs["train"].values, runs["query"].values)
+    if own is None:
+        return recorded
+    return recorded._replace(
+        train_feature=np.asarray(own.train), query_feature=np.asarray(own.query)
+    )
 
 
 def features_of(runs: Recorded, model: Simfluence) -> ExampleFeatures:

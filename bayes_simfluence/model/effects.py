@@ -8,14 +8,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
-import numpyro
+import numpy as np
 from jaxtyping import Array, Float
 from numpyro import distributions as dist
 
 from bayes_simfluence.model.hyper import Hyper, Values
+from bayes_simfluence.model.sites import latent
 
-__all__ = ["ExampleFeatures", "Prior", "Shape", "no_features", "positive", "standard"]
+__all__ = ["ExampleFeatures", "Prior", "Shape", "no_features", "standard"]
 
 Shape = tuple[int, int, int]
 """Queries, examples, knots."""
@@ -61,9 +63,21 @@ class Prior(ABC):
     varying: ClassVar[bool] = True
     """Whether effects change over training in the way that ``Varying`` says."""
 
+    number: ClassVar[str | None] = None
+    """The setting that a number after the name sets, as in ``student-t:4``."""
+
     @abstractmethod
-    def law(self, name: str, shape: Shape, values: Values) -> Float[Array, "query train knot"]:
-        """Own effects of unit scale, independent of one another, as NumPyro sites."""
+    def law(
+        self, name: str, part: str, shape: Shape, values: Values
+    ) -> Float[Array, "query train knot"]:
+        """Own effects of unit scale, independent of one another, as NumPyro sites.
+
+        Args:
+            name: what the names of the sites begin with.
+            part: of the effects, as in the names of its hyperparameters.
+            shape: queries, examples, knots.
+            values: hyperparameters.
+        """
 
     def hypers(self, part: str, features: ExampleFeatures) -> dict[str, Hyper]:
         """What is inferred for one part of the effects (``staying``, ``fading``, ...)."""
@@ -87,17 +101,38 @@ class Prior(ABC):
     ) -> Float[Array, "query train knot"]:
         """Effects in units of the query's scale, prior mean left out, as NumPyro sites."""
         queries, _, knots = shape
-        found = self.law(part, shape, values)
+        effects = self.law(part, part, shape, values)
         if self.pooled:
             share = values[f"{part}_pooled"]
-            common = self.law(f"{part}_common_to_queries", (1, *shape[1:]), values)
-            found = jnp.sqrt(1.0 - share) * found + jnp.sqrt(share) * common
+            common = self.law(f"{part}_common_to_queries", part, (1, *shape[1:]), values)
+            effects = jnp.sqrt(1.0 - share) * effects + jnp.sqrt(share) * common
         width = features.train.shape[1]
         if width:
             weights = standard(f"{part}_of_features", (queries, width, knots))
             along = jnp.einsum("nf,qfk->qnk", features.train, weights)
-            found = found + values[f"{part}_alike"] * along
-        return found
+            effects = effects + values[f"{part}_alike"] * along
+        return effects
+
+    def continued(
+        self, effects: Float[Array, "query train knot"], more: int, *, key: Array
+    ) -> Float[Array, "query train longer"]:
+        """Effects of unit scale with ``more`` knots beyond those of a recorded run.
+
+        Fresh draws; an example's local scale shows in its size at the recorded knots.
+        """
+        if not self.varying:
+            last = jnp.repeat(effects[..., -1:], more, axis=-1)
+            return jnp.concatenate([effects, last], axis=-1)
+        size = jnp.sqrt(jnp.square(effects).mean(axis=-1, keepdims=True))
+        fresh = size * jax.random.normal(key, (*effects.shape[:-1], more), effects.dtype)
+        return jnp.concatenate([effects, fresh], axis=-1)
+
+    def resolve(self, train_ids: np.ndarray, query_ids: np.ndarray) -> ExampleFeatures | None:
+        """Embeddings in the order of a recording that take the place of its gradient features.
+
+        None when the prior brings none.
+        """
+        return None
 
     def columns(
         self,
@@ -133,12 +168,5 @@ class Prior(ABC):
 
 
 def standard(name: str, shape: tuple[int, ...]) -> Array:
-    """A site of independent standard normal numbers."""
-    found: Array = numpyro.sample(name, dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape)))
-    return found
-
-
-def positive(name: str, shape: tuple[int, ...], law: dist.Distribution) -> Array:
-    """A site of independent draws from a law of positive numbers."""
-    found: Array = numpyro.sample(name, law.expand(shape).to_event(len(shape)))
-    return found
+    """A site of independent standard normal coefficients."""
+    return latent(name, dist.Normal(0.0, 1.0), shape, coefficient=True)

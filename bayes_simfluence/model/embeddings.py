@@ -52,7 +52,9 @@ class Features(Prior):
                     do="pass one row of numbers for each example",
                 )
 
-    def law(self, name: str, shape: Shape, values: Values) -> Float[Array, "query train knot"]:
+    def law(
+        self, name: str, part: str, shape: Shape, values: Values
+    ) -> Float[Array, "query train knot"]:
         """Standard normal."""
         return standard(f"{name}_own", shape)
 

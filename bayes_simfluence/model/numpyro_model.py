@@ -34,6 +34,7 @@ from bayes_simfluence.model.simfluence import (
     part_scale,
     time_curve,
 )
+from bayes_simfluence.model.sites import latent
 
 __all__ = [
     "Gaps",
@@ -174,19 +175,18 @@ def _imputed(linked: Float[Array, "run time query"], gaps: Gaps) -> Array:
         return linked
     runs, _, queries = gaps.imputed.T
     law = dist.Normal(linked[runs, 0, queries], 1.0).to_event(1)
-    found = numpyro.sample("missing", law)
+    missing = numpyro.sample("missing", law)
     # The proposal above only says where a sampler may start.
-    numpyro.factor("missing_is_flat", -law.log_prob(found))
-    return linked.at[tuple(gaps.imputed.T)].set(found)
+    numpyro.factor("missing_is_flat", -law.log_prob(missing))
+    return linked.at[tuple(gaps.imputed.T)].set(missing)
 
 
 def _of_query(name: str, hyper: Hyper, model: Simfluence, queries: int) -> Array:
     if not model.prior.pooled:
-        found: Array = numpyro.sample(name, hyper.law().expand((queries,)).to_event(1))
-        return found
+        return latent(name, hyper.law(), (queries,), ingredient=False)
     centre = numpyro.sample(f"{name}_centre", hyper.law())
     spread = numpyro.sample(f"{name}_spread", dist.HalfNormal(1.0))
-    own = numpyro.sample(f"{name}_of_query", dist.Normal(0.0, 1.0).expand((queries,)).to_event(1))
+    own = latent(f"{name}_of_query", dist.Normal(0.0, 1.0), (queries,))
     return numpyro.deterministic(name, centre * jnp.exp(spread * own))
 
 
@@ -199,8 +199,9 @@ def _coefficient_sites(model: Simfluence, values: Values, observed: Observed) ->
         sites[f"{part}_unit"] = numpyro.deterministic(f"{part}_unit", effects)
         if model.time_effect != "none":
             shape = (queries, knots if model.time_effect == "smooth" else 1)
-            law = dist.Normal(0.0, 1.0).expand(shape).to_event(2)
-            sites[f"{part}_time"] = numpyro.sample(f"{part}_time", law)
+            sites[f"{part}_time"] = latent(
+                f"{part}_time", dist.Normal(0.0, 1.0), shape, ingredient=False, coefficient=True
+            )
     if model.multiplicative:
         nothing = no_features(train, queries)
         effects = model.prior.effects(MULTIPLICATIVE, (queries, train, 1), values, nothing)

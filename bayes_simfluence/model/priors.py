@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-import numpyro
 from jaxtyping import Array, Float
 from numpyro import distributions as dist
 
@@ -19,11 +18,11 @@ from bayes_simfluence.model.effects import (
     Prior,
     Shape,
     no_features,
-    positive,
     standard,
 )
 from bayes_simfluence.model.embeddings import Features
 from bayes_simfluence.model.hyper import Hyper, Values
+from bayes_simfluence.model.sites import latent
 
 __all__ = [
     "PRIORS",
@@ -48,7 +47,9 @@ class Normal(Prior):
     name: ClassVar[str] = "normal"
     gaussian: ClassVar[bool] = True
 
-    def law(self, name: str, shape: Shape, values: Values) -> Float[Array, "query train knot"]:
+    def law(
+        self, name: str, part: str, shape: Shape, values: Values
+    ) -> Float[Array, "query train knot"]:
         """Standard normal."""
         return standard(f"{name}_own", shape)
 
@@ -62,12 +63,15 @@ class StudentT(Prior):
     """
 
     name: ClassVar[str] = "student-t"
+    number: ClassVar[str | None] = "df"
     df: float = 4.0
 
     def __post_init__(self) -> None:
         positive_number("StudentT(df=...)", self.df)
 
-    def law(self, name: str, shape: Shape, values: Values) -> Float[Array, "query train knot"]:
+    def law(
+        self, name: str, part: str, shape: Shape, values: Values
+    ) -> Float[Array, "query train knot"]:
         """Normal with an inverse-gamma variance for each query and example."""
         half = 0.5 * self.df
         return _mixture(name, shape, dist.InverseGamma(half, half))
@@ -79,7 +83,9 @@ class Laplace(Prior):
 
     name: ClassVar[str] = "laplace"
 
-    def law(self, name: str, shape: Shape, values: Values) -> Float[Array, "query train knot"]:
+    def law(
+        self, name: str, part: str, shape: Shape, values: Values
+    ) -> Float[Array, "query train knot"]:
         """Normal with an exponential variance of mean one for each query and example: unit sd."""
         return _mixture(name, shape, dist.Exponential(1.0))
 
@@ -99,6 +105,7 @@ class Horseshoe(Prior):
     """
 
     name: ClassVar[str] = "horseshoe"
+    number: ClassVar[str | None] = "share"
     share: float = 0.1
     slab_scale: float = 2.0
     slab_df: float = 4.0
@@ -114,15 +121,17 @@ class Horseshoe(Prior):
         positive_number("Horseshoe(slab_scale=...)", self.slab_scale)
         positive_number("Horseshoe(slab_df=...)", self.slab_df)
 
-    def law(self, name: str, shape: Shape, values: Values) -> Float[Array, "query train knot"]:
+    def law(
+        self, name: str, part: str, shape: Shape, values: Values
+    ) -> Float[Array, "query train knot"]:
         """Normal with a local, a global and a slab scale."""
         queries, train, _ = shape
         cauchy = dist.HalfCauchy(1.0)
-        tau = positive(f"{name}_global", (queries, 1), cauchy)
+        tau = latent(f"{name}_global", cauchy, (queries, 1))
         tau = tau * self.share / (1.0 - self.share)
-        squared = jnp.square(positive(f"{name}_local", (queries, train), cauchy))
+        squared = jnp.square(latent(f"{name}_local", cauchy, (queries, train)))
         half = 0.5 * self.slab_df
-        slab = positive(f"{name}_slab", (queries, 1), dist.InverseGamma(half, half))
+        slab = latent(f"{name}_slab", dist.InverseGamma(half, half), (queries, 1))
         slab = self.slab_scale**2 * slab
         regular = slab * squared / (slab + jnp.square(tau) * squared)
         local = tau * jnp.sqrt(regular)
@@ -141,6 +150,7 @@ class LowRank(Prior):
     """
 
     name: ClassVar[str] = "low-rank"
+    number: ClassVar[str | None] = "rank"
     rank: int = 2
 
     def __post_init__(self) -> None:
@@ -151,10 +161,12 @@ class LowRank(Prior):
         share = Hyper(0.5, 1.0, "share", "share of the effects' variance that has low rank")
         return {**super().hypers(part, features), f"{part}_low_rank": share}
 
-    def law(self, name: str, shape: Shape, values: Values) -> Float[Array, "query train knot"]:
+    def law(
+        self, name: str, part: str, shape: Shape, values: Values
+    ) -> Float[Array, "query train knot"]:
         """Own normal effects plus the product of traits."""
         queries, train, knots = shape
-        share = values[f"{name.removesuffix('_common_to_queries')}_low_rank"]
+        share = values[f"{part}_low_rank"]
         of_query = standard(f"{name}_query_traits", (queries, self.rank, knots))
         of_train = standard(f"{name}_train_traits", (train, self.rank))
         product = jnp.einsum("qtk,nt->qnk", of_query, of_train) / jnp.sqrt(self.rank)
@@ -185,26 +197,26 @@ class Custom(Prior):
     features: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        one = self.distribution
-        if isinstance(one, str):
+        law = self.distribution
+        if isinstance(law, str):
             return
-        known = isinstance(one, dist.Distribution)
-        if not known or one.batch_shape or one.event_shape or one.is_discrete:
+        known = isinstance(law, dist.Distribution)
+        if not known or law.batch_shape or law.event_shape or law.is_discrete:
             raise Misuse(
                 "prior",
-                got=_described(one) if known else type(one).__name__,
+                got=_described(law) if known else type(law).__name__,
                 expected="a prior of bayes_simfluence or one scalar NumPyro distribution of real "
                 "numbers",
                 do="pass for example numpyro.distributions.Laplace(0.0, 0.01)",
             )
-        for name, allowed in one.arg_constraints.items():
-            given = getattr(one, name, None)
-            if given is None or allowed.is_discrete or getattr(allowed, "_is_dependent", False):
+        for name, allowed in law.arg_constraints.items():
+            value = getattr(law, name, None)
+            if value is None or allowed.is_discrete or getattr(allowed, "_is_dependent", False):
                 continue
-            if not jnp.all(allowed(given)):
+            if not jnp.all(allowed(value)):
                 raise Misuse(
                     "prior",
-                    got=f"{_described(one)}: {name} outside of {allowed}",
+                    got=f"{_described(law)}: {name} outside of {allowed}",
                     expected="a distribution with possible parameters, scales positive",
                     do=f"correct {name}",
                 )
@@ -216,7 +228,9 @@ class Custom(Prior):
                 do="leave it out, or use another prior",
             )
 
-    def law(self, name: str, shape: Shape, values: Values) -> Float[Array, "query train knot"]:
+    def law(
+        self, name: str, part: str, shape: Shape, values: Values
+    ) -> Float[Array, "query train knot"]:
         """Independent draws, the same over training."""
         if isinstance(self.distribution, str):
             raise Misuse(
@@ -226,9 +240,8 @@ class Custom(Prior):
                 do="make the model anew with prior=...",
             )
         queries, train, knots = shape
-        expanded = self.distribution.expand((queries, train, 1)).to_event(3)
-        found: Array = numpyro.sample(f"{name}_own", expanded)
-        return jnp.broadcast_to(found, (queries, train, knots))
+        effects = latent(f"{name}_own", self.distribution, (queries, train, 1), coefficient=True)
+        return jnp.broadcast_to(effects, (queries, train, knots))
 
     def _settings(self) -> dict[str, Any]:
         return {"pooled": self.pooled, "distribution": _described(self.distribution)}
@@ -251,7 +264,7 @@ def prior_from_dict(settings: dict[str, Any]) -> Prior:
 
 
 def _mixture(name: str, shape: Shape, variance: dist.Distribution) -> Array:
-    local = positive(f"{name}_local", shape[:2], variance)
+    local = latent(f"{name}_local", variance, shape[:2])
     return jnp.sqrt(local)[:, :, None] * standard(f"{name}_own", shape)
 
 
@@ -259,5 +272,5 @@ def _described(distribution: Any) -> str:
     """The distribution as it is written: its name and its parameters."""
     if isinstance(distribution, str):
         return distribution
-    given = (f"{one}={getattr(distribution, one)}" for one in distribution.arg_constraints)
-    return f"{type(distribution).__name__}({', '.join(given)})"
+    parameters = (f"{name}={getattr(distribution, name)}" for name in distribution.arg_constraints)
+    return f"{type(distribution).__name__}({', '.join(parameters)})"

@@ -56,24 +56,20 @@ def simulated(
 
 
 def _extended(model: Simfluence, sites: Sites, knots: int, *, key: jax.Array) -> Sites:
-    """Sites with fresh prior draws of the knots beyond a recorded run.
-
-    An example's local scale shows in its size at the recorded knots.
-    """
-    longer = dict(sites)
-    for number, (name, value) in enumerate(sorted(sites.items())):
-        smooth = name.endswith("_unit") and not name.startswith("multiplicative")
-        curve = name.endswith("_time") and model.time_effect == "smooth"
-        more = knots - value.shape[-1] if smooth or curve else 0
-        if more > 0:
-            if smooth and not model.prior.varying:
-                last = jnp.repeat(value[..., -1:], more, axis=-1)
-                longer[name] = jnp.concatenate([value, last], axis=-1)
-                continue
-            own = jax.random.fold_in(key, number)
-            size = jnp.sqrt(jnp.square(value).mean(axis=-1, keepdims=True)) if smooth else 1.0
-            fresh = size * jax.random.normal(own, (*value.shape[:-1], more), value.dtype)
-            longer[name] = jnp.concatenate([value, fresh], axis=-1)
+    """Sites with fresh prior draws of the knots beyond a recorded run."""
+    more = knots - model.coefficients.count(1.0)
+    if more <= 0 or not model.additive:
+        return sites
+    longer, names = dict(sites), sorted(sites)
+    for part in model.parts:
+        unit, time = f"{part}_unit", f"{part}_time"
+        own = jax.random.fold_in(key, names.index(unit))
+        longer[unit] = model.prior.continued(sites[unit], more, key=own)
+        if model.time_effect == "smooth":
+            own = jax.random.fold_in(key, names.index(time))
+            shape = (*sites[time].shape[:-1], more)
+            fresh = jax.random.normal(own, shape, sites[time].dtype)
+            longer[time] = jnp.concatenate([sites[time], fresh], axis=-1)
     return longer
 
 

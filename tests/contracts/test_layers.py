@@ -97,6 +97,7 @@ ROWS = {
     ],
     "model": [
         "hyper",
+        "sites",
         "exposure",
         "coefficients",
         "effects",

@@ -17,7 +17,7 @@ from bayes_simfluence.inference.compiled import JointProgram
 from bayes_simfluence.inference.numpyro_runs import program_of
 from bayes_simfluence.inference.recorded import recorded_from
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.model import noise, priors
+from bayes_simfluence.model import noise, priors, sites
 from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.exposure import Exposure
 from bayes_simfluence.model.numpyro_model import coefficients_of, density_of
@@ -165,8 +165,11 @@ def test_sites_follow_from_those_that_are_sampled(rng, name):
         whole = {name: one[None] for name, one in values.items()}
         found = joint.sites_of(made.observed, whole)
         drawn = JointProgram.of(made).prior_sites(made.observed, key=KEY, draws=3)
-        assert set(joint.sampled(made.observed, {**found, **whole})) == set(values)
-    kept = {name for name in trace if made.keeps(name)}
+        set_to = joint.trace(made.observed, values)
+    kept = set(sites.kept(trace))
+    assert {name for name, site in set_to.items() if sites.is_sampled(site)} == set(values)
+    for name, value in values.items():
+        np.testing.assert_array_equal(set_to[name]["value"], value)
     assert set(found) == set(drawn) == kept
     assert {"scale", *(f"{part}_unit" for part in SITES[name].parts)} <= kept
     assert not any(one.endswith(("_own", "_local", "_of_query")) for one in kept)

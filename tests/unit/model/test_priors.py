@@ -20,6 +20,7 @@ from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model import priors
 from bayes_simfluence.model.effects import ExampleFeatures, no_features
 from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.model.sites import is_coefficient, kept
 
 FALSE_ALARMS = 1e-3
 SHAPE = (60, 100, 1)
@@ -106,7 +107,7 @@ def test_the_global_scale_has_its_median():
     """``tau`` of 1 in 10 that matter: half of all queries are below 1/9."""
     with double_precision():
         law = handlers.seed(priors.Horseshoe(share=0.1, slab_scale=1e6).law, jax.random.key(0))
-        trace = handlers.trace(law).get_trace("staying", (400, 1, 1), {})
+        trace = handlers.trace(law).get_trace("staying", "staying", (400, 1, 1), {})
     tau, local = (np.asarray(trace[f"staying_{one}"]["value"]) for one in ("global", "local"))
     own = np.asarray(trace["staying_own"]["value"])[..., 0]
     drawn, _ = effects(priors.Horseshoe(share=0.1, slab_scale=1e6), shape=(400, 1, 1))
@@ -159,6 +160,58 @@ def test_all_of_low_rank_is_a_product():
         assert np.linalg.matrix_rank(drawn[..., knot], tol=1e-8) == 3
     # Traits of examples are the same over training.
     assert np.linalg.matrix_rank(np.concatenate([*np.moveaxis(drawn, 2, 0)]), tol=1e-8) == 3
+
+
+EVERY = {
+    **{name: prior for name, (prior, _) in LAWS.items()},
+    "horseshoe": priors.Horseshoe(),
+    "low rank, pooled": priors.LowRank(pooled=True),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_sites_say_what_they_are(name):
+    """Effects are linear in each site that is marked as a coefficient, and in no other."""
+    shape, values = (4, 3, 2), {"staying_pooled": 0.4, "staying_low_rank": 0.3}
+    with double_precision():
+        known = {name: jnp.asarray(value) for name, value in values.items()}
+        arguments = ("staying", shape, known, no_features(3, 4))
+        seeded = handlers.seed(EVERY[name].effects, jax.random.key(0))
+        trace = handlers.trace(seeded).get_trace(*arguments)
+
+        def scaled(site, factor):
+            drawn = {name: one["value"] for name, one in trace.items()}
+            drawn[site] = factor * drawn[site]
+            return np.asarray(handlers.substitute(EVERY[name].effects, drawn)(*arguments))
+
+        assert kept(trace) == {}
+        for site in trace:
+            middle, ends = scaled(site, 2.0), 0.5 * (scaled(site, 1.0) + scaled(site, 3.0))
+            linear = np.abs(middle - ends).max() < 1e-9
+            assert linear == is_coefficient(trace[site]), site
+
+
+def test_effects_go_on_beyond_a_recorded_run():
+    sizes = np.array([0.1, 30.0])
+    drawn = sizes[:, None, None] * np.random.default_rng(0).normal(size=(2, 300, 4))
+    with double_precision():
+        longer = np.asarray(
+            priors.Laplace().continued(jnp.asarray(drawn), 3, key=jax.random.key(0))
+        )
+        same = priors.Custom(dist.Cauchy(0.0, 1.0)).continued(
+            jnp.asarray(drawn), 3, key=jax.random.key(0)
+        )
+    for found in (longer, same):
+        assert found.shape == (2, 300, 7)
+        np.testing.assert_array_equal(found[..., :4], drawn)
+    np.testing.assert_array_equal(same[..., 4:], np.repeat(drawn[..., -1:], 3, axis=2))
+    size = np.sqrt((drawn**2).mean(axis=2, keepdims=True))
+    assert follows(longer[..., 4:] / size, stats.norm())
+
+
+def test_only_embeddings_take_the_place_of_the_recordings_features():
+    assert priors.Normal().resolve(TRAIN_IDS, QUERY_IDS) is None
+    assert priors.Features(train=np.ones((3, 2))).resolve(TRAIN_IDS, QUERY_IDS) is not None
 
 
 def test_a_callers_distribution_is_the_same_over_training():
