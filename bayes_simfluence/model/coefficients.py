@@ -20,7 +20,7 @@ class Varying:
 
     A Gaussian process with covariance ``share + (1 - share) exp(-d^2 / 2 length^2)`` at knots that
     split a recorded run evenly, interpolated linearly. Beyond the recorded length the knots go on
-    with the same spacing, where the prior takes over.
+    with the same spacing; what is known of them there comes from the prior.
 
     Attributes:
         knots: knots in a recorded run, ends included; 1 = constant coefficients.
@@ -53,11 +53,11 @@ class Varying:
     def interpolation(
         self, progress: Float[Array, " step"], count: int
     ) -> Float[Array, "step knot"]:
-        """How much of each knot's value a step sees; rows sum to one."""
+        """Weights of the knots' values in the coefficient at each step; rows sum to one."""
         if self.knots == 1:
             return jnp.ones((len(progress), 1))
-        place = progress[:, None] * (self.knots - 1) - jnp.arange(count)[None, :]
-        return jnp.maximum(1.0 - jnp.abs(place), 0.0)
+        distance = progress[:, None] * (self.knots - 1) - jnp.arange(count)[None, :]
+        return jnp.maximum(1.0 - jnp.abs(distance), 0.0)
 
     def root(self, values: Values, part: str, count: int) -> Float[Array, "knot source"]:
         """A lower triangular root of the knots' prior covariance (unit variance).

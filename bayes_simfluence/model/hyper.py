@@ -1,4 +1,4 @@
-"""Hyperparameters: their meaning, their scale, and a weak prior that keeps a search on the map."""
+"""Hyperparameters: what they mean, which values they may take, and a weak prior for each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from numpyro import distributions as dist
 __all__ = ["Hyper", "Values", "log_prior", "natural_values", "start"]
 
 Values = Mapping[str, Float[Array, "..."]]
-"""Hyperparameters by name, on their natural scale, each one number.
+"""Hyperparameters by name, on their natural scale: scalars.
 
-A draw's other sites may stand among them, whatever their shape: who asks for a name gets a number.
+A mapping of all sites of a draw serves as well; only hyperparameters are looked up in it.
 """
 
 
@@ -27,9 +27,9 @@ class Hyper:
         centre: prior median, on the natural scale.
         spread: prior standard deviation on the unconstrained scale (log for ``positive``, log-odds
             for ``share``, Fisher's z for ``correlation``, the number itself for ``real``).
-        scale: which numbers are possible: any, above zero, between zero and one, between minus one
-            and one.
-        meaning: what it is, in one line.
+        scale: the possible values: any number, above zero, between zero and one, or between minus
+            one and one.
+        meaning: a description of one line.
     """
 
     centre: float
@@ -48,21 +48,21 @@ class Hyper:
     def law(self) -> dist.Distribution:
         """The prior on the natural scale."""
         normal = dist.Normal(self.free_centre, self.spread)
-        moves = dist.transforms
-        onto: dict[str, list[dist.transforms.Transform]] = {
+        maps = dist.transforms
+        transforms: dict[str, list[dist.transforms.Transform]] = {
             "real": [],
-            "positive": [moves.ExpTransform()],
-            "share": [moves.SigmoidTransform()],
+            "positive": [maps.ExpTransform()],
+            "share": [maps.SigmoidTransform()],
             # tanh(x) = 2 sigmoid(2 x) - 1
             "correlation": [
-                moves.AffineTransform(0.0, 2.0),
-                moves.SigmoidTransform(),
-                moves.AffineTransform(-1.0, 2.0, domain=dist.constraints.unit_interval),
+                maps.AffineTransform(0.0, 2.0),
+                maps.SigmoidTransform(),
+                maps.AffineTransform(-1.0, 2.0, domain=dist.constraints.unit_interval),
             ],
         }
-        if not onto[self.scale]:
+        if not transforms[self.scale]:
             return normal
-        return dist.TransformedDistribution(normal, onto[self.scale])
+        return dist.TransformedDistribution(normal, transforms[self.scale])
 
     @property
     def free_centre(self) -> float:

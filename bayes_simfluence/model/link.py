@@ -1,4 +1,4 @@
-"""The scale on which effects add up, and the way back to nats."""
+"""Links: the scale on which effects add up, and its inverse."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ __all__ = ["LINKS", "Link", "link_of", "log_slope", "loss_of"]
 Link = Literal["log-odds", "log", "identity"]
 LINKS: tuple[Link, ...] = ("log-odds", "log", "identity")
 SMALLEST_LOSS = 1e-6
-"""Losses at or below zero have no logarithm: they count as this many nats."""
+"""In nats; smaller losses, which may have no logarithm, count as this much."""
 
 
 def link_of(link: Link, loss: Array) -> Array:
@@ -37,7 +37,7 @@ def loss_of(link: Link, linked: Array) -> Array:
 
 
 def log_slope(link: Link, loss: Array) -> Array:
-    """Log derivative of the link at a loss: what a density gains on the way back to nats."""
+    """Log derivative of the link at a loss; a log density in nats is larger by it."""
     if link == "identity":
         return jnp.zeros_like(loss)
     positive = jnp.maximum(loss, SMALLEST_LOSS)

@@ -1,13 +1,13 @@
-"""Recurrences of the loss: affine paths for given coefficients, and their sums as matrices."""
+"""Recurrences of the loss: trajectories for given coefficients, and sums as matrices."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-__all__ = ["accumulation", "affine_path"]
+__all__ = ["accumulation", "affine_trajectory"]
 
 
-def affine_path(
+def affine_trajectory(
     alpha: Float[Array, " step"], beta: Float[Array, " step"], initial: Float[Array, ""]
 ) -> Float[Array, " time"]:
     """``L_t = alpha_t L_{t-1} + beta_t`` from ``L_0``: Simfluence-Linear (Guu et al. 2023, eq. 2).
@@ -16,7 +16,7 @@ def affine_path(
     take a logarithmic number of sweeps.
 
     >>> import jax.numpy as jnp
-    >>> affine_path(jnp.array([0.5, 1.0]), jnp.array([0.0, 0.25]), jnp.array(1.0)).tolist()
+    >>> affine_trajectory(jnp.array([0.5, 1.0]), jnp.array([0.0, 0.25]), jnp.array(1.0)).tolist()
     [1.0, 0.5, 0.75]
     """
 
@@ -33,7 +33,7 @@ def accumulation(
     """Sums of ``u_t = exp(rate * dt) u_{t-1} + x_t`` as a matrix: ``u = accumulation @ x``.
 
     Args:
-        rate: growth per recorded run length; 0 = what happened stays, negative = it fades.
+        rate: log growth per recorded length; 0 = what a step adds stays, negative = it fades.
         progress: step / recorded steps.
     """
     elapsed = progress[:, None] - progress[None, :]

@@ -13,7 +13,7 @@ from bayes_simfluence.conventions import Curriculum
 from bayes_simfluence.data.curriculum import exposures
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model import kalman
-from bayes_simfluence.model.recurrence import affine_path
+from bayes_simfluence.model.recurrence import affine_trajectory
 from bayes_simfluence.simulators.base import CHUNK, Named, Planned, Simulated, resampled
 
 __all__ = ["AffineSimulator"]
@@ -183,11 +183,11 @@ def _rolled_out(
     alpha = keep + jnp.einsum("rsn,dqn->drsq", weights, a)
     beta = jnp.einsum("rsn,dqn->drsq", weights, b)
     start = jnp.broadcast_to(initial[None], (len(a), *initial.shape))
-    path = affine_path
+    roll = affine_trajectory
     for axes, out in (((1, 1, 0), 1), ((0, 0, 0), 0), ((0, 0, 0), 0)):
-        path = jax.vmap(path, in_axes=axes, out_axes=out)
-    mean = path(alpha, beta, start)
-    return mean, mean if noise is None else path(alpha, beta + noise, start)
+        roll = jax.vmap(roll, in_axes=axes, out_axes=out)
+    mean = roll(alpha, beta, start)
+    return mean, mean if noise is None else roll(alpha, beta + noise, start)
 
 
 @jax.jit

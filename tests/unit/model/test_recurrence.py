@@ -7,27 +7,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.model.recurrence import accumulation, affine_path
+from bayes_simfluence.model.recurrence import accumulation, affine_trajectory
 
 NUMBER = st.floats(-2.0, 2.0, allow_subnormal=False)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(NUMBER, NUMBER), min_size=7, max_size=7), NUMBER)
-def test_an_affine_path_is_the_plain_loop(steps, initial):
+def test_an_affine_trajectory_is_the_plain_loop(steps, initial):
     expected = [initial]
     for alpha, beta in steps:
         expected.append(alpha * expected[-1] + beta)
     with double_precision():
         alpha, beta = (jnp.asarray(one) for one in zip(*steps, strict=True))
-        found = np.asarray(affine_path(alpha, beta, jnp.asarray(initial)))
+        found = np.asarray(affine_trajectory(alpha, beta, jnp.asarray(initial)))
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_a_path_of_one_step_and_a_long_one():
-    found = affine_path(jnp.array([3.0]), jnp.array([1.0]), jnp.array(2.0))
+def test_a_trajectory_of_one_step_and_a_long_one():
+    found = affine_trajectory(jnp.array([3.0]), jnp.array([1.0]), jnp.array(2.0))
     assert found.tolist() == [2.0, 7.0]
-    halved = affine_path(jnp.full(31, 0.5), jnp.ones(31), jnp.array(0.0))
+    halved = affine_trajectory(jnp.full(31, 0.5), jnp.ones(31), jnp.array(0.0))
     np.testing.assert_allclose(halved[-1], 2.0, rtol=1e-6)
 
 
