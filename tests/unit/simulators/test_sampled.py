@@ -207,7 +207,7 @@ def test_errors_have_their_covariance(rng, name):
     ("kind", "power"), [(noise.StudentT, 0.0), (noise.StudentT, 0.8), (noise.Gaussian, -0.8)]
 )
 def test_steps_have_their_law_and_follow_the_loss(rng, kind, power):
-    error = kind(loss_power=power, **({"freedom": 3.0} if kind is noise.StudentT else {}))
+    error = kind(loss_power=power, **({"df": 3.0} if kind is noise.StudentT else {}))
     simulator = drawn(Simfluence(kind="additive", error=error), rng, DRAWS, same=True, noise=0.05)
     plan = planned(rng, runs=1)
     found = simulator.simulate(plan, key=KEY, draws=DRAWS)
