@@ -168,8 +168,8 @@ def test_sites_follow_from_those_that_are_sampled(rng, name):
         set_to = joint.trace(made.observed, values)
     kept = set(sites.kept(trace))
     assert {name for name, site in set_to.items() if sites.is_sampled(site)} == set(values)
-    for name, value in values.items():
-        np.testing.assert_array_equal(set_to[name]["value"], value)
+    for site, value in values.items():
+        np.testing.assert_array_equal(set_to[site]["value"], value)
     assert set(found) == set(drawn) == kept
     assert {"scale", *(f"{part}_unit" for part in SITES[name].parts)} <= kept
     assert not any(one.endswith(("_own", "_local", "_of_query")) for one in kept)
