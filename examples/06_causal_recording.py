@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bayes_simfluence.networks.checkpoint import load_checkpoint, load_tokenizer
-from bayes_simfluence.networks.families import network_of
+from bayes_simfluence.networks.checkpoint import load_checkpoint, load_tokenizer, network_of
 from bayes_simfluence.networks.network import Network, Sequence
 from bayes_simfluence.networks.tensor_files import Tensors, save_tensors
 from bayes_simfluence.progress import Bars

@@ -62,8 +62,7 @@ def minilm_task() -> Callable[..., Any]:
     def made(train: int, queries: int, *, tokens: int = 32, words: int = 20_000) -> Any:
         import jax.numpy as jnp
 
-        from bayes_simfluence.networks.checkpoint import load_checkpoint
-        from bayes_simfluence.networks.families import network_of
+        from bayes_simfluence.networks.checkpoint import load_checkpoint, network_of
         from bayes_simfluence.networks.heads import head_logits, with_head
         from bayes_simfluence.networks.network import Sequence
         from bayes_simfluence.tasks.task import Task

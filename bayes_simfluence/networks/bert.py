@@ -19,7 +19,7 @@ from bayes_simfluence.networks.layers import (
     places,
     split_heads,
 )
-from bayes_simfluence.networks.network import Network, Sequence
+from bayes_simfluence.networks.network import Family, Network, Sequence
 from bayes_simfluence.networks.requirements import (
     Shapes,
     check_option,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 __all__ = [
+    "FAMILY",
     "BertSettings",
     "encode",
     "network",
@@ -86,7 +87,7 @@ def settings_of(
     check_option(config, "position_embedding_type", ["absolute"], "absolute")
     check_option(config, "is_decoder", [False], False)
     check_option(config, "add_cross_attention", [False], False)
-    prefix = prefix_of(tensors, "embeddings.", ["", f"{family}."])
+    prefix = prefix_of(tensors, "embeddings.", f"{family}.")
     quotient(config, "hidden_size", "num_attention_heads")
     check_tensors(tensors, shapes_of(config, prefix), UNUSED)
     return BertSettings(
@@ -176,10 +177,20 @@ def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
         family=config.model_type,
         kind="encoder",
         hidden=partial(encode, settings),
-        logits=None,
-        seq2seq_logits=None,
         positions=config.max_position_embeddings,
         width=config.hidden_size,
         vocabulary=config.vocab_size,
         shapes={**shapes_of(config, settings.prefix), **pooler},
     )
+
+
+FAMILY = Family(
+    network,
+    tables=("word_embeddings", "position_embeddings", "token_type_embeddings"),
+    tied=("cls.predictions.decoder",),
+    lora_targets=("query", "value"),
+    ia3_targets=("key", "value", "output.dense"),
+    ia3_feedforward=("output.dense",),
+    prefix="bert.",
+    classifier="BertForSequenceClassification",
+)

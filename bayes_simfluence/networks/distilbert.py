@@ -19,7 +19,7 @@ from bayes_simfluence.networks.layers import (
     places,
     split_heads,
 )
-from bayes_simfluence.networks.network import Network, Sequence
+from bayes_simfluence.networks.network import Family, Network, Sequence
 from bayes_simfluence.networks.requirements import (
     Shapes,
     check_option,
@@ -34,7 +34,7 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["DistilBertSettings", "encode", "network", "settings_of", "shapes_of"]
+__all__ = ["FAMILY", "DistilBertSettings", "encode", "network", "settings_of", "shapes_of"]
 
 EPSILON = 1e-12
 """Added to the variance in layer norm; no option of the configuration."""
@@ -65,7 +65,7 @@ def settings_of(config: "PretrainedConfig", tensors: Tensors) -> DistilBertSetti
     Raises:
         Misuse: an option not built here, or tensors that the configuration does not describe.
     """
-    prefix = prefix_of(tensors, "embeddings.", ["", "distilbert."])
+    prefix = prefix_of(tensors, "embeddings.", "distilbert.")
     quotient(config, "dim", "n_heads")
     check_tensors(tensors, shapes_of(config, prefix), UNUSED)
     activation = check_option(config, "activation", list(ACTIVATIONS))
@@ -126,10 +126,20 @@ def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
         family=config.model_type,
         kind="encoder",
         hidden=partial(encode, settings),
-        logits=None,
-        seq2seq_logits=None,
         positions=config.max_position_embeddings,
         width=config.dim,
         vocabulary=config.vocab_size,
         shapes=shapes_of(config, settings.prefix),
     )
+
+
+FAMILY = Family(
+    network,
+    tables=("word_embeddings", "position_embeddings"),
+    tied=("vocab_projector",),
+    # peft has no defaults for DistilBERT: the layers that it adapts of BERT.
+    lora_targets=("q_lin", "v_lin"),
+    ia3_targets=("k_lin", "v_lin", "lin2"),
+    ia3_feedforward=("lin2",),
+    prefix="distilbert.",
+)

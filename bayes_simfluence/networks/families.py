@@ -1,47 +1,48 @@
-"""Which module computes which architecture. A new family is one module and one line here."""
+"""The families of networks, one row each, and which of them an architecture belongs to."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.networks import bert, distilbert, gpt2, gpt_neox, llama, roberta, t5
-from bayes_simfluence.networks.checkpoint import Checkpoint
-from bayes_simfluence.networks.network import Network
+from bayes_simfluence.networks.network import Family, Network
 from bayes_simfluence.networks.tensor_files import Tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["FAMILIES", "network_of"]
+__all__ = ["FAMILIES", "family_of"]
 
-FAMILIES: dict[str, Callable[["PretrainedConfig", Tensors], Network]] = {
-    "bert": bert.network,
-    "roberta": roberta.network,
-    "xlm-roberta": roberta.network,
-    "distilbert": distilbert.network,
-    "gpt2": gpt2.network,
-    "gpt_neox": gpt_neox.network,
-    "t5": t5.network,
-    "llama": llama.network,
-    "mistral": llama.network,
-    "qwen2": llama.network,
+FAMILIES = {
+    "bert": bert.FAMILY,
+    "roberta": roberta.FAMILY,
+    "xlm-roberta": roberta.FAMILY,
+    "distilbert": distilbert.FAMILY,
+    "gpt2": gpt2.FAMILY,
+    "gpt_neox": gpt_neox.FAMILY,
+    "t5": t5.FAMILY,
+    "llama": llama.FAMILY,
+    "mistral": llama.FAMILY,
+    "qwen2": llama.FAMILY,
 }
-"""``model_type`` of a configuration -> its network."""
+"""``model_type`` of a configuration -> its family."""
 
 
-def network_of(checkpoint: Checkpoint) -> Network:
-    """The network of a checkpoint.
+def family_of(model_type: str) -> Family:
+    """The family of an architecture; of one that is not built here, a family without defaults
+    whose ``network`` raises ``Misuse``."""
+    return FAMILIES.get(model_type, _UNKNOWN)
 
-    Raises:
-        Misuse: an architecture or an option that is not built here, tensors that are missing, of
-            another shape, or that the network would ignore.
-    """
-    family = checkpoint.config.model_type
-    if family not in FAMILIES:
-        raise Misuse(
-            "checkpoint architecture",
-            got=repr(family),
-            expected=f"one of: {', '.join(FAMILIES)}",
-            do="choose a checkpoint of one of these architectures",
-        )
-    return FAMILIES[family](checkpoint.config, checkpoint.tensors)
+
+def _refused(config: "PretrainedConfig", tensors: Tensors) -> Network:
+    raise Misuse(
+        "checkpoint architecture",
+        got=repr(config.model_type),
+        expected=f"one of: {', '.join(FAMILIES)}",
+        do="choose a checkpoint of one of these architectures",
+    )
+
+
+_UNKNOWN = Family(
+    _refused,
+    tables=tuple(dict.fromkeys(table for row in FAMILIES.values() for table in row.tables)),
+)

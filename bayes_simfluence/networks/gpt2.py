@@ -19,7 +19,7 @@ from bayes_simfluence.networks.layers import (
     places,
     split_heads,
 )
-from bayes_simfluence.networks.network import Network, Sequence, decoder
+from bayes_simfluence.networks.network import Family, Network, Sequence, decoder
 from bayes_simfluence.networks.requirements import (
     Shapes,
     check_option,
@@ -34,7 +34,7 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["GPT2Settings", "hidden_states", "network", "settings_of", "shapes_of"]
+__all__ = ["FAMILY", "GPT2Settings", "hidden_states", "network", "settings_of", "shapes_of"]
 
 UNUSED = (
     r"(.*\.)?attn\.(masked_)?bias",
@@ -78,7 +78,7 @@ def settings_of(config: "PretrainedConfig", tensors: Tensors) -> GPT2Settings:
         Misuse: an option not built here, or tensors that the configuration does not describe.
     """
     check_option(config, "add_cross_attention", [False], False)
-    prefix = prefix_of(tensors, "wte.", ["", "transformer."])
+    prefix = prefix_of(tensors, "wte.", "transformer.")
     quotient(config, "n_embd", "n_head")
     head = head_name(config, tensors, f"{prefix}wte.weight", "lm_head.weight")
     check_tensors(tensors, shapes_of(config, prefix, head), UNUSED)
@@ -125,7 +125,7 @@ def hidden_states(
         name = f"{prefix}h.{layer}"
         normed = layer_norm(tensors, f"{name}.ln_1", hidden, epsilon)
         fused = jnp.split(_conv(tensors, f"{name}.attn.c_attn", normed), 3, axis=-1)
-        query, key, value = (split_heads(one, settings.heads) for one in fused)
+        query, key, value = (split_heads(part, settings.heads) for part in fused)
         scale = query.shape[-1] ** -0.5 if settings.scaled else 1.0
         scale = scale / (layer + 1) if settings.scaled_by_layer else scale
         mixed = attend(query, key, value, mask, scale=scale)
@@ -152,6 +152,19 @@ def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
         vocabulary=config.vocab_size,
         shapes=shapes_of(config, settings.prefix, settings.head),
     )
+
+
+FAMILY = Family(
+    network,
+    tables=("wte", "wpe"),
+    tied=("lm_head",),
+    lora_targets=("c_attn",),
+    ia3_targets=("c_attn", "mlp.c_proj"),
+    ia3_feedforward=("mlp.c_proj",),
+    transposed=("c_attn", "q_attn", "c_proj", "c_fc"),
+    prefix="transformer.",
+    peft_task="CAUSAL_LM",
+)
 
 
 def _conv_shapes(name: str, outward: int, inward: int) -> Shapes:

@@ -21,7 +21,7 @@ from bayes_simfluence.networks.layers import (
     rotate,
     split_heads,
 )
-from bayes_simfluence.networks.network import Network, Sequence, decoder
+from bayes_simfluence.networks.network import Family, Network, Sequence, decoder
 from bayes_simfluence.networks.requirements import (
     Shapes,
     check_option,
@@ -38,7 +38,7 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["GPTNeoXSettings", "hidden_states", "network", "settings_of", "shapes_of"]
+__all__ = ["FAMILY", "GPTNeoXSettings", "hidden_states", "network", "settings_of", "shapes_of"]
 
 UNUSED = (
     r"(.*\.)?attention\.(masked_)?bias",
@@ -82,7 +82,7 @@ def settings_of(config: "PretrainedConfig", tensors: Tensors) -> GPTNeoXSettings
     Raises:
         Misuse: an option not built here, or tensors that the configuration does not describe.
     """
-    prefix = prefix_of(tensors, "embed_in.", ["", "gpt_neox."])
+    prefix = prefix_of(tensors, "embed_in.", "gpt_neox.")
     size = quotient(config, "hidden_size", "num_attention_heads")
     head = head_name(
         config, tensors, f"{prefix}embed_in.weight", "embed_out.weight", "lm_head.weight"
@@ -132,7 +132,7 @@ def hidden_states(
         fused = dense(tensors, f"{name}.attention.query_key_value", normed)
         # Each head's query, key and value stand side by side.
         query, key, value = jnp.split(split_heads(fused, settings.heads), 3, axis=-1)
-        query, key = (rotate(one, settings.frequencies) for one in (query, key))
+        query, key = (rotate(part, settings.frequencies) for part in (query, key))
         mixed = attend(query, key, value, mask, scale=query.shape[-1] ** -0.5)
         after = hidden + dense(tensors, f"{name}.attention.dense", mixed)
         read = hidden if settings.parallel else after
@@ -160,3 +160,15 @@ def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
         vocabulary=config.vocab_size,
         shapes=shapes_of(config, settings.prefix, settings.head),
     )
+
+
+FAMILY = Family(
+    network,
+    tables=("embed_in",),
+    tied=("embed_out", "lm_head"),
+    lora_targets=("query_key_value",),
+    ia3_targets=("query_key_value", "dense_4h_to_h"),
+    ia3_feedforward=("dense_4h_to_h",),
+    prefix="gpt_neox.",
+    peft_task="CAUSAL_LM",
+)

@@ -78,4 +78,4 @@ def pool(
 def _pooler(tensors: Tensors) -> str | None:
     """Name of BERT's layer over the first token, where the checkpoint has one."""
     ending = f"{POOLER}.weight"
-    return next((one.removesuffix(".weight") for one in tensors if one.endswith(ending)), None)
+    return next((name.removesuffix(".weight") for name in tensors if name.endswith(ending)), None)

@@ -112,8 +112,8 @@ def watching(watch: Watch) -> Iterator[None]:
 def dense(
     tensors: Tensors, name: str, value: Float[Array, "*lead inward"]
 ) -> Float[Array, "*lead outward"]:
-    """``value @ weight.T + bias``, the bias where there is one: which layers have one is checked
-    with the tensors' shapes."""
+    """``value @ weight.T + bias``; layers without a bias in ``tensors`` have none, which the check
+    of the tensors' shapes allows or not."""
     product = value @ tensors[f"{name}.weight"].T
     bias = tensors.get(f"{name}.bias")
     if bias is not None:
@@ -161,7 +161,7 @@ def rotate(
     first, second = wide(value[..., :pairs]), wide(value[..., pairs : 2 * pairs])
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(
-        [*(one.astype(value.dtype) for one in turned), value[..., 2 * pairs :]], axis=-1
+        [*(part.astype(value.dtype) for part in turned), value[..., 2 * pairs :]], axis=-1
     )
 
 

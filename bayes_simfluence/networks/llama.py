@@ -21,7 +21,7 @@ from bayes_simfluence.networks.layers import (
     rotate,
     split_heads,
 )
-from bayes_simfluence.networks.network import Network, Sequence, decoder
+from bayes_simfluence.networks.network import Family, Network, Sequence, decoder
 from bayes_simfluence.networks.requirements import (
     Shapes,
     check_option,
@@ -38,7 +38,7 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["LlamaSettings", "hidden_states", "network", "settings_of", "shapes_of"]
+__all__ = ["FAMILY", "LlamaSettings", "hidden_states", "network", "settings_of", "shapes_of"]
 
 UNUSED = (
     r"(.*\.)?rotary_emb\..*",
@@ -85,7 +85,7 @@ def settings_of(config: "PretrainedConfig", tensors: Tensors) -> LlamaSettings:
     if config.model_type == "qwen2":
         check_option(config, "use_sliding_window", [False], False)
     quotient(config, "num_attention_heads", "num_key_value_heads")
-    prefix = prefix_of(tensors, "embed_tokens.", ["", "model."])
+    prefix = prefix_of(tensors, "embed_tokens.", "model.")
     head = head_name(config, tensors, f"{prefix}embed_tokens.weight", "lm_head.weight")
     check_tensors(tensors, shapes_of(config, prefix, head), UNUSED)
     return LlamaSettings(
@@ -145,7 +145,7 @@ def hidden_states(
                 ("v", settings.groups),
             )
         )
-        query, key = (rotate(one, settings.frequencies) for one in (query, key))
+        query, key = (rotate(part, settings.frequencies) for part in (query, key))
         mixed = attend(query, key, value, mask, scale=query.shape[-1] ** -0.5)
         hidden = hidden + dense(tensors, f"{name}.self_attn.o_proj", mixed)
         normed = rms_norm(tensors, f"{name}.post_attention_layernorm", hidden, epsilon)
@@ -172,6 +172,18 @@ def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
         vocabulary=config.vocab_size,
         shapes=shapes_of(config, settings.prefix, settings.head),
     )
+
+
+FAMILY = Family(
+    network,
+    tables=("embed_tokens",),
+    tied=("lm_head",),
+    lora_targets=("q_proj", "v_proj"),
+    ia3_targets=("k_proj", "v_proj", "down_proj"),
+    ia3_feedforward=("down_proj",),
+    prefix="model.",
+    peft_task="CAUSAL_LM",
+)
 
 
 def _size(config: "PretrainedConfig") -> int:

@@ -1,16 +1,19 @@
-"""What every network of every family is to the rest of the package."""
+"""What every network and every family of networks is to the rest of the package."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
 from bayes_simfluence.networks.layers import vocabulary_logits
 from bayes_simfluence.networks.tensor_files import Tensors
 
-__all__ = ["Hidden", "Kind", "Network", "Sequence", "decoder"]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["Family", "Hidden", "Kind", "Network", "Sequence", "decoder"]
 
 Kind = Literal["encoder", "decoder", "encoder-decoder"]
 
@@ -43,13 +46,13 @@ class Network:
         family: ``model_type`` of the configuration.
         kind: an encoder sees the whole text, a decoder what stands to the left.
         hidden: last hidden states, after the last norm; those of the encoder for T5.
+        positions: longest sequence, None = no limit.
+        width: size of a hidden state.
+        vocabulary: number of tokens.
         logits: next-token logits at every position, in float32. None for encoders, and for
             decoders whose checkpoint has no output layer.
         seq2seq_logits: ``(tensors, source, inputs)``, logits in float32 at each position of the
             decoder, given its INPUT tokens (the target shifted right by ``start_token``).
-        positions: longest sequence, None = no limit.
-        width: size of a hidden state.
-        vocabulary: number of tokens.
         start_token: what a decoder's input begins with (T5).
         shapes: every tensor that the functions read, and BERT's pooler, with their shapes: what
             training may change. A checkpoint may hold more (buffers, other heads).
@@ -58,16 +61,52 @@ class Network:
     family: str
     kind: Kind
     hidden: Hidden
-    logits: Callable[[Tensors, Sequence], Float[Array, "token vocabulary"]] | None
-    seq2seq_logits: (
-        Callable[[Tensors, Sequence, Int[Array, " target"]], Float[Array, "target vocabulary"]]
-        | None
-    )
     positions: int | None
     width: int
     vocabulary: int
+    logits: Callable[[Tensors, Sequence], Float[Array, "token vocabulary"]] | None = None
+    seq2seq_logits: (
+        Callable[[Tensors, Sequence, Int[Array, " target"]], Float[Array, "target vocabulary"]]
+        | None
+    ) = None
     start_token: int | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Architectures that share a forward pass and the names of their layers.
+
+    A layer or table is named by what ends its tensors' names (``"query"``, ``"mlp.c_proj"``).
+
+    Attributes:
+        network: makes the network of a configuration and a checkpoint's tensors.
+        tables: embedding tables, the word embeddings first: matrices that are looked up, so no
+            adapter takes them for linear layers.
+        tied: output layers whose weight may be a second copy of the word embeddings.
+        lora_targets: layers that LoRA adapts unless told otherwise; peft's defaults.
+        ia3_targets: layers that IA3 adapts unless told otherwise; peft's defaults.
+        ia3_feedforward: those of ``ia3_targets`` whose input is scaled, not their output.
+        transposed: layers that store their weight as (in, out); all others store (out, in).
+        prefix: what transformers' models with a head put before the names of these tensors.
+        peft_task: peft's name for what its models do without a classification head.
+        classifier: transformers' class that has the classification head of ``heads``, if one has.
+    """
+
+    network: Callable[["PretrainedConfig", Tensors], Network]
+    tables: tuple[str, ...]
+    tied: tuple[str, ...] = ()
+    lora_targets: tuple[str, ...] = ()
+    ia3_targets: tuple[str, ...] = ()
+    ia3_feedforward: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
+    prefix: str = ""
+    peft_task: str | None = None
+    classifier: str | None = None
+
+    def transposes(self, layer: str) -> bool:
+        """Whether the layer stores its weight as (in, out)."""
+        return layer.split(".")[-1] in self.transposed
 
 
 def decoder(
@@ -89,11 +128,10 @@ def decoder(
         family=family,
         kind="decoder",
         hidden=hidden,
-        logits=partial(_logits, hidden, head) if head else None,
-        seq2seq_logits=None,
         positions=positions,
         width=width,
         vocabulary=vocabulary,
+        logits=partial(_logits, hidden, head) if head else None,
         shapes=shapes,
     )
 

@@ -70,16 +70,20 @@ def quotient(config: "PretrainedConfig", whole: str, part: str) -> int:
     return int(dividend // divisor)
 
 
-def prefix_of(tensors: Collection[str], marker: str, prefixes: Sequence[str]) -> str:
-    """What stands before the names of the network's tensors; a model with a head adds its own.
+def prefix_of(tensors: Collection[str], marker: str, prefix: str) -> str:
+    """What stands before the names of the network's tensors: nothing, or ``prefix``, which a model
+    with a head adds.
 
-    >>> prefix_of(["bert.embeddings.word"], "embeddings.", ["", "bert."])
+    Args:
+        marker: what some names begin with, the prefix left out.
+
+    >>> prefix_of(["bert.embeddings.word"], "embeddings.", "bert.")
     'bert.'
     """
-    return next(
-        (one for one in prefixes if any(name.startswith(one + marker) for name in tensors)),
-        prefixes[0],
+    plain, inside = (
+        any(name.startswith(start) for name in tensors) for start in (marker, prefix + marker)
     )
+    return prefix if inside and not plain else ""
 
 
 def head_name(
@@ -92,7 +96,7 @@ def head_name(
     checkpoint leaves out heads that are copies of the embeddings.
     """
     tied = embedding if config.tie_word_embeddings else None
-    return next((one for one in heads if one in tensors), tied)
+    return next((head for head in heads if head in tensors), tied)
 
 
 def check_tensors(

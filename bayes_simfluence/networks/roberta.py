@@ -3,6 +3,7 @@
 BERT whose positions count only tokens that are not padding, from one after the padding's id.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["encode", "network", "shapes_of"]
+__all__ = ["FAMILY", "encode", "network", "shapes_of"]
 
 shapes_of = bert.shapes_of
 
@@ -51,10 +52,13 @@ def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
         family=config.model_type,
         kind="encoder",
         hidden=partial(encode, settings, padding),
-        logits=None,
-        seq2seq_logits=None,
         positions=config.max_position_embeddings - padding - 1,
         width=config.hidden_size,
         vocabulary=config.vocab_size,
         shapes={**shapes_of(config, settings.prefix), **pooler},
     )
+
+
+FAMILY = replace(
+    bert.FAMILY, network=network, tied=("lm_head.decoder",), prefix="roberta.", classifier=None
+)

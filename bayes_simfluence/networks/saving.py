@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.files import PathLike, atomically, new_path
-from bayes_simfluence.networks.checkpoint import Checkpoint
-from bayes_simfluence.networks.families import network_of
+from bayes_simfluence.networks.checkpoint import Checkpoint, network_of
+from bayes_simfluence.networks.families import family_of
 from bayes_simfluence.networks.heads import HEAD
 from bayes_simfluence.networks.tensor_files import SINGLE, Tensors, write_tensors
 
@@ -58,30 +58,33 @@ def save_checkpoint(
         WorkFailed: the folder could not be written; nothing is left of it.
     """
     folder = new_path(folder, overwrite=overwrite)
-    trained = replace(checkpoint, tensors=tensors)
-    family = network_of(trained).family
+    network = network_of(replace(checkpoint, tensors=tensors))
+    family = family_of(network.family)
     config = copy.deepcopy(checkpoint.config)
-    words = next(iter(network_of(trained).shapes))
-    config.dtype = str(tensors[words].dtype)
+    config.dtype = str(tensors[next(iter(network.shapes))].dtype)
     if HEAD[0] in tensors:
         names = _labels(len(tensors[HEAD[0]]), labels)
         config.id2label = dict(enumerate(names))
         config.label2id = {name: code for code, name in enumerate(names)}
-    if HEAD[0] in tensors and family == "bert":
-        config.architectures = ["BertForSequenceClassification"]
-        tensors = {_inside_bert(name): value for name, value in tensors.items()}
+    if HEAD[0] in tensors and family.classifier:
+        config.architectures = [family.classifier]
+        bare = {name for name in network.shapes if not name.startswith(family.prefix)}
+        tensors = {
+            f"{family.prefix}{name}" if name in bare else name: value
+            for name, value in tensors.items()
+        }
     with atomically(folder) as partial:
         partial.mkdir()
         config.save_pretrained(partial)
         write_tensors(tensors, partial / SINGLE)
-        for file in {one for pattern in COPIED for one in checkpoint.folder.glob(pattern)}:
+        for file in {path for pattern in COPIED for path in checkpoint.folder.glob(pattern)}:
             if file.is_file():
                 shutil.copyfile(file, partial / file.name)
     return folder
 
 
 def _labels(count: int, labels: Sequence[str] | None) -> list[str]:
-    names = [f"LABEL_{one}" for one in range(count)] if labels is None else list(labels)
+    names = [f"LABEL_{code}" for code in range(count)] if labels is None else list(labels)
     if len(set(names)) != count or len(names) != count:
         raise Misuse(
             "labels",
@@ -90,9 +93,3 @@ def _labels(count: int, labels: Sequence[str] | None) -> list[str]:
             do="pass the label words that the task was made with",
         )
     return names
-
-
-def _inside_bert(name: str) -> str:
-    """The name that a tensor has in a BERT with a head."""
-    inside = name.startswith(("embeddings.", "encoder.", "pooler."))
-    return f"bert.{name}" if inside else name

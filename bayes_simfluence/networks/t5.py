@@ -25,7 +25,7 @@ from bayes_simfluence.networks.layers import (
     split_heads,
     vocabulary_logits,
 )
-from bayes_simfluence.networks.network import Network, Sequence
+from bayes_simfluence.networks.network import Family, Network, Sequence
 from bayes_simfluence.networks.requirements import (
     Shapes,
     check_option,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 __all__ = [
+    "FAMILY",
     "T5Settings",
     "buckets",
     "encode",
@@ -98,9 +99,9 @@ def settings_of(config: "PretrainedConfig", tensors: Tensors) -> T5Settings:
         Misuse: an option not built here, or tensors that the configuration does not describe.
     """
     check_option(config, "dense_act_fn", list(ACTIVATIONS))
-    prefix = prefix_of(tensors, "encoder.", ["", "transformer."])
-    names = [f"{prefix}{one}.weight" for one in EMBEDDINGS]
-    embedding = next((one for one in names if one in tensors), names[0])
+    prefix = prefix_of(tensors, "encoder.", "transformer.")
+    names = [f"{prefix}{table}.weight" for table in EMBEDDINGS]
+    embedding = next((name for name in names if name in tensors), names[0])
     head = "lm_head.weight" if "lm_head.weight" in tensors else embedding
     check_tensors(tensors, shapes_of(config, prefix, embedding=embedding, head=head), UNUSED)
     return T5Settings(
@@ -141,12 +142,12 @@ def shapes_of(
             for at in range(len(parts) + 1):
                 shapes |= norm_shapes(f"{name}.{at}.layer_norm", width, bias=False)
             for at, part in enumerate(parts):
-                for one in "qkv":
-                    shapes |= dense_shapes(f"{name}.{at}.{part}.{one}", inside, width, bias=False)
+                for role in "qkv":
+                    shapes |= dense_shapes(f"{name}.{at}.{part}.{role}", inside, width, bias=False)
                 shapes |= dense_shapes(f"{name}.{at}.{part}.o", width, inside, bias=False)
             inner = f"{name}.{len(parts)}.DenseReluDense"
-            for one in up:
-                shapes |= dense_shapes(f"{inner}.{one}", config.d_ff, width, bias=False)
+            for layer_name in up:
+                shapes |= dense_shapes(f"{inner}.{layer_name}", config.d_ff, width, bias=False)
             shapes |= dense_shapes(f"{inner}.wo", width, config.d_ff, bias=False)
     return shapes
 
@@ -228,14 +229,24 @@ def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
         family=config.model_type,
         kind="encoder-decoder",
         hidden=partial(encode, settings),
-        logits=None,
-        seq2seq_logits=partial(seq2seq_logits, settings),
         positions=None,
         width=config.d_model,
         vocabulary=config.vocab_size,
+        seq2seq_logits=partial(seq2seq_logits, settings),
         start_token=config.pad_token_id if start is None else start,
         shapes=shapes_of(config, settings.prefix, embedding=settings.embedding, head=settings.head),
     )
+
+
+FAMILY = Family(
+    network,
+    tables=("shared", "embed_tokens", "relative_attention_bias"),
+    tied=("lm_head", "encoder.embed_tokens", "decoder.embed_tokens"),
+    lora_targets=("q", "v"),
+    ia3_targets=("k", "v", "wo"),
+    ia3_feedforward=("wo",),
+    peft_task="SEQ_2_SEQ_LM",
+)
 
 
 def _position_bias(
@@ -260,13 +271,13 @@ def _attention(
     bias: Float[Array, "head query key"] | None = None,
     encoded: Float[Array, "key hidden"] | None = None,
 ) -> Float[Array, "query hidden"]:
-    """One attention layer and its residual, over ``encoded`` where it is given."""
+    """One attention layer and its residual: over ``encoded``, or over ``hidden`` itself."""
     normed = rms_norm(tensors, f"{name}.layer_norm", hidden, settings.epsilon)
     part = f"{name}.{'SelfAttention' if encoded is None else 'EncDecAttention'}"
     read = normed if encoded is None else encoded
     query, key, value = (
-        split_heads(dense(tensors, f"{part}.{one}", inward), settings.heads)
-        for one, inward in zip("qkv", (normed, read, read), strict=True)
+        split_heads(dense(tensors, f"{part}.{role}", inward), settings.heads)
+        for role, inward in zip("qkv", (normed, read, read), strict=True)
     )
     mixed = attend(query, key, value, mask, scale=1.0, bias=bias)
     return hidden + dense(tensors, f"{part}.o", mixed)
@@ -277,7 +288,7 @@ def _feed_forward(
 ) -> Float[Array, "token hidden"]:
     normed = rms_norm(tensors, f"{name}.layer_norm", hidden, settings.epsilon)
     up: Listed[str] = ("wi_0", "wi_1") if settings.gated else ("wi",)
-    first, *rest = (dense(tensors, f"{name}.DenseReluDense.{one}", normed) for one in up)
+    first, *rest = (dense(tensors, f"{name}.DenseReluDense.{layer}", normed) for layer in up)
     inner = ACTIVATIONS[settings.activation](first)
     inner = inner * rest[0] if settings.gated else inner
     return hidden + dense(tensors, f"{name}.DenseReluDense.wo", inner)

@@ -53,12 +53,12 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         return _read_shards(folder)
     if (folder / SINGLE).exists():
         return _read_file(folder / SINGLE)
-    found = [one.name for one in folder.iterdir() if one.suffix in {".bin", ".pt", ".h5"}]
+    pickled = [file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".h5"}]
     raise Misuse(
         str(folder),
-        got=f"no {SINGLE}" + (f" but {shorten(found)}" if found else ""),
+        got=f"no {SINGLE}" + (f" but {shorten(pickled)}" if pickled else ""),
         expected="tensors as safetensors",
-        do="save the model with safe_serialization=True" if found else "check the path",
+        do="save the model with safe_serialization=True" if pickled else "check the path",
     )
 
 
@@ -80,14 +80,16 @@ def save_tensors(tensors: Tensors, folder: Path, *, overwrite: bool = False) -> 
 
 
 def _read_shards(folder: Path) -> dict[str, np.ndarray]:
-    places = _weight_map(folder / INDEX)
-    shards = sorted(set(places.values()))
-    outside = [one for one in shards if Path(one).name != one or not one.endswith(".safetensors")]
+    shard_of = _weight_map(folder / INDEX)
+    shards = sorted(set(shard_of.values()))
+    outside = [
+        shard for shard in shards if Path(shard).name != shard or not shard.endswith(".safetensors")
+    ]
     if outside:
         raise _malformed(
             f"shards {shorten(outside)}", "names of safetensors files beside it", folder
         )
-    absent = [one for one in shards if not (folder / one).is_file()]
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
         raise Misuse(
             str(folder),
@@ -95,8 +97,10 @@ def _read_shards(folder: Path) -> dict[str, np.ndarray]:
             expected=f"the {len(shards)} shards that {INDEX} names",
             do="copy or download them",
         )
-    tensors = {name: value for one in shards for name, value in _read_file(folder / one).items()}
-    lost = [name for name in places if name not in tensors]
+    tensors: dict[str, np.ndarray] = {}
+    for shard in shards:
+        tensors |= _read_file(folder / shard)
+    lost = [name for name in shard_of if name not in tensors]
     if lost:
         raise _malformed(f"tensors {shorten(lost)}, in no shard", "tensors of its shards", folder)
     return tensors
@@ -107,12 +111,12 @@ def _weight_map(path: Path) -> dict[str, str]:
         index = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise _malformed(f"no JSON ({first_line(error)})", "an index", path.parent) from error
-    places = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(places, dict) or not places:
+    shard_of = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shard_of, dict) or not shard_of:
         raise _malformed("no weight_map", "tensor name -> shard", path.parent)
-    if not all(isinstance(one, str) for one in places.values()):
+    if not all(isinstance(shard, str) for shard in shard_of.values()):
         raise _malformed("a weight_map of other things", "tensor name -> shard", path.parent)
-    return places
+    return shard_of
 
 
 def _malformed(got: str, expected: str, folder: Path) -> Misuse:
@@ -133,9 +137,11 @@ def _read_file(file: Path) -> dict[str, np.ndarray]:
         ) from error
     start = HEADER + int.from_bytes(content[:HEADER].tobytes(), "little")
     header = json.loads(content[HEADER:start].tobytes())
-    entries = {name: one for name, one in header.items() if name != "__metadata__"}
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     unknown = [
-        f"{name} ({one['dtype']})" for name, one in entries.items() if one["dtype"] not in DTYPES
+        f"{name} ({entry['dtype']})"
+        for name, entry in entries.items()
+        if entry["dtype"] not in DTYPES
     ]
     if unknown:
         raise Misuse(
@@ -144,7 +150,7 @@ def _read_file(file: Path) -> dict[str, np.ndarray]:
             expected=f"element types among {', '.join(DTYPES)}",
             do="save the model as float32 or bfloat16",
         )
-    return {name: _entry(content, start, one) for name, one in entries.items()}
+    return {name: _entry(content, start, entry) for name, entry in entries.items()}
 
 
 def _entry(content: np.ndarray, start: int, entry: dict[str, Any]) -> np.ndarray:

@@ -13,7 +13,7 @@ from bayes_simfluence.checks import (
 from bayes_simfluence.settings import check_choices, say
 
 if TYPE_CHECKING:
-    from bayes_simfluence.tuning.tunings import Tuning
+    from bayes_simfluence.tuning.base import Tuning
 
 __all__ = ["RecordConfig"]
 

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bayes_simfluence.networks.checkpoint import Checkpoint, load_tokenizer
-from bayes_simfluence.networks.families import network_of
+from bayes_simfluence.networks.checkpoint import Checkpoint, load_tokenizer, network_of
 from bayes_simfluence.networks.network import Network
 from bayes_simfluence.networks.tensor_files import Tensors
 

@@ -6,7 +6,7 @@ read here. Neither needs peft or PyTorch, and no pickle is read.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,11 @@ from safetensors.numpy import load_file, save_file
 
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path
+from bayes_simfluence.networks.families import family_of
 from bayes_simfluence.networks.tensor_files import Tensors
-from bayes_simfluence.tuning.adapters import (
-    DOWN,
-    HEAD,
-    UP,
-    VECTOR,
-    adapted_modules,
-    fans,
-    in_head,
-    matched,
-    transposed,
-)
-from bayes_simfluence.tuning.tunings import IA3, LoRA, Tuned
+from bayes_simfluence.tuning.base import Adapting, Tuned
+from bayes_simfluence.tuning.layers import HEAD, fans, in_head
+from bayes_simfluence.tuning.tunings import IA3, LoRA
 
 __all__ = ["Adapter", "load_adapter", "save_adapter", "with_adapter"]
 
@@ -37,18 +29,8 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."
 """What peft writes before every name."""
 
-PREFIX = {
-    "bert": "bert.",
-    "roberta": "roberta.",
-    "distilbert": "distilbert.",
-    "gpt2": "transformer.",
-    "gpt_neox": "gpt_neox.",
-    "llama": "model.",
-}
-"""Family -> what a PyTorch model with a head says before the names of the network beneath it."""
-
-TASKS = {"t5": "SEQ_2_SEQ_LM", "gpt2": "CAUSAL_LM", "gpt_neox": "CAUSAL_LM", "llama": "CAUSAL_LM"}
-"""Family -> peft's word for its task; with a classification head it is ``SEQ_CLS``."""
+METHODS: dict[str, type[Adapting]] = {method.PEFT_TYPE: method for method in (LoRA, IA3)}
+"""peft's name of a method -> the tuning that is the same."""
 
 NOT_BUILT = (
     "use_dora",
@@ -84,7 +66,7 @@ class Adapter:
     """
 
     params: Tensors
-    tuning: LoRA | IA3
+    tuning: Adapting
     base_name: str
 
 
@@ -116,22 +98,16 @@ def save_adapter(
         Misuse: another tuning, other parameters than it trains, a folder that exists.
         WorkFailed: the folder could not be written.
     """
-    tuning, params = tuned.tuning, tuned.params if params is None else params
-    if not isinstance(tuning, LoRA | IA3):
-        raise Misuse(
-            "tuning",
-            got=type(tuning).__name__,
-            expected="LoRA or IA3",
-            do="save the whole checkpoint instead",
-        )
+    tuning = tuned.tuning.adapting()
+    params = tuned.params if params is None else params
     shapes, wanted = (
-        {name: one.shape for name, one in some.items()} for some in (params, tuned.params)
+        {name: x.shape for name, x in tensors.items()} for tensors in (params, tuned.params)
     )
     if shapes != wanted:
-        other = sorted(name for name, _ in set(shapes.items()) ^ set(wanted.items()))
+        others = sorted(name for name, _ in set(shapes.items()) ^ set(wanted.items()))
         raise Misuse(
             "params",
-            got=f"other tensors than are trained: {shorten(other)}",
+            got=f"other tensors than are trained: {shorten(others)}",
             expected="the trained parameters of one run",
             do="pass one run's final parameters",
         )
@@ -163,21 +139,20 @@ def load_adapter(folder: PathLike) -> Adapter:
     if wrong:
         raise _unknown_tensors(file, wrong)
     params = {name.removeprefix(ROOT): value for name, value in named.items()}
-    lora = config["peft_type"] == "LORA"
-    endings = (DOWN, UP) if lora else (VECTOR,)
-    wrong = [name for name in params if not (name.endswith(endings) or in_head(name))]
+    method = METHODS[config["peft_type"]]
+    wrong = [name for name in params if not (name.endswith(method.ENDINGS) or in_head(name))]
     if wrong:
         raise _unknown_tensors(file, wrong)
-    modules = adapted_modules(params)
-    missing = {one + end for one in modules for end in endings} - set(params)
-    if missing or not modules:
+    layers = method.adapted(params)
+    missing = {layer + ending for layer in layers for ending in method.ENDINGS} - set(params)
+    if missing or not layers:
         raise Misuse(
             str(file),
-            got=f"no tensor {shorten(sorted(missing) or endings)}",
-            expected=f"tensors {' and '.join(endings)} of each adapted layer",
+            got=f"no tensor {shorten(sorted(missing) or method.ENDINGS)}",
+            expected=f"tensors {' and '.join(method.ENDINGS)} of each adapted layer",
             do="save the adapter again",
         )
-    tuning = _lora_of(config, params, modules, file) if lora else _ia3_of(params, modules)
+    tuning = method.of_peft(config, params, layers, str(file.with_name(CONFIG)))
     return Adapter(params, tuning, str(config.get("base_model_name_or_path") or ""))
 
 
@@ -190,92 +165,62 @@ def with_adapter(tensors: Tensors, adapter: Adapter, *, family: str) -> Tuned:
     Raises:
         Misuse: layers that the network lacks, or that have another shape.
     """
-    places = {module: _place(module, tensors, family) for module in adapter.tuning.targets or ()}
+    names = {layer: _own_name(layer, tensors, family) for layer in adapter.tuning.targets or ()}
     params: Tensors = {name: value for name, value in tensors.items() if in_head(name)}
     for name, value in adapter.params.items():
-        module = name if in_head(name) else _module_of(name)
-        params[places.get(module, module) + name.removeprefix(module)] = value
+        layer = adapter.tuning.layer_of(name)
+        params[names.get(layer, layer) + name.removeprefix(layer)] = value
     frozen = {name: value for name, value in tensors.items() if not in_head(name)}
-    tuning: LoRA | IA3 = replace(adapter.tuning, targets=tuple(places.values()))
-    if isinstance(tuning, IA3):
-        inner = tuple(places[module] for module in tuning.feedforward or ())
-        tuning = replace(tuning, feedforward=inner)
+    tuning = adapter.tuning.renamed(names)
     _check_shapes(params, frozen, tuning, family)
-    return Tuned(params, frozen, tuning.merging(family), tuning, family)
+    return Tuned(params, frozen, tuning.assembling(family), tuning, family)
 
 
-def _check_shapes(params: Tensors, frozen: Tensors, tuning: LoRA | IA3, family: str) -> None:
-    expected: dict[str, tuple[int, ...]] = {}
-    for module in tuning.targets or ():
-        inward, outward = fans(frozen, module, family)
-        if isinstance(tuning, LoRA):
-            expected[module + DOWN] = (tuning.rank, inward)
-            expected[module + UP] = (outward, tuning.rank)
-        else:
-            is_inner = module in (tuning.feedforward or ())
-            expected[module + VECTOR] = (1, inward) if is_inner else (outward, 1)
-    for name, shape in expected.items():
-        if params[name].shape != shape:
-            raise Misuse(
-                f"adapter tensor {name}",
-                got=f"shape {params[name].shape}",
-                expected=f"shape {shape}, which fits the network",
-                do="load the checkpoint that the adapter was trained on",
-            )
+def _check_shapes(params: Tensors, frozen: Tensors, tuning: Adapting, family: str) -> None:
+    for layer in tuning.targets or ():
+        for name, shape in tuning.shapes(layer, *fans(frozen, layer, family_of(family))).items():
+            if params[name].shape != shape:
+                raise Misuse(
+                    f"adapter tensor {name}",
+                    got=f"shape {params[name].shape}",
+                    expected=f"shape {shape}, which fits the network",
+                    do="load the checkpoint that the adapter was trained on",
+                )
 
 
-def _place(module: str, tensors: Tensors, family: str) -> str:
-    """The network's own name of a layer that a PyTorch model may call with a prefix or without."""
-    prefix = PREFIX.get(family, "")
-    names = (module, f"{prefix}{module}", module.removeprefix(prefix))
-    found = [one for one in names if f"{one}.weight" in tensors]
-    if not found:
+def _own_name(layer: str, tensors: Tensors, family: str) -> str:
+    """The network's own name of a layer; a PyTorch model may put a prefix before it."""
+    prefix = family_of(family).prefix
+    names = (layer, f"{prefix}{layer}", layer.removeprefix(prefix))
+    own = next((name for name in names if f"{name}.weight" in tensors), None)
+    if own is None:
         raise Misuse(
-            f"adapter layer {module}",
+            f"adapter layer {layer}",
             got="a network without it",
             expected=f"a network with it; this one has {shorten(tensors)}",
             do="load the checkpoint that the adapter was trained on",
         )
-    return found[0]
+    return own
 
 
 def _prefix_of(tuned: Tuned) -> str:
-    prefix = PREFIX.get(tuned.family, "")
-    said = any(name.startswith(prefix) for name in tuned.frozen)
-    return "" if said else prefix
+    """What the PyTorch model puts before the tensors' names that they do not begin with already."""
+    prefix = family_of(tuned.family).prefix
+    return "" if any(name.startswith(prefix) for name in tuned.frozen) else prefix
 
 
-def _config_of(tuned: Tuned, tuning: LoRA | IA3, base_name: str, prefix: str) -> dict[str, Any]:
-    modules = adapted_modules(tuned.params)
-    head = any(in_head(name) for name in tuned.params)
-    shared = {
+def _config_of(tuned: Tuned, tuning: Adapting, base_name: str, prefix: str) -> dict[str, Any]:
+    family, layers = family_of(tuned.family), tuning.adapted(tuned.params)
+    has_head = any(in_head(name) for name in tuned.params)
+    return {
         "base_model_name_or_path": base_name,
-        "fan_in_fan_out": any(transposed(one, tuned.family) for one in modules),
+        "fan_in_fan_out": any(family.transposes(layer) for layer in layers),
         "inference_mode": True,
-        "modules_to_save": [HEAD] if head else None,
-        "task_type": "SEQ_CLS" if head else TASKS.get(tuned.family),
+        "modules_to_save": [HEAD] if has_head else None,
+        "peft_type": tuning.PEFT_TYPE,
+        "task_type": "SEQ_CLS" if has_head else family.peft_task,
+        **tuning.peft_settings(layers, prefix),
     }
-    if isinstance(tuning, LoRA):
-        alpha = int(tuning.alpha) if float(tuning.alpha).is_integer() else tuning.alpha
-        own = {"peft_type": "LORA", "r": tuning.rank, "lora_alpha": alpha, "lora_dropout": 0.0}
-        plain = not _has_wildcards(tuning.targets or ())
-        targets = list(tuning.targets or ()) if plain else [f"{prefix}{one}" for one in modules]
-        return {**shared, **own, "bias": "none", "target_modules": targets}
-    targets, feedforward = list(tuning.targets or ()), list(tuning.feedforward or ())
-    # peft wants the second among the first, and compares the ends of names, dots or not.
-    inner = {name for one in feedforward for name in matched(modules, one)}
-    theirs = {name for one in feedforward for name in modules if name.endswith(one)}
-    if _has_wildcards(targets + feedforward) or not set(feedforward) <= set(targets):
-        theirs = set()
-    if inner != theirs:
-        targets = [f"{prefix}{one}" for one in modules]
-        feedforward = [f"{prefix}{one}" for one in sorted(inner)]
-    own = {"peft_type": "IA3", "target_modules": targets, "feedforward_modules": feedforward}
-    return {**shared, **own, "init_ia3_weights": True}
-
-
-def _has_wildcards(patterns: Sequence[str]) -> bool:
-    return any(mark in one for one in patterns for mark in "*?[")
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -289,11 +234,11 @@ def _read_config(file: Path) -> dict[str, Any]:
             do="point at the folder that save_adapter or peft's save_pretrained wrote",
         ) from error
     method = config.get("peft_type") if isinstance(config, dict) else None
-    if method not in ("LORA", "IA3"):
+    if method not in METHODS:
         raise Misuse(
             f"{file} peft_type",
             got=repr(method),
-            expected="one of LORA, IA3",
+            expected=f"one of {', '.join(METHODS)}",
             do="merge the adapter into its checkpoint with peft, and load that",
         )
     variants = [name for name in NOT_BUILT if config.get(name)]
@@ -312,7 +257,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _read_tensors(file: Path) -> Tensors:
     try:
-        return {name: jnp.asarray(one, jnp.float32) for name, one in load_file(file).items()}
+        return {name: jnp.asarray(x, jnp.float32) for name, x in load_file(file).items()}
     except (SafetensorError, OSError) as error:
         raise Misuse(
             str(file),
@@ -322,34 +267,11 @@ def _read_tensors(file: Path) -> Tensors:
         ) from error
 
 
-def _lora_of(config: dict[str, Any], params: Tensors, modules: Sequence[str], file: Path) -> LoRA:
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    other = [one for one in modules if params[one + DOWN].shape[0] != rank]
-    if not isinstance(alpha, int | float) or other:
-        raise Misuse(
-            str(file.with_name(CONFIG)),
-            got=f"r {rank!r} and lora_alpha {alpha!r}"
-            + (f", and tensors of another rank ({shorten(other, 1)})" if other else ""),
-            expected="the rank and scale of its tensors",
-            do="copy both files of the adapter again",
-        )
-    return LoRA(int(params[modules[0] + DOWN].shape[0]), float(alpha), tuple(modules))
-
-
-def _ia3_of(params: Tensors, modules: Sequence[str]) -> IA3:
-    inner = tuple(one for one in modules if params[one + VECTOR].shape[0] == 1)
-    return IA3(tuple(modules), inner)
-
-
 def _unknown_tensors(file: Path, names: Sequence[str]) -> Misuse:
+    endings = [ending for method in METHODS.values() for ending in method.ENDINGS]
     return Misuse(
         str(file),
         got=f"tensors {shorten(names)}",
-        expected=f"adapters of linear layers and a head: {ROOT}*.lora_A.weight, *.lora_B.weight, "
-        f"*.ia3_l, {HEAD}.*",
+        expected=f"adapters of linear layers and a head: {ROOT}*{', *'.join(endings)}, {HEAD}.*",
         do="merge the adapter into its checkpoint with peft, and load that",
     )
-
-
-def _module_of(name: str) -> str:
-    return next(name.removesuffix(one) for one in (DOWN, UP, VECTOR) if name.endswith(one))

@@ -1,14 +1,8 @@
-"""What is trained: all weights, the head, or adapters, as reparametrisations of the tensors.
+"""What is trained: all weights, the head, or adapters, as reparametrisations of the tensors."""
 
-A ``Tuning`` splits the flat dict of a network's tensors into trained parameters and frozen tensors,
-and says how both make the dict that the network takes. Gradients and optimizer state exist for the
-trained parameters alone; the network knows nothing of it.
-"""
-
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,91 +10,24 @@ import jax.numpy as jnp
 from bayes_simfluence.checks import (
     Misuse,
     choice_of,
-    keyed,
     positive_integer,
     positive_number,
     shorten,
 )
 from bayes_simfluence.networks.tensor_files import Tensors
-from bayes_simfluence.tuning.adapters import (
-    IA3_FEEDFORWARD,
-    IA3_TARGETS,
-    LORA_TARGETS,
-    chosen_modules,
-    ia3_begin,
-    ia3_merged,
-    in_head,
-    linear_modules,
-    lora_begin,
-    lora_merged,
-    matched,
-)
+from bayes_simfluence.tuning.base import Tuned, Tuning
+from bayes_simfluence.tuning.ia3 import IA3
+from bayes_simfluence.tuning.layers import in_head, matched
+from bayes_simfluence.tuning.lora import LoRA
 
-__all__ = ["FULL", "IA3", "Full", "Head", "LoRA", "Tuned", "Tuning", "tuning_of"]
-
-Assemble = Callable[[Tensors, Tensors], Tensors]
+__all__ = ["FULL", "IA3", "Full", "Head", "LoRA", "tuning_of"]
 
 NEVER_TRAINED = ("position_ids", "masked_bias", "inv_freq")
 """Last parts of the names of constants that some checkpoints store among their weights."""
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """A network's tensors, split into what trains and what does not.
-
-    Attributes:
-        params: what trains, and nothing else: the optimizer's state is as large.
-        frozen: the other tensors.
-        assemble: ``assemble(params, frozen)`` gives the tensors that the network takes; pure,
-            differentiable, and cheap: called once for a batch, not for each example.
-        tuning: how the tensors were split, with the choices filled in that were left open.
-        family: ``model_type`` of the network's ``config.json``.
-    """
-
-    params: Tensors
-    frozen: Tensors
-    assemble: Assemble
-    tuning: "Tuning"
-    family: str
-
-    def counts(self) -> dict[str, int | float]:
-        """Numbers ``trained``, ``total`` (adapters included) and the ``share`` of the first."""
-        trained, frozen = (
-            sum(one.size for one in tensors.values() if jnp.issubdtype(one.dtype, jnp.floating))
-            for tensors in (self.params, self.frozen)
-        )
-        total = trained + frozen
-        return {"trained": trained, "total": total, "share": trained / total}
-
-    def as_dict(self) -> dict[str, Any]:
-        """The tuning's settings and counts as plain values, for a store's attributes."""
-        return {**self.tuning.as_dict(), **self.counts()}
-
-
-@runtime_checkable
-class Tuning(Protocol):
-    """A choice of what is trained."""
-
-    def begin(self, tensors: Tensors, *, family: str, key: jax.Array) -> Tuned:
-        """Split ``tensors``, a network's own and its head's, for training to start.
-
-        Args:
-            tensors: every tensor of the network, under the checkpoint's names.
-            family: ``model_type`` of its ``config.json``; decides default targets.
-            key: decides random starts.
-
-        Raises:
-            Misuse: a pattern that matches nothing, a family without defaults, nothing to train.
-        """
-        ...
-
-    def as_dict(self) -> dict[str, Any]:
-        """The settings as plain values, the name first."""
-        ...
-
-
-@dataclass(frozen=True)
-class Full:
+class Full(Tuning):
     """Every floating tensor trains, except those that are excluded.
 
     Attributes:
@@ -121,15 +48,15 @@ class Full:
         patterns = _sequence("exclude", self.exclude)
         excluded: set[str] = set()
         for pattern in patterns:
-            some = matched(tensors, pattern)
-            if not some:
+            matches = matched(tensors, pattern)
+            if not matches:
                 raise Misuse(
                     f"exclude {pattern!r}",
                     got="no tensor of that name",
                     expected=f"a tensor's name or its end, wildcards allowed: {shorten(tensors)}",
                     do="correct it, or leave it out",
                 )
-            excluded.update(some)
+            excluded.update(matches)
         trained = [name for name in trainable if name not in excluded]
         if not trained:
             raise Misuse(
@@ -146,7 +73,7 @@ class Full:
 
 
 @dataclass(frozen=True)
-class Head:
+class Head(Tuning):
     """Only the head trains: the tensors ``classifier.*``."""
 
     def begin(self, tensors: Tensors, *, family: str, key: jax.Array) -> Tuned:
@@ -164,86 +91,6 @@ class Head:
     def as_dict(self) -> dict[str, Any]:
         """``{"name": "head"}``."""
         return {"name": "head"}
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank changes ``alpha / rank * B A`` of weight matrices train, and the head.
-
-    Hu et al. 2021, arXiv 2106.09685. Fused projections (GPT-2's ``c_attn``, Pythia's
-    ``query_key_value``) get one change, as in peft. There is no dropout.
-
-    Attributes:
-        rank: rows of A and columns of B, >= 1.
-        alpha: the change is scaled by ``alpha / rank``, > 0.
-        targets: layers to adapt: a layer's name, or what follows one of its dots, shell wildcards
-            allowed; the family's default (``adapters.LORA_TARGETS``) when omitted.
-    """
-
-    rank: int = 8
-    alpha: int | float = 16
-    targets: Sequence[str] | None = None
-
-    def begin(self, tensors: Tensors, *, family: str, key: jax.Array) -> Tuned:
-        """As in ``Tuning``; A is random, B zero, so training starts at the checkpoint's weights."""
-        keyed(key)
-        rank, alpha = positive_integer("rank", self.rank), positive_number("alpha", self.alpha)
-        targets, modules = chosen_modules(
-            "targets", self.targets, LORA_TARGETS, family, linear_modules(tensors)
-        )
-        params = lora_begin(tensors, modules, rank=rank, family=family, key=key)
-        return _adapted(tensors, params, LoRA(rank, alpha, targets), family)
-
-    def merging(self, family: str) -> Assemble:
-        """``Tuned.assemble`` of these settings."""
-        return partial(lora_merged, scale=self.alpha / self.rank, family=family)
-
-    def as_dict(self) -> dict[str, Any]:
-        """``{"name": "lora", "rank": ..., "alpha": ..., "targets": ...}``."""
-        return {"name": "lora", **asdict(self), "targets": _listed(self.targets)}
-
-
-@dataclass(frozen=True)
-class IA3:
-    """Vectors that scale the outputs (or inputs) of layers train, and the head.
-
-    Liu et al. 2022, arXiv 2205.05638.
-
-    Attributes:
-        targets: layers to adapt, described as for ``LoRA``; the family's default
-            (``adapters.IA3_TARGETS``) when omitted.
-        feedforward: those of ``targets`` whose input is scaled, not the output; the family's
-            (``adapters.IA3_FEEDFORWARD``) when omitted.
-    """
-
-    targets: Sequence[str] | None = None
-    feedforward: Sequence[str] | None = None
-
-    def begin(self, tensors: Tensors, *, family: str, key: jax.Array) -> Tuned:
-        """As in ``Tuning``; nothing is random: training starts at the checkpoint's weights."""
-        targets, modules = chosen_modules(
-            "targets", self.targets, IA3_TARGETS, family, linear_modules(tensors)
-        )
-        tuning = IA3(targets, self._inner_patterns(family, modules))
-        params = ia3_begin(tensors, modules, feedforward=tuning.feedforward or (), family=family)
-        return _adapted(tensors, params, tuning, family)
-
-    def merging(self, family: str) -> Assemble:
-        """``Tuned.assemble`` of these settings, ``feedforward`` filled in."""
-        return partial(ia3_merged, feedforward=tuple(self.feedforward or ()), family=family)
-
-    def _inner_patterns(self, family: str, modules: Sequence[str]) -> tuple[str, ...]:
-        """The patterns of feedforward layers that count, among the adapted layers."""
-        if self.feedforward is None and family in IA3_FEEDFORWARD:
-            return tuple(one for one in IA3_FEEDFORWARD[family] if matched(modules, one))
-        if self.feedforward is not None and len(self.feedforward) == 0:
-            return ()
-        return chosen_modules("feedforward", self.feedforward, IA3_FEEDFORWARD, family, modules)[0]
-
-    def as_dict(self) -> dict[str, Any]:
-        """``{"name": "ia3", "targets": ..., "feedforward": ...}``."""
-        said = {"targets": _listed(self.targets), "feedforward": _listed(self.feedforward)}
-        return {"name": "ia3", **said}
 
 
 FULL = Full()
@@ -288,17 +135,13 @@ def _unused(setting: str, value: str, name: str, users: Sequence[str]) -> None:
 
 
 def _names(value: str) -> tuple[str, ...]:
-    return tuple(one.strip() for one in value.split(",") if one.strip())
+    return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
 def _sequence(what: str, value: Sequence[str]) -> tuple[str, ...]:
     if isinstance(value, str):
         raise Misuse(what, got=repr(value), expected="a sequence of names", do=f"pass [{value!r}]")
     return tuple(value)
-
-
-def _listed(value: Sequence[str] | None) -> list[str] | None:
-    return None if value is None else list(value)
 
 
 def _trainable(tensors: Tensors) -> list[str]:
@@ -316,17 +159,6 @@ def _split(tensors: Tensors, trained: Collection[str], tuning: Tuning, family: s
     params = {name: tensors[name] for name in trained}
     frozen = {name: value for name, value in tensors.items() if name not in params}
     return Tuned(params, frozen, _together, tuning, family)
-
-
-def _adapted(
-    tensors: Tensors,
-    adapter: Tensors,
-    tuning: "LoRA | IA3",
-    family: str,
-) -> Tuned:
-    head = {name: value for name, value in tensors.items() if in_head(name)}
-    frozen = {name: value for name, value in tensors.items() if name not in head}
-    return Tuned({**adapter, **head}, frozen, tuning.merging(family), tuning, family)
 
 
 def _together(params: Tensors, frozen: Tensors) -> Tensors:

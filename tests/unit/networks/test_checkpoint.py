@@ -14,8 +14,8 @@ from bayes_simfluence.networks.checkpoint import (
     checkpoint_folder,
     load_checkpoint,
     load_tokenizer,
+    network_of,
 )
-from bayes_simfluence.networks.families import network_of
 from bayes_simfluence.networks.heads import HEAD, with_head
 from bayes_simfluence.networks.saving import save_checkpoint
 from bayes_simfluence.networks.tensor_files import (

@@ -1,6 +1,7 @@
 """What every network does, whatever the family: shapes, who sees whom, padding, dtype, refusals."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.networks.checkpoint import Checkpoint
-from bayes_simfluence.networks.families import FAMILIES, network_of
+from bayes_simfluence.networks.checkpoint import Checkpoint, network_of
+from bayes_simfluence.networks.families import FAMILIES
 from bayes_simfluence.networks.heads import HEAD, check_pooling, head_logits, with_head
 from bayes_simfluence.networks.layers import attend, causal, rotate
 from bayes_simfluence.networks.rotary import frequencies_of
 from bayes_simfluence.networks.t5 import buckets
+from bayes_simfluence.tuning.layers import fans, linear_layers, matched
 
 INPUTS = np.array([0, 5, 9, 13])
 
@@ -69,6 +71,29 @@ def test_bfloat16_is_close_to_float32(made, each, tmp_path):
     assert found.dtype == (jnp.bfloat16 if network.kind == "encoder" else jnp.float32)
     error = np.asarray(found, "f4") - exact
     assert 0.0 < np.linalg.norm(error) < 0.05 * np.linalg.norm(exact)
+
+
+def test_the_row_of_a_family_names_layers_of_its_networks(made, each, tmp_path):
+    checkpoint = made.checkpoint(each, tmp_path)
+    family = FAMILIES[checkpoint.config.model_type]
+    layers = linear_layers(checkpoint.tensors, family)
+    assert family.lora_targets
+    for pattern in (*family.lora_targets, *family.ia3_targets):
+        assert matched(layers, pattern)
+    assert set() < set(family.ia3_feedforward) < set(family.ia3_targets)
+    tables = [name for name in checkpoint.tensors if name.endswith(f"{family.tables[0]}.weight")]
+    assert [checkpoint.tensors[name].shape for name in tables] == [(60, 16)]
+    assert not {name.removesuffix(".weight") for name in tables} & set(layers)
+    for pattern in family.ia3_feedforward:
+        sizes = {fans(checkpoint.tensors, name, family) for name in matched(layers, pattern)}
+        assert (24, 16) in sizes
+
+
+def test_the_docs_list_every_architecture():
+    docs = Path(__file__).parents[3] / "docs" / "recording.md"
+    rows = [line for line in docs.read_text("utf-8").splitlines() if line.startswith("| ")]
+    for model_type in FAMILIES:
+        assert any(f"`{model_type}`" in row for row in rows), model_type
 
 
 PREFIXES = {"bert": "bert.", "roberta": "roberta.", "distilbert": "distilbert."}

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bayes_simfluence.networks.checkpoint import load_checkpoint
-from bayes_simfluence.networks.families import network_of
+from bayes_simfluence.networks.checkpoint import load_checkpoint, network_of
 from bayes_simfluence.networks.heads import HEAD, head_logits, with_head
 from bayes_simfluence.networks.network import Sequence
 from bayes_simfluence.networks.saving import save_checkpoint

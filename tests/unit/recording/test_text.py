@@ -20,8 +20,7 @@ import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import COMPLETE, EMPTY_SLOT
 from bayes_simfluence.data.store import open_runs, open_store
-from bayes_simfluence.networks.checkpoint import load_checkpoint, load_tokenizer
-from bayes_simfluence.networks.families import network_of
+from bayes_simfluence.networks.checkpoint import load_checkpoint, load_tokenizer, network_of
 from bayes_simfluence.networks.heads import head_logits, with_head
 from bayes_simfluence.networks.network import Sequence
 from bayes_simfluence.networks.tensor_files import save_tensors

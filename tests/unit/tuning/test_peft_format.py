@@ -92,9 +92,11 @@ def test_names_and_settings_are_those_of_peft(tmp_path, tensors, rng):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["feedforward_modules"] == ["output.dense"]
     assert config["target_modules"] == ["key", "value", "output.dense"]
-    folder = saved(tmp_path / "wildcards", tensors, rng, TUNINGS["wildcards"])
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["target_modules"] == [f"bert.{LAYER}.key"]
+    wildcards = {"lora": TUNINGS["wildcards"], "ia3": IA3(["layer.0.*.key"], feedforward=[])}
+    for name, tuning in wildcards.items():
+        folder = saved(tmp_path / f"{name} wildcards", tensors, rng, tuning)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["target_modules"] == [f"bert.{LAYER}.key"]
 
 
 def test_nothing_is_overwritten_unless_it_is_said(tmp_path, tensors, rng):

@@ -7,11 +7,13 @@ import optax
 import pytest
 
 from bayes_simfluence.checks import Misuse
+from bayes_simfluence.networks.families import family_of
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.record import record
 from bayes_simfluence.tasks.task import Task
-from bayes_simfluence.tuning.adapters import linear_modules, matched
-from bayes_simfluence.tuning.tunings import IA3, Full, Head, LoRA, Tuning, tuning_of
+from bayes_simfluence.tuning.base import Tuning
+from bayes_simfluence.tuning.layers import linear_layers, matched
+from bayes_simfluence.tuning.tunings import IA3, Full, Head, LoRA, tuning_of
 
 HIDDEN, WIDE = 4, 6
 
@@ -227,7 +229,7 @@ def test_embeddings_norms_biases_and_the_head_are_no_linear_layers(rng):
     layer = "encoder.layer.0"
     parts = ("key", "query", "value")
     expected = [*(f"{layer}.attention.self.{one}" for one in parts), f"{layer}.output.dense"]
-    assert linear_modules(bert_like(rng)) == expected
+    assert linear_layers(bert_like(rng), family_of("bert")) == expected
 
 
 def test_constants_of_old_checkpoints_do_not_train():
