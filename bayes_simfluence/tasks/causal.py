@@ -8,25 +8,18 @@ from jaxtyping import Array, Float
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tasks.completions import Completions, completed, prompt_tokens
-from bayes_simfluence.tasks.generation import continuations, metrics_and_scores
-from bayes_simfluence.tasks.likelihood import (
-    completion_logits,
-    drawn_slopes,
-    mean_nats,
-    smallest_margin,
-)
-from bayes_simfluence.tasks.measures import Measure
+from bayes_simfluence.tasks.generation import continuations
+from bayes_simfluence.tasks.likelihood import completion_logits, smallest_margin
 from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.rows import Rows
 from bayes_simfluence.tasks.task import Task
 from bayes_simfluence.tasks.templates import filled
 from bayes_simfluence.tasks.tokens import Examples
-from bayes_simfluence.tasks.tuned import tuned_task
-from bayes_simfluence.tuning.tunings import FULL, Tuning
+from bayes_simfluence.tasks.tuned import Logits, Prepared, Target, target_task
+from bayes_simfluence.tuning.base import Tuning
+from bayes_simfluence.tuning.tunings import FULL
 
 __all__ = ["causal_task"]
-
-Logits = Float[Array, "target vocabulary"]
 
 
 def causal_task(
@@ -70,51 +63,34 @@ def causal_task(
     rows = {"train": train, "query": query}
     texts = {
         name: Completions(
-            one.places,
-            filled(one, prompt, "prompt") if prompt else [""] * len(one.ids),
-            filled(one, completion, "completion"),
+            file.places,
+            filled(file, prompt, "prompt") if prompt else [""] * len(file.ids),
+            filled(file, completion, "completion"),
         )
-        for name, one in rows.items()
+        for name, file in rows.items()
     }
+    examples, lengths = completed(model, texts, max_tokens, end=True)
+    provenance = {"task": "causal", "prompt": prompt, "completion": completion, **lengths}
+    prepared = Prepared(model, model.tensors, tuning, key, rows, examples, metrics, provenance)
 
-    def outputs(weights: Tensors, example: Examples) -> Logits:
+    def logits(weights: Tensors, example: Examples) -> Logits:
         return completion_logits(model.network, weights, example["tokens"], example["attended"])
 
-    def output_loss(logits: Logits, example: Examples) -> Float[Array, ""]:
-        return mean_nats(logits, example["tokens"][1:], example["target"][1:])
-
-    def output_draw(logits: Logits, example: Examples, key: jax.Array) -> Logits:
-        return drawn_slopes(logits, example["target"][1:], key)
-
-    def loss(weights: Tensors, example: Examples) -> Float[Array, ""]:
-        return output_loss(outputs(weights, example), example)
+    def target(example: Examples) -> Target:
+        return example["tokens"][1:], example["target"][1:]
 
     def margin(weights: Tensors, example: Examples) -> Float[Array, ""]:
-        logits = outputs(weights, example)
-        return smallest_margin(logits, example["tokens"][1:], example["target"][1:])
+        return smallest_margin(logits(weights, example), *target(example))
 
     def accuracy(weights: Tensors, example: Examples) -> Float[Array, ""]:
-        found = margin(weights, example)
-        return (found > 0).astype(found.dtype)
+        least = margin(weights, example)
+        return (least > 0).astype(least.dtype)
 
-    measured: dict[str, Measure] = {"accuracy": accuracy, "margin": margin}
-    recorded, scores = metrics_and_scores(
-        metrics,
-        measured,
-        lambda: continuations(model, prompt_tokens(model, texts["query"]), new_tokens),
-        [text.strip() for text in texts["query"].completions],
-    )
-    arrays, said = completed(model, texts, max_tokens, end=True)
-    return tuned_task(
-        model,
-        model.tensors,
-        tuning=tuning,
-        key=key,
-        loss=loss,
-        examples=arrays,
-        rows=rows,
-        metrics=recorded,
-        scores=scores,
-        provenance={"task": "causal", "prompt": prompt, "completion": completion, **said},
-        parts={"outputs": outputs, "output_loss": output_loss, "output_draw": output_draw},
+    return target_task(
+        prepared,
+        logits,
+        target,
+        measured={"accuracy": accuracy, "margin": margin},
+        writer=lambda: continuations(model, prompt_tokens(model, texts["query"]), new_tokens),
+        references=[text.strip() for text in texts["query"].completions],
     )

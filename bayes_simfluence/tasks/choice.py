@@ -5,31 +5,31 @@ or an encoder-decoder needs no head: an option's score is its mean log-likelihoo
 the prompt (Brown et al. 2020, 2.4; the loss is L_LN of Liu et al. 2022, eq. 3).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import Misuse, shorten
-from bayes_simfluence.networks import network as networks
 from bayes_simfluence.networks.heads import Pooling, check_pooling, head_logits, with_head
+from bayes_simfluence.networks.network import Kind
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tasks.completions import Completions, completed
 from bayes_simfluence.tasks.likelihood import completion_logits, mean_nats, target_logits
-from bayes_simfluence.tasks.measures import chosen, measures
 from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.rows import Rows
 from bayes_simfluence.tasks.task import Task
 from bayes_simfluence.tasks.templates import filled
-from bayes_simfluence.tasks.tokens import Examples, Texts, targets_of, tokenized
-from bayes_simfluence.tasks.tuned import tuned_task
-from bayes_simfluence.tuning.tunings import FULL, Tuning
+from bayes_simfluence.tasks.tokens import Examples, Texts, sequence_of, targets_of, tokenized
+from bayes_simfluence.tasks.tuned import Prepared, label_task
+from bayes_simfluence.tuning.base import Tuning
+from bayes_simfluence.tuning.tunings import FULL
 
 __all__ = ["choice_task"]
-
-FILES = ("train", "query")
 
 
 def choice_task(
@@ -59,133 +59,158 @@ def choice_task(
     Raises:
         Misuse: rows, options, pooling or metrics that do not fit.
     """
-    rows = dict(zip(FILES, (train, query), strict=True))
-    texts = {name: _texts(one, options) for name, one in rows.items()}
-    labels = {name: _right(one, texts[name], label_field) for name, one in rows.items()}
-    prompts = {name: filled(one, prompt, "prompt") for name, one in rows.items()}
-    tensors = model.tensors
-    if model.network.kind == "encoder":
-        check_pooling(model.network, tensors, pooling)
-        tensors = with_head(tensors, model.network, 1, key)
-        scorer = _by_head(model, pooling)
-    else:
-        scorer = _by_decoder(model) if model.network.kind == "decoder" else _by_answer(model)
+    rows = {"train": train, "query": query}
+    files = {
+        name: _File(file.places, filled(file, prompt, "prompt"), _options(file, options))
+        for name, file in rows.items()
+    }
+    labels = {name: _right(rows[name], file.options, label_field) for name, file in files.items()}
+    scorer = _SCORERS[model.network.kind](model, pooling)
+    tensors = scorer.tensors(key)
+    arrays, lengths = scorer.arrays(files, max_tokens)
+    examples = {name: {**arrays[name], "label": labels[name]} for name in rows}
+    provenance = {"task": "choice", "options": list(options), **lengths}
+    prepared = Prepared(model, tensors, tuning, key, rows, examples, metrics, provenance)
 
-    def scores(
-        weights: Tensors, example: Examples
-    ) -> tuple[Float[Array, " option"], Int[Array, ""]]:
+    def scores(weights: Tensors, example: Examples) -> Float[Array, " option"]:
         def score(option: Examples) -> Float[Array, ""]:
             return scorer.score(weights, example, option)
 
-        return jax.vmap(score)(scorer.of(example)), example["label"]
+        return jax.vmap(score)(scorer.several(example))
 
-    def loss(weights: Tensors, example: Examples) -> Float[Array, ""]:
-        found, right = scores(weights, example)
-        return -jax.nn.log_softmax(found)[right]
+    def one_by_one(weights: Tensors, example: Examples) -> Float[Array, " option"]:
+        # Whoever watches the network's layers sees arrays of a single option, no ``vmap``.
+        several = scorer.several(example)
+        each = [jax.tree.map(lambda leaf, at=at: leaf[at], several) for at in range(len(options))]
+        return jnp.stack([scorer.score(weights, example, option) for option in each])
 
-    def outputs(weights: Tensors, example: Examples) -> Float[Array, " option"]:
-        # One option after the other: who watches the network's layers sees arrays, no ``vmap``.
-        found = [
-            jax.tree.map(lambda leaf, at=at: leaf[at], scorer.of(example))
-            for at in range(len(options))
-        ]
-        return jnp.stack([scorer.score(weights, example, option) for option in found])
-
-    def output_loss(found: Float[Array, " option"], example: Examples) -> Float[Array, ""]:
-        return -jax.nn.log_softmax(found)[example["label"]]
-
-    known = chosen(metrics, measures(scores))
-    arrays, said = _arrays(model, rows, prompts, texts, max_tokens)
-    return tuned_task(
-        model,
-        tensors,
-        tuning=tuning,
-        key=key,
-        loss=loss,
-        examples={name: {**one, "label": labels[name]} for name, one in arrays.items()},
-        rows=rows,
-        metrics=known,
-        scores={},
-        provenance={"task": "choice", "options": list(options), **said},
-        parts={"outputs": outputs, "output_loss": output_loss},
-    )
+    return label_task(prepared, scores, one_by_one)
 
 
-class _Scorer(NamedTuple):
-    """``score(weights, example, option)``, where an option has the leaves of those names."""
+@dataclass(frozen=True)
+class _File:
+    """Each row's place, prompt and options."""
 
-    leaves: tuple[str, ...]
-    score: Callable[[Tensors, Examples, Examples], Float[Array, ""]]
+    places: Sequence[str]
+    prompts: Sequence[str]
+    options: Sequence[Sequence[str]]
 
-    def of(self, example: Examples) -> Examples:
-        return {name: example[name] for name in self.leaves}
+    @property
+    def texts(self) -> list[str]:
+        """The options of all rows, one row after the other."""
+        return [text for options in self.options for text in options]
+
+    def repeated(self, values: Sequence[str]) -> list[str]:
+        """A value for each row as one for each of its options."""
+        pairs = zip(values, self.options, strict=True)
+        return [value for value, options in pairs for _ in options]
+
+    def by_row(self, arrays: Examples) -> Examples:
+        """Arrays of one entry per option, with an axis of rows before that of options."""
+        count = len(self.options[0])
+        return {name: leaf.reshape(-1, count, *leaf.shape[1:]) for name, leaf in arrays.items()}
 
 
-def _by_head(model: Pretrained, pooling: Pooling) -> _Scorer:
-    def score(weights: Tensors, example: Examples, option: Examples) -> Float[Array, ""]:
-        sequence = networks.Sequence(option["tokens"], option["segments"], option["attended"])
-        return head_logits(model.network, weights, sequence, pooling)[0]
+@dataclass(frozen=True)
+class _Scorer(ABC):
+    """How one kind of network scores an option."""
 
-    return _Scorer(("tokens", "segments", "attended"), score)
+    OF_OPTION: ClassVar[tuple[str, ...]]
+    """Names of the arrays of an example that have an axis of options."""
+
+    model: Pretrained
+    pooling: Pooling
+
+    @abstractmethod
+    def arrays(
+        self, files: Mapping[str, _File], max_tokens: int
+    ) -> tuple[dict[str, Examples], dict[str, Any]]:
+        """The arrays of every file, and the lengths of its texts for the provenance."""
+
+    @abstractmethod
+    def score(self, weights: Tensors, example: Examples, option: Examples) -> Float[Array, ""]:
+        """The score of one option, nats."""
+
+    def tensors(self, key: jax.Array) -> Tensors:
+        """The network's tensors, with those of a head where one is needed."""
+        return self.model.tensors
+
+    def several(self, example: Examples) -> Examples:
+        """The arrays of an example that have an axis of options."""
+        return {name: example[name] for name in self.OF_OPTION}
 
 
-def _by_decoder(model: Pretrained) -> _Scorer:
-    def score(weights: Tensors, example: Examples, option: Examples) -> Float[Array, ""]:
+class _ByHead(_Scorer):
+    OF_OPTION = ("tokens", "segments", "attended")
+
+    def tensors(self, key: jax.Array) -> Tensors:
+        check_pooling(self.model.network, self.model.tensors, self.pooling)
+        return with_head(self.model.tensors, self.model.network, 1, key)
+
+    def arrays(
+        self, files: Mapping[str, _File], max_tokens: int
+    ) -> tuple[dict[str, Examples], dict[str, Any]]:
+        pairs = {
+            name: Texts(file.repeated(file.places), file.repeated(file.prompts), file.texts)
+            for name, file in files.items()
+        }
+        arrays, lengths = tokenized(self.model, pairs, max_tokens)
+        return {name: file.by_row(arrays[name]) for name, file in files.items()}, lengths
+
+    def score(self, weights: Tensors, example: Examples, option: Examples) -> Float[Array, ""]:
+        return head_logits(self.model.network, weights, sequence_of(option), self.pooling)[0]
+
+
+class _ByCompletion(_Scorer):
+    OF_OPTION = ("tokens", "attended", "target")
+
+    def arrays(
+        self, files: Mapping[str, _File], max_tokens: int
+    ) -> tuple[dict[str, Examples], dict[str, Any]]:
+        texts = {
+            name: Completions(file.repeated(file.places), file.repeated(file.prompts), file.texts)
+            for name, file in files.items()
+        }
+        arrays, lengths = completed(self.model, texts, max_tokens, end=False)
+        return {name: file.by_row(arrays[name]) for name, file in files.items()}, lengths
+
+    def score(self, weights: Tensors, example: Examples, option: Examples) -> Float[Array, ""]:
         tokens = option["tokens"]
-        logits = completion_logits(model.network, weights, tokens, option["attended"])
+        logits = completion_logits(self.model.network, weights, tokens, option["attended"])
         return -mean_nats(logits, tokens[1:], option["target"][1:])
 
-    return _Scorer(("tokens", "attended", "target"), score)
 
+class _ByAnswer(_Scorer):
+    OF_OPTION = ("target", "counted")
 
-def _by_answer(model: Pretrained) -> _Scorer:
-    def score(weights: Tensors, example: Examples, option: Examples) -> Float[Array, ""]:
-        source = networks.Sequence(example["tokens"], example["segments"], example["attended"])
-        logits = target_logits(model.network, weights, source, option["target"])
+    def arrays(
+        self, files: Mapping[str, _File], max_tokens: int
+    ) -> tuple[dict[str, Examples], dict[str, Any]]:
+        sources = {name: Texts(file.places, file.prompts) for name, file in files.items()}
+        texts = {
+            name: Texts(file.repeated(file.places), file.texts) for name, file in files.items()
+        }
+        arrays, lengths = tokenized(self.model, sources, max_tokens)
+        targets, target_lengths = targets_of(self.model, texts, max_tokens)
+        examples = {
+            name: {**arrays[name], **file.by_row(targets[name])} for name, file in files.items()
+        }
+        return examples, {**lengths, **target_lengths}
+
+    def score(self, weights: Tensors, example: Examples, option: Examples) -> Float[Array, ""]:
+        source = sequence_of(example)
+        logits = target_logits(self.model.network, weights, source, option["target"])
         return -mean_nats(logits, option["target"], option["counted"])
 
-    return _Scorer(("target", "counted"), score)
+
+_SCORERS: dict[Kind, type[_Scorer]] = {
+    "encoder": _ByHead,
+    "decoder": _ByCompletion,
+    "encoder-decoder": _ByAnswer,
+}
 
 
-def _arrays(
-    model: Pretrained,
-    rows: dict[str, Rows],
-    prompts: dict[str, list[str]],
-    texts: dict[str, list[list[str]]],
-    max_tokens: int,
-) -> tuple[dict[str, Examples], dict[str, Any]]:
-    """Arrays of one row per example, with an axis of options where a leaf has one."""
-    count = len(texts["train"][0])
-    where = {
-        name: [place for place in one.places for _ in range(count)] for name, one in rows.items()
-    }
-    flat = {name: [text for one in found for text in one] for name, found in texts.items()}
-    twice = {
-        name: [text for text in found for _ in range(count)] for name, found in prompts.items()
-    }
-    if model.network.kind == "encoder":
-        arrays, said = tokenized(
-            model, {one: Texts(where[one], twice[one], flat[one]) for one in FILES}, max_tokens
-        )
-    elif model.network.kind == "decoder":
-        files = {one: Completions(where[one], twice[one], flat[one]) for one in FILES}
-        arrays, said = completed(model, files, max_tokens, end=False)
-    else:
-        sources = {one: Texts(rows[one].places, prompts[one]) for one in FILES}
-        arrays, said = tokenized(model, sources, max_tokens)
-        targets, more = targets_of(
-            model, {one: Texts(where[one], flat[one]) for one in FILES}, max_tokens
-        )
-        by_row = {one: _by_row(found, count) for one, found in targets.items()}
-        return {one: {**arrays[one], **by_row[one]} for one in FILES}, {**said, **more}
-    return {name: _by_row(one, count) for name, one in arrays.items()}, said
-
-
-def _by_row(examples: Examples, count: int) -> Examples:
-    return {name: leaf.reshape(-1, count, *leaf.shape[1:]) for name, leaf in examples.items()}
-
-
-def _texts(rows: Rows, options: Sequence[str]) -> list[list[str]]:
+def _options(rows: Rows, options: Sequence[str]) -> list[list[str]]:
     if len(options) < 2:
         raise Misuse(
             "choices_fields",
@@ -193,29 +218,30 @@ def _texts(rows: Rows, options: Sequence[str]) -> list[list[str]]:
             expected="two or more fields or templates",
             do="name the fields of the options, as --choices-fields choice1,choice2",
         )
-    columns = [
-        filled(rows, one if "{" in one else f"{{{one}}}", "choices_fields") for one in options
-    ]
-    return [list(one) for one in zip(*columns, strict=True)]
+    templates = [option if "{" in option else f"{{{option}}}" for option in options]
+    columns = [filled(rows, template, "choices_fields") for template in templates]
+    return [list(texts) for texts in zip(*columns, strict=True)]
 
 
-def _right(rows: Rows, texts: list[list[str]], label_field: str) -> Int[Array, " example"]:
-    found = []
+def _right(
+    rows: Rows, options: Sequence[Sequence[str]], label_field: str
+) -> Int[Array, " example"]:
+    places = []
     for at, label in enumerate(rows.column(label_field, "label_field")):
-        options = texts[at]
-        if not (label.isascii() and label.isdigit() and int(label) < len(options)):
+        texts = options[at]
+        if not (label.isascii() and label.isdigit() and int(label) < len(texts)):
             raise Misuse(
                 f"{rows.where(at)} field {label_field!r}",
                 got=label,
-                expected=f"the place of the right option, 0 to {len(options) - 1}",
+                expected=f"the place of the right option, 0 to {len(texts) - 1}",
                 do="correct the label, or name its field with --label-field",
             )
-        if options.count(options[int(label)]) > 1:
+        if texts.count(texts[int(label)]) > 1:
             raise Misuse(
                 rows.where(at),
-                got=f"the right option {options[int(label)]!r} more than once",
+                got=f"the right option {texts[int(label)]!r} more than once",
                 expected="options that differ from the right one",
                 do="correct the row, or --choices-fields",
             )
-        found.append(int(label))
-    return jnp.asarray(found)
+        places.append(int(label))
+    return jnp.asarray(places)

@@ -7,17 +7,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import Misuse, shorten
-from bayes_simfluence.networks import network as networks
 from bayes_simfluence.networks.heads import Pooling, check_pooling, head_logits, with_head
 from bayes_simfluence.networks.tensor_files import Tensors
-from bayes_simfluence.tasks.measures import chosen, measures
 from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.rows import Rows
 from bayes_simfluence.tasks.task import Task
 from bayes_simfluence.tasks.templates import filled
-from bayes_simfluence.tasks.tokens import Examples, Texts, tokenized
-from bayes_simfluence.tasks.tuned import tuned_task
-from bayes_simfluence.tuning.tunings import FULL, Tuning
+from bayes_simfluence.tasks.tokens import Examples, Texts, sequence_of, tokenized
+from bayes_simfluence.tasks.tuned import Prepared, label_task
+from bayes_simfluence.tuning.base import Tuning
+from bayes_simfluence.tuning.tunings import FULL
 
 __all__ = ["classification_task", "codes_of"]
 
@@ -51,47 +50,26 @@ def classification_task(
         Misuse: rows, labels, pooling or metrics that do not fit.
     """
     rows = {"train": train, "query": query}
-    codes = {name: codes_of(one, labels, label_field, name) for name, one in rows.items()}
+    codes = {name: codes_of(file, labels, label_field, name) for name, file in rows.items()}
     check_pooling(model.network, model.tensors, pooling)
     texts = {
         name: Texts(
-            one.places,
-            filled(one, prompt, "prompt"),
-            one.column(pair_field, "pair_field") if pair_field else None,
+            file.places,
+            filled(file, prompt, "prompt"),
+            file.column(pair_field, "pair_field") if pair_field else None,
         )
-        for name, one in rows.items()
+        for name, file in rows.items()
     }
+    arrays, lengths = tokenized(model, texts, max_tokens)
+    tensors = with_head(model.tensors, model.network, len(labels), key)
+    examples = {name: {**arrays[name], "label": codes[name]} for name in rows}
+    provenance = {"task": "classification", "labels": list(labels), **lengths}
+    prepared = Prepared(model, tensors, tuning, key, rows, examples, metrics, provenance)
 
-    def outputs(weights: Tensors, example: Examples) -> Float[Array, " label"]:
-        sequence = networks.Sequence(example["tokens"], example["segments"], example["attended"])
-        return head_logits(model.network, weights, sequence, pooling)
+    def logits(weights: Tensors, example: Examples) -> Float[Array, " label"]:
+        return head_logits(model.network, weights, sequence_of(example), pooling)
 
-    def output_loss(logits: Float[Array, " label"], example: Examples) -> Float[Array, ""]:
-        return -jax.nn.log_softmax(logits)[example["label"]]
-
-    def loss(weights: Tensors, example: Examples) -> Float[Array, ""]:
-        return output_loss(outputs(weights, example), example)
-
-    def scores(
-        weights: Tensors, example: Examples
-    ) -> tuple[Float[Array, " label"], Int[Array, ""]]:
-        return outputs(weights, example), example["label"]
-
-    known = chosen(metrics, measures(scores))
-    arrays, said = tokenized(model, texts, max_tokens)
-    return tuned_task(
-        model,
-        with_head(model.tensors, model.network, len(labels), key),
-        tuning=tuning,
-        key=key,
-        loss=loss,
-        examples={name: {**one, "label": codes[name]} for name, one in arrays.items()},
-        rows=rows,
-        metrics=known,
-        scores={},
-        provenance={"task": "classification", "labels": list(labels), **said},
-        parts={"outputs": outputs, "output_loss": output_loss},
-    )
+    return label_task(prepared, logits)
 
 
 def codes_of(
@@ -110,8 +88,8 @@ def codes_of(
             do="check the label field of the train file (--label-field)",
         )
     codes = {label: code for code, label in enumerate(labels)}
-    found = rows.column(label_field, "label_field")
-    for at, label in enumerate(found):
+    words = rows.column(label_field, "label_field")
+    for at, label in enumerate(words):
         if label not in codes:
             raise Misuse(
                 f"{name} label, {rows.where(at)} field {label_field!r}",
@@ -119,4 +97,4 @@ def codes_of(
                 expected=f"one of {shorten(codes, 20)}",
                 do="correct the label, or add an example of it to the train file",
             )
-    return jnp.asarray([codes[one] for one in found])
+    return jnp.asarray([codes[label] for label in words])

@@ -16,7 +16,7 @@ from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.tokens import (
     Examples,
     bucket,
-    cut_said,
+    counts_of_cut,
     known_tokens,
     limit_of,
     padded,
@@ -52,7 +52,7 @@ def completed(
             know, no token to begin with where there is no prompt.
     """
     limit = limit_of(model, max_tokens)
-    encoded = {name: _encoded(model, one, limit, end=end) for name, one in files.items()}
+    encoded = {name: _encoded(model, texts, limit, end=end) for name, texts in files.items()}
     longest = max(len(ids) for tokens, _, _ in encoded.values() for ids in tokens)
     length = bucket(longest, limit)
     examples = {}
@@ -64,8 +64,8 @@ def completed(
             "target": padded(targets, length, 0).astype(bool),
         }
     cut = {name: count for name, (_, _, count) in encoded.items()}
-    total = sum(len(one.prompts) for one in files.values())
-    return examples, {"padded_tokens": length, "truncated": cut_said(cut, total, limit)}
+    total = sum(len(texts.prompts) for texts in files.values())
+    return examples, {"padded_tokens": length, "truncated": counts_of_cut(cut, total, limit)}
 
 
 def prompt_tokens(model: Pretrained, texts: Completions) -> list[list[int]]:

@@ -39,7 +39,7 @@ def continuations(model: Pretrained, prompts: Sequence[Sequence[int]], new_token
     Raises:
         Misuse: no room for ``new_tokens`` after the longest prompt.
     """
-    longest = max(len(one) for one in prompts) + positive_integer("new_tokens", new_tokens)
+    longest = max(len(prompt) for prompt in prompts) + positive_integer("new_tokens", new_tokens)
     positions = model.network.positions
     if positions is not None and longest > positions:
         raise Misuse(
@@ -51,7 +51,7 @@ def continuations(model: Pretrained, prompts: Sequence[Sequence[int]], new_token
     end = _end(model)
     # The buffer is filled with the end: what is not written reads as ended.
     buffers = padded(prompts, bucket(longest, positions or 2 * longest), max(end, 0))
-    lengths = jnp.asarray([len(one) for one in prompts])
+    lengths = jnp.asarray([len(prompt) for prompt in prompts])
 
     def next_logits(tensors: Tensors, buffer: Int[Array, " token"], at: Int[Array, ""]) -> Any:
         attended = jnp.arange(len(buffer)) < at
@@ -60,7 +60,7 @@ def continuations(model: Pretrained, prompts: Sequence[Sequence[int]], new_token
 
     @jax.jit
     def decode(tensors: Tensors) -> Int[Array, "query new"]:
-        def one(prompt: tuple[Int[Array, " token"], Int[Array, ""]]) -> Int[Array, " new"]:
+        def continued(prompt: tuple[Int[Array, " token"], Int[Array, ""]]) -> Int[Array, " new"]:
             buffer, length = prompt
             written = _greedy(
                 lambda buffer, at: next_logits(tensors, buffer, at),
@@ -70,7 +70,7 @@ def continuations(model: Pretrained, prompts: Sequence[Sequence[int]], new_token
             )
             return jax.lax.dynamic_slice(written, (length,), (new_tokens,))
 
-        return jax.lax.map(one, (buffers, lengths), batch_size=TOGETHER)
+        return jax.lax.map(continued, (buffers, lengths), batch_size=TOGETHER)
 
     return _texts(model, decode, end)
 
@@ -83,14 +83,14 @@ def answers(model: Pretrained, sources: networks.Sequence, new_tokens: int) -> W
 
     @jax.jit
     def decode(tensors: Tensors) -> Int[Array, "query new"]:
-        def one(source: networks.Sequence) -> Int[Array, " new"]:
+        def answered(source: networks.Sequence) -> Int[Array, " new"]:
             def next_logits(buffer: Int[Array, " token"], at: Int[Array, ""]) -> Any:
                 return network.seq2seq_logits(tensors, source, buffer)[at - 1]  # type: ignore[misc]
 
             start = (blank, jnp.ones((), jnp.int32), jnp.zeros((), bool))
             return _greedy(next_logits, start, jnp.asarray(count + 1), end)[1:]
 
-        return jax.lax.map(one, sources, batch_size=TOGETHER)
+        return jax.lax.map(answered, sources, batch_size=TOGETHER)
 
     return _texts(model, decode, end)
 
@@ -112,10 +112,10 @@ def metrics_and_scores(
         Misuse: a metric that is neither, or whose package is not installed.
     """
     chosen(wanted, {**measured, **dict.fromkeys(SCORES)})
-    generated = [one for one in wanted if one in SCORES]
+    generated = [name for name in wanted if name in SCORES]
     for name in generated:
         _scorer(name)
-    metrics = chosen([one for one in wanted if one not in SCORES], measured)
+    metrics = chosen([name for name in wanted if name not in SCORES], measured)
     return metrics, chosen(generated, text_scores(writer(), references)) if generated else {}
 
 
@@ -175,7 +175,9 @@ def _latest(write: Write) -> Write:
     def latest(weights: Any) -> list[str]:
         leaves = jax.tree.leaves(weights)
         # Weak references, so that weights are not kept in memory for this.
-        if kept and all(one() is leaf for one, leaf in zip(kept[0][0], leaves, strict=True)):
+        if kept and all(
+            kept_leaf() is leaf for kept_leaf, leaf in zip(kept[0][0], leaves, strict=True)
+        ):
             return kept[0][1]
         kept[:] = [([weakref.ref(leaf) for leaf in leaves], write(weights))]
         return kept[0][1]

@@ -40,8 +40,8 @@ def mean_nats(
     counted: Bool[Array, " target"],
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the counted target tokens, nats."""
-    each = jax.nn.log_softmax(_exact(logits))[jnp.arange(len(target)), target]
-    return -jnp.where(counted, each, 0.0).sum() / counted.sum()
+    log_shares = jax.nn.log_softmax(_exact(logits))[jnp.arange(len(target)), target]
+    return -jnp.where(counted, log_shares, 0.0).sum() / counted.sum()
 
 
 def drawn_slopes(

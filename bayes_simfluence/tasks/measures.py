@@ -46,7 +46,7 @@ def chosen(metrics: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         Misuse: one that this task does not have.
     """
-    unknown = [one for one in metrics if one not in known]
+    unknown = [name for name in metrics if name not in known]
     if unknown:
         raise Misuse(
             "metrics",
@@ -54,4 +54,4 @@ def chosen(metrics: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
             expected=f"those of this task: {shorten(known, 10) or 'none besides the loss'}",
             do="correct --metrics",
         )
-    return {one: known[one] for one in metrics}
+    return {name: known[name] for name in metrics}

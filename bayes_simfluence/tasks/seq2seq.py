@@ -3,26 +3,24 @@
 from collections.abc import Mapping, Sequence
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import Misuse, shorten
-from bayes_simfluence.networks import network as networks
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tasks.classification import codes_of
-from bayes_simfluence.tasks.generation import answers, metrics_and_scores
-from bayes_simfluence.tasks.likelihood import drawn_slopes, mean_nats, target_logits
+from bayes_simfluence.tasks.generation import answers
+from bayes_simfluence.tasks.likelihood import mean_nats, target_logits
 from bayes_simfluence.tasks.measures import measures
 from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.rows import Rows
 from bayes_simfluence.tasks.task import Task
 from bayes_simfluence.tasks.templates import filled
-from bayes_simfluence.tasks.tokens import Examples, Texts, targets_of, tokenized
-from bayes_simfluence.tasks.tuned import tuned_task
-from bayes_simfluence.tuning.tunings import FULL, Tuning
+from bayes_simfluence.tasks.tokens import Examples, Texts, sequence_of, targets_of, tokenized
+from bayes_simfluence.tasks.tuned import Logits, Prepared, Target, target_task
+from bayes_simfluence.tuning.base import Tuning
+from bayes_simfluence.tuning.tunings import FULL
 
 __all__ = ["seq2seq_task"]
-
-Logits = Float[Array, "target vocabulary"]
 
 
 def seq2seq_task(
@@ -60,83 +58,51 @@ def seq2seq_task(
     """
     _check(model, completion, labels)
     rows, words = {"train": train, "query": query}, dict(labels or {})
-    codes = {one: codes_of(rows[one], list(words), label_field, one) for one in rows if words}
+    codes = {name: codes_of(rows[name], list(words), label_field, name) for name in rows if words}
     texts = {
         name: [list(words.values())[int(code)] for code in codes[name]]
         if words
-        else filled(one, completion, "completion")
-        for name, one in rows.items()
+        else filled(file, completion, "completion")
+        for name, file in rows.items()
     }
-    sources = {name: Texts(one.places, filled(one, prompt, "prompt")) for name, one in rows.items()}
-    targets = {name: Texts(one.places, texts[name]) for name, one in rows.items()}
-    arrays, said = tokenized(model, sources, max_tokens)
-    answered, more = targets_of(model, {**_label_targets(words), **targets}, max_tokens)
+    sources = {
+        name: Texts(file.places, filled(file, prompt, "prompt")) for name, file in rows.items()
+    }
+    targets = {name: Texts(file.places, texts[name]) for name, file in rows.items()}
+    arrays, lengths = tokenized(model, sources, max_tokens)
+    answered, target_lengths = targets_of(model, {**_label_targets(words), **targets}, max_tokens)
     _different(words, answered)
     examples = {
-        one: {**arrays[one], **answered[one], **({"label": codes[one]} if words else {})}
-        for one in rows
+        name: {**arrays[name], **answered[name], **({"label": codes[name]} if words else {})}
+        for name in rows
     }
+    written = {"labels": words} if words else {"completion": completion}
+    provenance = {"task": "seq2seq", "prompt": prompt, **written, **lengths, **target_lengths}
+    prepared = Prepared(model, model.tensors, tuning, key, rows, examples, metrics, provenance)
 
-    def loss(weights: Tensors, example: Examples) -> Float[Array, ""]:
-        return _loss(model, weights, example, example["target"], example["counted"])
-
-    def outputs(weights: Tensors, example: Examples) -> Logits:
-        return target_logits(model.network, weights, _source(example), example["target"])
-
-    def output_loss(logits: Logits, example: Examples) -> Float[Array, ""]:
-        return mean_nats(logits, example["target"], example["counted"])
-
-    def output_draw(logits: Logits, example: Examples, key: jax.Array) -> Logits:
-        return drawn_slopes(logits, example["counted"], key)
+    def logits(weights: Tensors, example: Examples) -> Logits:
+        return target_logits(model.network, weights, sequence_of(example), example["target"])
 
     def scores(
         weights: Tensors, example: Examples
     ) -> tuple[Float[Array, " label"], Int[Array, ""]]:
         def loss_of(answer: Examples) -> Float[Array, ""]:
-            return _loss(model, weights, example, answer["target"], answer["counted"])
+            return mean_nats(logits(weights, {**example, **answer}), *_target(answer))
 
         return -jax.vmap(loss_of)(answered["labels"]), example["label"]
 
-    recorded, text_scores = metrics_and_scores(
-        metrics,
-        measures(scores) if words else {},
-        lambda: answers(model, _source(examples["query"]), new_tokens),
-        [text.strip() for text in texts["query"]],
-    )
-    return tuned_task(
-        model,
-        model.tensors,
-        tuning=tuning,
-        key=key,
-        loss=loss,
-        examples=examples,
-        rows=rows,
-        metrics=recorded,
-        scores=text_scores,
-        provenance={
-            "task": "seq2seq",
-            "prompt": prompt,
-            **({"labels": words} if words else {"completion": completion}),
-            **said,
-            **more,
-        },
-        parts={"outputs": outputs, "output_loss": output_loss, "output_draw": output_draw},
+    return target_task(
+        prepared,
+        logits,
+        _target,
+        measured=measures(scores) if words else {},
+        writer=lambda: answers(model, sequence_of(examples["query"]), new_tokens),
+        references=[text.strip() for text in texts["query"]],
     )
 
 
-def _source(example: Examples) -> networks.Sequence:
-    return networks.Sequence(example["tokens"], example["segments"], example["attended"])
-
-
-def _loss(
-    model: Pretrained,
-    weights: Tensors,
-    example: Examples,
-    target: Int[Array, " target"],
-    counted: Bool[Array, " target"],
-) -> Float[Array, ""]:
-    logits = target_logits(model.network, weights, _source(example), target)
-    return mean_nats(logits, target, counted)
+def _target(example: Examples) -> Target:
+    return example["target"], example["counted"]
 
 
 def _check(model: Pretrained, completion: str, labels: Mapping[str, str] | None) -> None:
@@ -158,7 +124,7 @@ def _check(model: Pretrained, completion: str, labels: Mapping[str, str] | None)
 
 
 def _label_targets(labels: Mapping[str, str]) -> dict[str, Texts]:
-    places = [f"text of label {one!r}" for one in labels]
+    places = [f"text of label {label!r}" for label in labels]
     return {"labels": Texts(places, list(labels.values()))} if labels else {}
 
 

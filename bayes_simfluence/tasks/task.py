@@ -105,12 +105,12 @@ class Task:
                     expected="floating weights only",
                     do="close over integer arrays in the loss instead",
                 )
-        one = jax.tree.map(lambda leaf: leaf[0], self.query)
+        example = jax.tree.map(lambda leaf: leaf[0], self.query)
         weights = jax.eval_shape(self.weights, self.params, self.frozen)
         for name, function in (("loss", self.loss), *self.metrics.items()):
-            _number(name, jax.eval_shape(function, weights, one))
+            _number(name, jax.eval_shape(function, weights, example))
         if self.outputs is not None or self.output_loss is not None:
-            _outputs(self.outputs, self.output_loss, weights, one)
+            _outputs(self.outputs, self.output_loss, weights, example)
         return self
 
 
@@ -124,7 +124,7 @@ def _number(name: str, shape: Any) -> None:
         )
 
 
-def _outputs(outputs: Any, output_loss: Any, weights: Params, one: Example) -> None:
+def _outputs(outputs: Any, output_loss: Any, weights: Params, example: Example) -> None:
     if outputs is None or output_loss is None:
         raise Misuse(
             "task.outputs",
@@ -132,15 +132,15 @@ def _outputs(outputs: Any, output_loss: Any, weights: Params, one: Example) -> N
             expected="both parts of the loss",
             do="give task.outputs and task.output_loss, or neither",
         )
-    found = jax.eval_shape(outputs, weights, one)
-    if not (hasattr(found, "dtype") and jnp.issubdtype(found.dtype, jnp.floating)):
+    logits = jax.eval_shape(outputs, weights, example)
+    if not (hasattr(logits, "dtype") and jnp.issubdtype(logits.dtype, jnp.floating)):
         raise Misuse(
             "task.outputs",
-            got=f"{found}",
+            got=f"{logits}",
             expected="one floating array for one example",
             do="return the logits alone",
         )
-    _number("output_loss", jax.eval_shape(output_loss, found, one))
+    _number("output_loss", jax.eval_shape(output_loss, logits, example))
 
 
 def _lengths(lengths: Sequence[int] | None, cut: Any, queries: int) -> None:

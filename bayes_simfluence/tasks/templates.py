@@ -8,7 +8,7 @@ from bayes_simfluence.tasks.rows import Rows
 
 __all__ = ["fields_of", "filled"]
 
-PIECE = re.compile(r"\{\{|\}\}|\{(?P<field>[^{}]*)\}|[{}]|[^{}]+")
+TOKEN = re.compile(r"\{\{|\}\}|\{(?P<field>[^{}]*)\}|[{}]|[^{}]+")
 
 
 def fields_of(template: str, option: str) -> list[str]:
@@ -17,7 +17,7 @@ def fields_of(template: str, option: str) -> list[str]:
     >>> fields_of("{a}, {{so}} {b}", "prompt")
     ['a', 'b']
     """
-    return [piece for is_field, piece in _parsed(template, option) if is_field]
+    return [text for is_field, text in _parsed(template, option) if is_field]
 
 
 def filled(rows: Rows, template: str, option: str) -> list[str]:
@@ -35,14 +35,14 @@ def filled(rows: Rows, template: str, option: str) -> list[str]:
     >>> filled(rows, "{a}: {b} {{ok}}", "prompt")
     ['3: yes {ok}']
     """
-    pieces = _parsed(template, option)
-    names = [piece for is_field, piece in pieces if is_field]
+    parts = _parsed(template, option)
+    names = [text for is_field, text in parts if is_field]
     for at, row in enumerate(rows.fields):
         for name in names:
             if row.get(name) is None:
                 raise rows.lacks(at, name, option)
     texts = [
-        "".join(str(row[piece]) if is_field else piece for is_field, piece in pieces)
+        "".join(str(row[text]) if is_field else text for is_field, text in parts)
         for row in rows.fields
     ]
     for at, text in enumerate(texts):
@@ -52,19 +52,20 @@ def filled(rows: Rows, template: str, option: str) -> list[str]:
 
 
 def _parsed(template: str, option: str) -> list[tuple[bool, str]]:
-    pieces = []
-    for match in PIECE.finditer(template):
-        piece, field = match.group(), match["field"]
-        if piece in ("{", "}") or field == "":
+    """The template's parts in order: whether each is a field, and its name or the text itself."""
+    parts = []
+    for match in TOKEN.finditer(template):
+        token, field = match.group(), match["field"]
+        if token in ("{", "}") or field == "":
             raise Misuse(
                 option,
-                got=f"{piece!r} in {template!r}",
+                got=f"{token!r} in {template!r}",
                 expected="field names in braces, as '{premise} {hypothesis}'",
                 do="close the brace, or write a brace of the text twice",
             )
-        literal = piece[0] if piece in ("{{", "}}") else piece
-        pieces.append((field is not None, literal if field is None else field))
-    return pieces
+        literal = token[0] if token in ("{{", "}}") else token
+        parts.append((field is not None, literal if field is None else field))
+    return parts
 
 
 def _blank(rows: Rows, at: int, names: Sequence[str], option: str) -> Misuse:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from bayes_simfluence.checks import Misuse
+from bayes_simfluence.networks.network import Sequence as Tokens
 from bayes_simfluence.tasks.pretrained import Pretrained
 
 if TYPE_CHECKING:
@@ -26,12 +27,13 @@ __all__ = [
     "Examples",
     "Texts",
     "bucket",
-    "cut_said",
+    "counts_of_cut",
     "filled_lengths",
     "known_tokens",
     "limit_of",
     "padded",
     "padding_of",
+    "sequence_of",
     "shortened",
     "targets_of",
     "tokenized",
@@ -58,7 +60,7 @@ class Texts:
 def bucket(length: int, limit: int) -> int:
     """The padded length for ``length`` tokens, at most ``limit``.
 
-    >>> [bucket(one, 1024) for one in (1, 9, 128, 129, 200, 600)]
+    >>> [bucket(longest, 1024) for longest in (1, 9, 128, 129, 200, 600)]
     [8, 16, 128, 160, 224, 640]
     """
     step = MULTIPLE if length <= FINE else 2 ** ((length - 1).bit_length() - 3)
@@ -81,7 +83,7 @@ def tokenized(
         Misuse: a token that the network does not know, no room for special tokens.
     """
     limit = limit_of(model, max_tokens)
-    encoded = {name: _encoded(model, one, limit) for name, one in files.items()}
+    encoded = {name: _encoded(model, texts, limit) for name, texts in files.items()}
     longest = max(len(ids) for tokens, _, _ in encoded.values() for ids in tokens)
     length = bucket(longest, limit)
     examples = {
@@ -93,8 +95,13 @@ def tokenized(
         for name, (tokens, segments, _) in encoded.items()
     }
     cut = {name: count for name, (_, _, count) in encoded.items()}
-    total = sum(len(one.texts) for one in files.values())
-    return examples, {"padded_tokens": length, "truncated": cut_said(cut, total, limit)}
+    total = sum(len(texts.texts) for texts in files.values())
+    return examples, {"padded_tokens": length, "truncated": counts_of_cut(cut, total, limit)}
+
+
+def sequence_of(examples: Examples) -> Tokens:
+    """The text of one example, or those of several, as networks take them."""
+    return Tokens(examples["tokens"], examples["segments"], examples["attended"])
 
 
 def targets_of(
@@ -107,9 +114,9 @@ def targets_of(
     """
     tokenizer = model.tokenizer
     last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    plain = {name: without_special(tokenizer, one.texts) for name, one in files.items()}
-    for name, one in files.items():
-        known_tokens(model, plain[name], one.where)
+    plain = {name: without_special(tokenizer, texts.texts) for name, texts in files.items()}
+    for name, texts in files.items():
+        known_tokens(model, plain[name], texts.where)
     whole = {name: [ids + last for ids in tokens] for name, tokens in plain.items()}
     cut = {name: sum(len(ids) > max_tokens for ids in tokens) for name, tokens in whole.items()}
     length = bucket(max(len(ids) for tokens in whole.values() for ids in tokens), max_tokens)
@@ -120,9 +127,9 @@ def targets_of(
             "target": padded(kept, length, padding_of(tokenizer)),
             "counted": padded([[1] * len(ids) for ids in kept], length, 0).astype(bool),
         }
-    total = sum(len(one.texts) for one in files.values())
-    said = cut_said(cut, total, max_tokens)
-    return examples, {"padded_target_tokens": length, "truncated_targets": said}
+    total = sum(len(texts.texts) for texts in files.values())
+    cut_counts = counts_of_cut(cut, total, max_tokens)
+    return examples, {"padded_target_tokens": length, "truncated_targets": cut_counts}
 
 
 def without_special(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
@@ -150,7 +157,7 @@ def padding_of(tokenizer: "PreTrainedTokenizerBase") -> int:
 def filled_lengths(examples: Examples) -> list[int]:
     """Tokens of each example that are not padding; of the longest where it has several texts."""
     filled = np.asarray(examples["attended"]).sum(axis=-1)
-    return [int(one) for one in filled.reshape(len(filled), -1).max(axis=1)]
+    return [int(length) for length in filled.reshape(len(filled), -1).max(axis=1)]
 
 
 def shortened(example: Examples, length: int) -> Examples:
@@ -164,8 +171,8 @@ def _of_decoder(example: Examples) -> set[str]:
     return {"target", "counted"} if "counted" in example else set()
 
 
-def cut_said(cut: Mapping[str, int], total: int, limit: int) -> dict[str, int]:
-    """How many texts of each file were cut, told to the log where there are any."""
+def counts_of_cut(cut: Mapping[str, int], total: int, limit: int) -> dict[str, int]:
+    """How many texts of each file were cut; the log warns of them where there are any."""
     if any(cut.values()):
         log.warning("%d of %d texts cut to %d tokens", sum(cut.values()), total, limit)
     return dict(cut)
