@@ -22,6 +22,7 @@ from bayes_simfluence.commands.export_runs import export_runs
 from bayes_simfluence.commands.fit import fit
 from bayes_simfluence.commands.import_runs import import_runs
 from bayes_simfluence.commands.record import record
+from bayes_simfluence.commands.sbc import sbc
 from bayes_simfluence.commands.simulate import simulate
 from bayes_simfluence.commands.study import study
 
@@ -44,6 +45,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "simulate": simulate,
     "compare": compare,
     "calibrate": calibrate,
+    "sbc": sbc,
     "study": study,
 }
 for name, verb in VERBS.items():

@@ -10,6 +10,7 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.commands.options import (
     Draws,
     Overwrite,
+    Posteriors,
     Quiet,
     RunsFile,
     Seed,
@@ -28,10 +29,7 @@ __all__ = ["compare", "show_metrics"]
 
 def compare(
     runs: RunsFile,
-    posterior: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=FILE of a saved posterior; as often as wanted."),
-    ] = None,
+    posterior: Posteriors = None,
     scores: Annotated[
         list[str] | None,
         typer.Option(

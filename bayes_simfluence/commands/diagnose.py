@@ -11,10 +11,11 @@ from bayes_simfluence.commands.options import (
     Overwrite,
     Quiet,
     Seed,
+    figure_saved,
+    new_files,
     printed,
     progress_of,
 )
-from bayes_simfluence.files import new_path
 
 __all__ = ["diagnose"]
 
@@ -30,14 +31,12 @@ def diagnose(
     quiet: Quiet = False,
 ) -> None:
     """Print a fit's verdict, its numbers and its hyperparameters."""
-    if figure is not None:
-        new_path(figure, overwrite=overwrite)
+    new_files(figure, overwrite=overwrite)
 
     import jax
 
     from bayes_simfluence.posterior.posterior import load_posterior
     from bayes_simfluence.report.diagnose import hyper_summary, numbers_table, plot_diagnosis
-    from bayes_simfluence.report.plots import save_figure
 
     fitted = load_posterior(posterior)
     key = jax.random.key(seed)
@@ -52,9 +51,7 @@ def diagnose(
     _numbers(numbers_table(fitted.verdict))
     if len(summary):
         _summary(summary)
-    if drawn is not None and figure is not None:
-        save_figure(drawn, figure, overwrite=overwrite)
-        print(f"picture in {figure}")
+    figure_saved(lambda: drawn, figure, overwrite=overwrite)
 
 
 def _numbers(table: Any) -> None:

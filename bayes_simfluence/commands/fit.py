@@ -11,12 +11,12 @@ from bayes_simfluence.commands.options import (
     Quiet,
     RunsFile,
     config_of,
+    new_files,
     opened,
     progress_of,
     selected,
     with_settings,
 )
-from bayes_simfluence.files import new_path
 from bayes_simfluence.posterior.config import FitConfig
 from bayes_simfluence.settings import config_path, save_config
 
@@ -35,8 +35,7 @@ def _fit(
     **given: Any,
 ) -> None:
     """Fit a simulator to recorded runs and save its posterior."""
-    for one in (out, config_path(out)):
-        new_path(one, overwrite=overwrite)
+    new_files(out, config_path(out), overwrite=overwrite)
     settings = config_of(FitConfig, config, given)
     model, method = settings.parts()
 

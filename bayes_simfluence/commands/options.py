@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from bayes_simfluence.checks import Misuse
+from bayes_simfluence.files import atomically, new_path
 from bayes_simfluence.progress import Bars, Progress, Silent
 from bayes_simfluence.settings import config_from_yaml, kinds_of, layered
 
@@ -22,8 +23,11 @@ __all__ = [
     "RunsFile",
     "Seed",
     "Select",
+    "TableFile",
     "apart",
     "config_of",
+    "figure_saved",
+    "new_files",
     "opened",
     "positions",
     "posteriors_of",
@@ -48,6 +52,7 @@ Config = Annotated[
     Path | None, typer.Option(help="YAML with the same names; options here overrule it.")
 ]
 Figure = Annotated[Path | None, typer.Option(help="New file for a picture (.png).")]
+TableFile = Annotated[Path | None, typer.Option(help="New file for the table (.csv or .md).")]
 Posteriors = Annotated[
     list[str] | None,
     typer.Option(help="NAME=FILE of a saved posterior; as often as wanted."),
@@ -180,11 +185,35 @@ def _curricula(runs: Any) -> list[tuple[bytes, bytes]]:
     return [(batch.tobytes(), weight.tobytes()) for batch, weight in pairs]
 
 
-def table_saved(table: Any, out: Path, markdown: Callable[[Any], str]) -> None:
-    """Write a table as CSV, or as Markdown where the file is called so."""
-    from bayes_simfluence.files import atomically
+def new_files(*paths: Path | None, overwrite: bool) -> None:
+    """Raise, before any work, when a file that is to be written exists."""
+    for path in paths:
+        if path is not None:
+            new_path(path, overwrite=overwrite)
 
-    text = markdown(table) + "\n" if out.suffix == ".md" else table.to_csv()
-    with atomically(out) as partial:
-        partial.write_text(text, "utf-8")
-    print(f"table in {out}")
+
+def table_saved(table: Any, out: Path | None) -> None:
+    """Write a table as CSV, or as Markdown where the file is called so."""
+    if out is not None:
+        text = _markdown(table) + "\n" if out.suffix == ".md" else table.to_csv()
+        with atomically(out) as partial:
+            partial.write_text(text, "utf-8")
+        print(f"table in {out}")
+
+
+def figure_saved(draw: Callable[[], Any], path: Path | None, *, overwrite: bool) -> None:
+    """Draw a picture and write it, where a file for it is named."""
+    if path is not None:
+        from bayes_simfluence.report.plots import save_figure
+
+        save_figure(draw(), path, overwrite=overwrite)
+        print(f"picture in {path}")
+
+
+def _markdown(table: Any) -> str:
+    columns = table.reset_index()
+    lines = ["| " + " | ".join(map(str, columns.columns)) + " |", "|---" * columns.shape[1] + "|"]
+    for row in columns.itertuples(index=False):
+        values = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in row)
+        lines.append("| " + " | ".join(values) + " |")
+    return "\n".join(lines)

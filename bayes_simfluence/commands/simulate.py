@@ -14,11 +14,13 @@ from bayes_simfluence.commands.options import (
     RunsFile,
     Seed,
     Select,
+    figure_saved,
+    new_files,
     opened,
     progress_of,
     selected,
 )
-from bayes_simfluence.files import atomically, new_path
+from bayes_simfluence.files import atomically
 
 __all__ = ["simulate"]
 
@@ -62,9 +64,7 @@ def simulate(
     quiet: Quiet = False,
 ) -> None:
     """Simulate recorded curricula, as they are or with examples left out."""
-    for one in (out, figure):
-        if one is not None:
-            new_path(one, overwrite=overwrite)
+    new_files(out, figure, overwrite=overwrite)
     _check_band(band, probability, simultaneous, calibration, calibration_select)
 
     import jax
@@ -72,7 +72,7 @@ def simulate(
     from bayes_simfluence.counterfactual import edits
     from bayes_simfluence.data.netcdf import write_groups
     from bayes_simfluence.posterior.posterior import load_posterior
-    from bayes_simfluence.report.plots import plot_curves, save_figure
+    from bayes_simfluence.report.plots import plot_curves
 
     chosen = _band_of(band, probability, simultaneous, calibration, calibration_select)
     fitted = load_posterior(posterior)
@@ -87,10 +87,8 @@ def simulate(
     print(f"{planned.sizes['run']} runs x {simulated.sizes['draw']} draws in {out}")
     if chosen is not None:
         print(_said_of(simulated["low"].attrs))
-    if figure is not None:
-        truth = None if ids else recorded
-        save_figure(plot_curves({"simulated": simulated}, truth), figure, overwrite=overwrite)
-        print(f"picture in {figure}")
+    truth = None if ids else recorded
+    figure_saved(lambda: plot_curves({"simulated": simulated}, truth), figure, overwrite=overwrite)
 
 
 def _check_band(

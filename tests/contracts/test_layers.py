@@ -221,6 +221,7 @@ VERBS = [
     "compare",
     "diagnose",
     "calibrate",
+    "sbc",
     "study",
     "demo",
 ]

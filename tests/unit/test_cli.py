@@ -191,17 +191,14 @@ MISUSES = {
     ),
     "nothing to diagnose": (["diagnose", "no.nc"], "a saved posterior"),
     "diagnosis overwrites": (["diagnose", "no.nc", "--figure", "RUNS"], "something that exists"),
-    "nothing to calibrate": (["calibrate", "RUNS"], "neither --sbc nor --posterior"),
-    "two things to calibrate": (
-        ["calibrate", "RUNS", "--sbc", "--posterior", "p.nc"],
-        "--sbc and --posterior",
+    "nothing to calibrate": (["calibrate", "RUNS", "--posterior", "no.nc"], "a saved posterior"),
+    "calibration overwrites": (
+        ["calibrate", "RUNS", "--posterior", "no.nc", "--out", "RUNS"],
+        "something that exists",
     ),
-    "a fit to calibrate": (
-        ["calibrate", "RUNS", "--posterior", "p.nc", "--method", "nuts"],
-        "settings of a fit: method",
-    ),
-    "too few simulations": (["calibrate", "RUNS", "--sbc", "--simulations", "5"], "at least 20"),
-    "a point to rank": (["calibrate", "RUNS", "--sbc", "--method", "ridge"], "a method that draws"),
+    "too few simulations": (["sbc", "RUNS", "--simulations", "5"], "at least 20"),
+    "a point to rank": (["sbc", "RUNS", "--method", "ridge"], "a method that draws"),
+    "ranks overwrite": (["sbc", "RUNS", "--figure", "RUNS"], "something that exists"),
     "nothing to import": (["import", "no.csv", "--out", "r.zarr"], "nothing there"),
     "import overwrites": (["import", "no.csv", "--out", "RUNS"], "something that exists"),
     "half a column": (
@@ -322,7 +319,7 @@ def test_a_method_is_calibrated_by_simulation(command, tmp_path):
     few = bs.example_runs().isel(query=[0, 1], run=slice(0, 2), step=slice(0, 6), time=slice(0, 7))
     bs.export_netcdf(few, tmp_path / "few.nc")
     code, out, errors = command(
-        "calibrate", tmp_path / "few.nc", "--sbc", "--kind", "additive", "--simulations", 20,
+        "sbc", tmp_path / "few.nc", "--kind", "additive", "--simulations", 20,
         "--kept", 19, "--queries", 1, "--figure", tmp_path / "r.png", "--out", tmp_path / "r.md",
     )  # fmt: skip
     assert code == 0, errors
@@ -378,11 +375,20 @@ def test_record_has_an_option_for_every_setting_and_yaml_the_same_names(command,
     assert code == 2 and "unknown names run" in errors
 
 
-def test_fit_and_calibrate_have_an_option_for_every_setting(command):
-    for verb in ("fit", "calibrate"):
+def test_fit_and_sbc_have_an_option_for_every_setting(command):
+    for verb in ("fit", "sbc"):
         squeezed = "".join(command(verb, "--help")[1].split())
         for name in FitConfig.names():
             assert f"--{name.replace('_', '-')}" in squeezed, (verb, name)
+
+
+def test_calibrate_needs_a_posterior_and_no_setting_of_a_fit(command, runs):
+    for words, match in (
+        ((), "--posterior"),
+        (("--posterior", "p.nc", "--method", "nuts"), "--method"),
+    ):
+        code, _, errors = command("calibrate", runs, *words)
+        assert code == 2 and match in errors
 
 
 def test_help_is_quick_and_imports_no_jax():
