@@ -1,8 +1,8 @@
-"""Cells of a long table of runs: what each says, and an error that names its place."""
+"""Columns of a long table of runs: what each value means, and errors that name its place."""
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from jaxtyping import Int
@@ -12,14 +12,15 @@ from bayes_simfluence.data.tabular import Table
 
 __all__ = [
     "COLUMNS",
-    "columns_of",
-    "members",
+    "Columns",
+    "batch_ids",
+    "batch_weights",
+    "id_places",
+    "known_columns",
     "number",
-    "places_of",
-    "slot_weights",
     "sorted_ids",
     "step_number",
-    "told",
+    "step_values",
     "typed_ids",
 ]
 
@@ -27,9 +28,17 @@ COLUMNS: Final = ("run", "step", "examples", "query", "loss", "step_size", "stat
 """Columns of the table; the last three may be absent."""
 NEEDED: Final = COLUMNS[:5]
 
+Columns: TypeAlias = Mapping[str, Sequence[Any]]
+"""Our name of a column -> its values in all rows."""
 
-def columns_of(table: Table, names: Mapping[str, str]) -> dict[str, Sequence[Any]]:
-    unknown = [one for one in names if one not in COLUMNS]
+
+def known_columns(table: Table, names: Mapping[str, str]) -> Columns:
+    """The columns of ``COLUMNS`` that the table has; ``names`` are ours -> the table's.
+
+    Raises:
+        Misuse: names of other columns, a column that is needed or named and is absent, no rows.
+    """
+    unknown = [name for name in names if name not in COLUMNS]
     if unknown:
         raise Misuse(
             "columns",
@@ -37,175 +46,180 @@ def columns_of(table: Table, names: Mapping[str, str]) -> dict[str, Sequence[Any
             expected=f"names of {shorten(COLUMNS, 9)}",
             do="write columns={'loss': 'their name'}",
         )
-    theirs = {one: names.get(one, one) for one in COLUMNS}
-    needed = [theirs[one] for one in COLUMNS if one in NEEDED or one in names]
-    missing = [one for one in needed if one not in table.columns]
+    theirs = {name: names.get(name, name) for name in COLUMNS}
+    needed = [theirs[name] for name in COLUMNS if name in NEEDED or name in names]
+    missing = [name for name in needed if name not in table.columns]
     if missing:
         raise Misuse(
             str(table.path),
             got=f"columns {shorten(table.columns, 9)}",
             expected=f"also {shorten(missing)}",
-            do="rename them, or tell their names by columns={'loss': 'their name'}",
+            do="rename them, or name them with columns={'loss': 'their name'}",
         )
     if not table.lines:
         raise Misuse(str(table.path), got="no rows", expected="rows of runs", do="check the file")
-    return {one: table.columns[name] for one, name in theirs.items() if name in table.columns}
+    return {ours: table.columns[name] for ours, name in theirs.items() if name in table.columns}
 
 
-def _blank(cell: Any) -> bool:
-    return cell is None or (isinstance(cell, str) and not cell.strip())
+def _blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _name(cell: Any) -> str:
-    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+def _name(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def places_of(
-    table: Table, cells: Mapping[str, Sequence[Any]], column: str
+def id_places(
+    table: Table, columns: Columns, name: str
 ) -> tuple[list[str], Int[np.ndarray, " row"]]:
-    """Names in the order in which they occur, and the place of each row's; -1 = blank."""
-    found: dict[str, int] = {}
+    """The ids of a column in the order in which they first occur, and each row's place among them.
+
+    The place of a blank value is -1; a run must be named in every row.
+    """
+    order: dict[str, int] = {}
     places = np.full(len(table.lines), -1)
-    for row, cell in enumerate(cells[column]):
-        if not _blank(cell):
-            places[row] = found.setdefault(_name(cell), len(found))
-        elif column == "run":
+    for row, value in enumerate(columns[name]):
+        if not _blank(value):
+            places[row] = order.setdefault(_name(value), len(order))
+        elif name == "run":
             raise Misuse(
                 table.at(row, "run"), got="nothing", expected="the run's id", do="fill it in"
             )
-    if not found:
+    if not order:
         raise Misuse(
-            f"{table.path}, column {column!r}",
-            got="only blank cells",
+            f"{table.path}, column {name!r}",
+            got="only blank values",
             expected="ids",
             do="fill them in",
         )
-    return list(found), places
+    return list(order), places
 
 
-def step_number(table: Table, row: int, cell: Any) -> int:
-    found = number(table, row, "step", cell)
-    if not found >= 0 or not found.is_integer():
+def step_number(table: Table, row: int, value: Any) -> int:
+    """A step, 0 = before the first update."""
+    step = number(table, row, "step", value)
+    if not step >= 0 or not step.is_integer():
         raise Misuse(
             table.at(row, "step"),
-            got=repr(cell),
+            got=repr(value),
             expected="a whole number >= 0; 0 = before the first update",
             do="correct it",
         )
-    return int(found)
+    return int(step)
 
 
-def number(table: Table, row: int, column: str, cell: Any) -> float:
-    if _blank(cell):
+def number(table: Table, row: int, column: str, value: Any) -> float:
+    """A number; NaN where nothing is written."""
+    if _blank(value):
         return float("nan")
     try:
-        return float(cell)
+        return float(value)
     except (TypeError, ValueError):
         raise Misuse(
-            table.at(row, column), got=repr(cell), expected="a number", do="correct it"
+            table.at(row, column), got=repr(value), expected="a number", do="correct it"
         ) from None
 
 
-def members(table: Table, row: int, cell: Any) -> tuple[str | None, ...]:
+def batch_ids(table: Table, row: int, value: Any) -> tuple[str | None, ...]:
     """Ids of a batch, ``None`` for an empty slot."""
-    listed = cell
-    if isinstance(cell, str):
-        listed = cell.split()
-        if cell.lstrip().startswith("["):
-            try:
-                listed = json.loads(cell)
-            except ValueError:
-                listed = None
-    single = isinstance(listed, int) and not isinstance(listed, bool)
-    listed = [listed] if single else listed
-    if not isinstance(listed, list) or not all(
-        one is None or (isinstance(one, str | int) and not isinstance(one, bool)) for one in listed
-    ):
+    ids = _listed(value, str)
+    if ids is None or not all(_is(item, str, int) for item in ids):
         raise Misuse(
             table.at(row, "examples"),
-            got=shorten([repr(cell)]),
+            got=shorten([repr(value)]),
             expected="ids separated by spaces, or a JSON list of them with null for empty slots",
             do="correct it; [] is an empty batch",
         )
-    return tuple(None if one is None else str(one) for one in listed)
+    return tuple(None if name is None else str(name) for name in ids)
 
 
-def slot_weights(table: Table, row: int, cell: Any) -> tuple[float, ...]:
-    """Weights of a batch's slots in the order of ``examples``; ``null`` for empty slots is 0."""
-    listed = cell
-    if isinstance(cell, str):
-        try:
-            listed = json.loads(cell) if cell.lstrip().startswith("[") else _floats(cell.split())
-        except ValueError:
-            listed = None
-    listed = [listed] if isinstance(listed, int | float) else listed
-    if not isinstance(listed, list) or not all(
-        value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-        for value in listed
-    ):
+def batch_weights(table: Table, row: int, value: Any) -> tuple[float, ...]:
+    """Weights of a batch's slots in the order of ``examples``; 0 for an empty slot."""
+    weights = _listed(value, float)
+    if weights is None or not all(_is(item, int, float) for item in weights):
         raise Misuse(
             table.at(row, "weight"),
-            got=shorten([repr(cell)]),
+            got=shorten([repr(value)]),
             expected="one number for each of the step's examples, separated by spaces, or a JSON "
             "list with null for empty slots",
             do="correct it; blank means 1 for every example",
         )
-    return tuple(0.0 if value is None else float(value) for value in listed)
+    return tuple(0.0 if weight is None else float(weight) for weight in weights)
 
 
-def _floats(words: list[str]) -> list[float]:
-    return [float(word) for word in words]
+def _listed(value: Any, kind: Callable[[str], Any]) -> list[Any] | None:
+    """A list as it is, or from text: JSON, or items separated by spaces; ``None`` if it is none."""
+    if isinstance(value, str):
+        try:
+            if value.lstrip().startswith("["):
+                value = json.loads(value)
+            else:
+                value = [kind(item) for item in value.split()]
+        except ValueError:
+            return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = [value]
+    return value if isinstance(value, list) else None
 
 
-def told(
+def _is(item: Any, *kinds: type) -> bool:
+    return item is None or (isinstance(item, kinds) and not isinstance(item, bool))
+
+
+def step_values(
     table: Table,
-    cells: Mapping[str, Sequence[Any]],
-    column: str,
+    columns: Columns,
+    name: str,
     run_at: Int[np.ndarray, " row"],
     steps: Int[np.ndarray, " row"],
     read: Callable[[Table, int, Any], Any],
 ) -> dict[tuple[int, int], Any]:
-    """What rows say of their step: (run, step) -> value; blank cells say nothing."""
-    found: dict[tuple[int, int], tuple[Any, Any, int]] = {}
-    for row, (run, step, cell) in enumerate(
-        zip(run_at.tolist(), steps.tolist(), cells[column], strict=True)
+    """A column that belongs to steps: (run, step) -> value; blank values are left out.
+
+    Raises:
+        Misuse: examples at step 0, rows of the same step that disagree.
+    """
+    first: dict[tuple[int, int], tuple[Any, Any, int]] = {}
+    for row, (run, step, value) in enumerate(
+        zip(run_at.tolist(), steps.tolist(), columns[name], strict=True)
     ):
-        if _blank(cell) or (step == 0 and column != "examples"):
+        if _blank(value) or (step == 0 and name != "examples"):
             continue
-        if (run, step) not in found:
-            found[run, step] = (cell, read(table, row, cell), row)
-        before, value, first = found[run, step]
-        if step == 0 and value:
+        if (run, step) not in first:
+            first[run, step] = (value, read(table, row, value), row)
+        before, meaning, earlier = first[run, step]
+        if step == 0 and meaning:
             raise Misuse(
-                table.at(row, column),
-                got=f"{cell!r} at step 0",
+                table.at(row, name),
+                got=f"{value!r} at step 0",
                 expected="nothing, step 0 is before the first update",
                 do="count updates from 1",
             )
-        if str(before) != str(cell) and value != read(table, row, cell):
+        if str(before) != str(value) and meaning != read(table, row, value):
             raise Misuse(
-                table.at(row, column),
-                got=repr(cell),
-                expected=f"{before!r} as in {table.unit} {table.lines[first]}, of the same step",
+                table.at(row, name),
+                got=repr(value),
+                expected=f"{before!r} as in {table.unit} {table.lines[earlier]}, of the same step",
                 do="correct one of them",
             )
-    return {key: value for key, (_, value, _) in found.items() if key[1]}
+    return {place: meaning for place, (_, meaning, _) in first.items() if place[1]}
 
 
 def typed_ids(ids: Sequence[str]) -> np.ndarray:
-    """Ids as whole numbers where all of them read so; else as they are.
+    """Ids as whole numbers where all of them are written so; else as they are.
 
     >>> typed_ids(["10", "9"]), typed_ids(["10", "09"])
     (array([10,  9]), array(['10', '09'], dtype='<U2'))
     """
     whole = all(
-        len(one) < 19 and one.removeprefix("-").isdecimal() and str(int(one)) == one for one in ids
+        len(name) < 19 and name.removeprefix("-").isdecimal() and str(int(name)) == name
+        for name in ids
     )
     return np.array(list(map(int, ids))) if whole else np.array(ids, dtype=str)
 
 
 def sorted_ids(ids: Collection[str]) -> np.ndarray:
-    """Ids as ``typed_ids`` in their order.
+    """Ids as ``typed_ids``, sorted.
 
     >>> sorted_ids({"10", "9"})
     array([ 9, 10])

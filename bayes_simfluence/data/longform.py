@@ -1,8 +1,8 @@
-"""Runs as a long table, one row per run, time and query: what its cells say, and back."""
+"""Runs as a long table with one row per run, time and query, and back."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import xarray as xr
@@ -11,14 +11,15 @@ from jaxtyping import Float, Int
 from bayes_simfluence.checks import Misuse, named, shorten
 from bayes_simfluence.conventions import COMPLETE, DIVERGED, EMPTY_SLOT, UNRECORDED, Curricula
 from bayes_simfluence.data.columns import (
-    columns_of,
-    members,
+    Columns,
+    batch_ids,
+    batch_weights,
+    id_places,
+    known_columns,
     number,
-    places_of,
-    slot_weights,
     sorted_ids,
     step_number,
-    told,
+    step_values,
     typed_ids,
 )
 from bayes_simfluence.data.runs import Ids, run_statuses, runs_from_arrays
@@ -28,9 +29,12 @@ __all__ = ["rows_of", "runs_of"]
 
 STATUSES = {"unrecorded": UNRECORDED, "complete": COMPLETE, "diverged": DIVERGED}
 
+Batches: TypeAlias = Mapping[tuple[int, int], tuple[str | None, ...]]
+"""(run, step) -> ids of the batch."""
+
 
 def rows_of(runs: xr.Dataset) -> Iterator[list[Any]]:
-    """Rows of valid runs: one per recorded loss, and per step where nobody looked.
+    """Rows of valid runs, as ``COLUMNS``: one per recorded loss, and one per step without any.
 
     ``examples`` is a JSON list with ``null`` for empty slots; steps are counted from 1, whatever
     the coordinate says, and time 0 has every query. ``step_size`` and ``status`` are ``None``
@@ -40,24 +44,24 @@ def rows_of(runs: xr.Dataset) -> Iterator[list[Any]]:
     words = {value: word for word, value in STATUSES.items()}
     complete = bool((runs["status"].values == COMPLETE).all())
     train, queries = runs["train"].values.tolist(), runs["query"].values.tolist()
-    for place, run in enumerate(runs["run"].values.tolist()):
-        one = runs.isel(run=place)
-        status = None if complete else words[int(one["status"])]
-        sizes = one["step_size"].values.tolist() if "step_size" in one else None
-        weights = one["weight"].values.tolist() if "weight" in one else None
-        losses, batches = one["loss"].values.tolist(), one["batch"].values.tolist()
-        for step, row in enumerate(losses):
+    for place, name in enumerate(runs["run"].values.tolist()):
+        run = runs.isel(run=place)
+        status = None if complete else words[int(run["status"])]
+        sizes = run["step_size"].values.tolist() if "step_size" in run else None
+        weights = run["weight"].values.tolist() if "weight" in run else None
+        batches = run["batch"].values.tolist()
+        for step, losses in enumerate(run["loss"].values.tolist()):
             ids = [None if at == EMPTY_SLOT else train[at] for at in batches[step - 1]]
             examples = json.dumps(ids, ensure_ascii=False) if step else None
             size = sizes[step - 1] if sizes is not None and step else None
             weight = json.dumps(weights[step - 1]) if weights is not None and step else None
-            known = [
+            recorded = [
                 (query, None if np.isnan(loss) else loss)
-                for query, loss in zip(queries, row, strict=True)
+                for query, loss in zip(queries, losses, strict=True)
                 if not step or not np.isnan(loss)
             ]
-            for query, loss in known or [(None, None)]:
-                yield [run, step, examples, query, loss, size, status, weight]
+            for query, loss in recorded or [(None, None)]:
+                yield [name, step, examples, query, loss, size, status, weight]
 
 
 def runs_of(
@@ -71,85 +75,81 @@ def runs_of(
     dtype: str = "float64",
     **about: Any,
 ) -> xr.Dataset:
-    """The runs that a table tells of, validated.
+    """The runs in a table, validated.
 
     Args:
         names: our column -> the table's.
-        train_ids, query_ids, run_ids: ids in their order; else runs and queries stand as they
-            first occur, examples sorted.
+        train_ids, query_ids, run_ids: ids in their order; when omitted, runs and queries are in
+            the order in which they first occur, and examples are sorted.
         keep_diverged: mark runs with an infinite loss instead of refusing them.
         about: further arguments of ``runs_from_arrays``.
 
     Raises:
-        Misuse: missing columns; cells that cannot be read; rows that contradict or repeat one
+        Misuse: missing columns; values that cannot be read; rows that contradict or repeat one
             another; steps without examples; runs of different length; no loss at time 0.
     """
-    cells = columns_of(table, dict(names or {}))
-    runs, run_at = places_of(table, cells, "run")
-    queries, query_at = places_of(table, cells, "query")
+    columns = known_columns(table, dict(names or {}))
+    runs, run_at = id_places(table, columns, "run")
+    queries, query_at = id_places(table, columns, "query")
     steps = np.array(
-        [step_number(table, row, one) for row, one in enumerate(cells["step"])], np.int64
+        [step_number(table, row, value) for row, value in enumerate(columns["step"])], np.int64
     )
-    batches = told(table, cells, "examples", run_at, steps, members)
+    batches = step_values(table, columns, "examples", run_at, steps, batch_ids)
     last = _length(table, runs, batches)
-    losses = np.array([number(table, row, "loss", one) for row, one in enumerate(cells["loss"])])
-    loss = _losses(table, losses, (run_at, steps, query_at), (len(runs), last + 1, len(queries)))
-    sizes = None
-    if "step_size" in cells:
-        rates = told(table, cells, "step_size", run_at, steps, _size)
-        _every_step(table, "step_size", runs, rates, last)
-        sizes = np.array([[rates[at, step] for step in _steps(last)] for at in range(len(runs))])
-    weights = None
-    if "weight" in cells:
-        weights = told(table, cells, "weight", run_at, steps, slot_weights)
-    statuses = _statuses(table, cells, run_at, len(runs))
+    loss = _losses(table, columns, (run_at, steps, query_at), (len(runs), last + 1, len(queries)))
+    sizes = _step_sizes(table, columns, runs, run_at, steps, last)
+    statuses = _statuses(table, columns, run_at, len(runs))
     if statuses is None:
         statuses = run_statuses(loss, missing=True) if keep_diverged else None
     _initial(table, runs, queries, loss, statuses)
-    seen = {one for batch in batches.values() for one in batch if one is not None}
-    train = sorted_ids(seen) if train_ids is None else np.asarray(train_ids)
-    order = [
-        np.arange(len(found)) if wanted is None else _order(table, what, found, wanted)
-        for what, found, wanted in (("run", runs, run_ids), ("query", queries, query_ids))
-    ]
+    train = _train_ids(batches) if train_ids is None else np.asarray(train_ids)
     batch = _batch(table, batches, train, len(runs), last)
+    weight = None
+    if "weight" in columns:
+        weights = step_values(table, columns, "weight", run_at, steps, batch_weights)
+        weight = _weight(table, weights, batches, batch)
+    run_order = _order(table, "run", runs, run_ids)
+    query_order = _order(table, "query", queries, query_ids)
     return runs_from_arrays(
-        batch=batch[order[0]],
-        loss=loss[order[0]][:, :, order[1]].astype(dtype),
-        weight=None if weights is None else _weight(table, weights, batches, batch)[order[0]],
-        step_size=None if sizes is None else sizes[order[0]],
+        batch=batch[run_order],
+        loss=loss[run_order][:, :, query_order].astype(dtype),
+        weight=None if weight is None else weight[run_order],
+        step_size=None if sizes is None else sizes[run_order],
         train_ids=train,
-        query_ids=_kept(queries, order[1], query_ids),
-        run_ids=_kept(runs, order[0], run_ids),
+        query_ids=_ordered(queries, query_order, query_ids),
+        run_ids=_ordered(runs, run_order, run_ids),
         missing=True,
-        status=None if statuses is None else statuses[order[0]],
+        status=None if statuses is None else statuses[run_order],
         **about,
     )
 
 
-def _kept(found: Sequence[str], order: Int[np.ndarray, " item"], wanted: Ids | None) -> np.ndarray:
-    names = [found[at] for at in order]
+def _order(
+    table: Table, what: str, ids: Sequence[str], wanted: Ids | None
+) -> Int[np.ndarray, " item"]:
+    """Places of the table's ids in the order of the wanted ids."""
+    if wanted is None:
+        return np.arange(len(ids))
+    return np.argsort(named(f"{table.path}, ids of {what}", ids, wanted))
+
+
+def _ordered(ids: Sequence[str], order: Int[np.ndarray, " item"], wanted: Ids | None) -> np.ndarray:
+    names = [ids[place] for place in order]
     if wanted is None:
         return typed_ids(names)
-    known = {str(one): one for one in np.asarray(wanted).tolist()}
-    return np.array([known[one] for one in names])
+    originals = {str(name): name for name in np.asarray(wanted).tolist()}
+    return np.array([originals[name] for name in names])
 
 
-def _order(table: Table, what: str, found: Sequence[str], wanted: Ids) -> Int[np.ndarray, " item"]:
-    """Places of what was found, in the order of the wanted ids that occur."""
-    at = named(f"{table.path}, ids of {what}", found, wanted)
-    return np.argsort(at)
-
-
-def _size(table: Table, row: int, cell: Any) -> float:
-    return number(table, row, "step_size", cell)
+def _train_ids(batches: Batches) -> np.ndarray:
+    return sorted_ids({name for batch in batches.values() for name in batch if name is not None})
 
 
 def _steps(last: int) -> range:
     return range(1, last + 1)
 
 
-def _length(table: Table, runs: Sequence[str], batches: Mapping[tuple[int, int], Any]) -> int:
+def _length(table: Table, runs: Sequence[str], batches: Batches) -> int:
     """Number of steps, the same in all runs."""
     last = max((step for _, step in batches), default=0)
     if not last:
@@ -175,25 +175,49 @@ def _length(table: Table, runs: Sequence[str], batches: Mapping[tuple[int, int],
 
 
 def _every_step(
-    table: Table, column: str, runs: Sequence[str], known: Mapping[tuple[int, int], Any], last: int
+    table: Table, column: str, runs: Sequence[str], values: Mapping[tuple[int, int], Any], last: int
 ) -> None:
+    """Raise unless the column has a value at each step of each run."""
     for at, run in enumerate(runs):
-        gaps = [step for step in _steps(last) if (at, step) not in known]
+        gaps = [step for step in _steps(last) if (at, step) not in values]
         if gaps:
             raise Misuse(
                 f"{table.path}, column {column!r}",
                 got=f"nothing at steps {shorten(gaps)} of run {run}",
-                expected=f"a row that says it at each step from 1 to {last}",
+                expected=f"a value in some row of each step from 1 to {last}",
                 do="fill the gaps; an empty batch is []",
             )
 
 
+def _step_sizes(
+    table: Table,
+    columns: Columns,
+    runs: Sequence[str],
+    run_at: Int[np.ndarray, " row"],
+    steps: Int[np.ndarray, " row"],
+    last: int,
+) -> Float[np.ndarray, "run step"] | None:
+    if "step_size" not in columns:
+        return None
+
+    def read(table: Table, row: int, value: Any) -> float:
+        return number(table, row, "step_size", value)
+
+    sizes = step_values(table, columns, "step_size", run_at, steps, read)
+    _every_step(table, "step_size", runs, sizes, last)
+    return np.array([[sizes[at, step] for step in _steps(last)] for at in range(len(runs))])
+
+
 def _losses(
     table: Table,
-    losses: Float[np.ndarray, " row"],
+    columns: Columns,
     at: tuple[Int[np.ndarray, " row"], ...],
     shape: tuple[int, int, int],
 ) -> Float[np.ndarray, "run time query"]:
+    """Losses at their places; NaN where no row has one."""
+    losses = np.array(
+        [number(table, row, "loss", value) for row, value in enumerate(columns["loss"])]
+    )
     _, step, query = at
     late = step >= shape[1]
     if late.any():
@@ -213,12 +237,12 @@ def _losses(
             expected="the query's id",
             do="fill it in",
         )
-    named_rows = np.flatnonzero(query >= 0)
-    flat = np.ravel_multi_index(tuple(one[named_rows] for one in at), shape)
+    rows = np.flatnonzero(query >= 0)
+    flat = np.ravel_multi_index(tuple(places[rows] for places in at), shape)
     order = np.argsort(flat, kind="stable")
     again = order[1:][flat[order][1:] == flat[order][:-1]]
     if len(again):
-        row = int(named_rows[again.min()])
+        row = int(rows[again.min()])
         raise Misuse(
             table.at(row, "query"),
             got=f"run, step {step[row]} and query of an earlier {table.unit}",
@@ -226,7 +250,7 @@ def _losses(
             do="remove the repeated row",
         )
     loss = np.full(shape, np.nan)
-    loss.ravel()[flat] = losses[named_rows]
+    loss.ravel()[flat] = losses[rows]
     return loss
 
 
@@ -237,6 +261,7 @@ def _initial(
     loss: Float[np.ndarray, "run time query"],
     statuses: Int[np.ndarray, " run"] | None,
 ) -> None:
+    """Raise unless complete runs have every query's loss at step 0."""
     complete = np.ones(len(runs), bool) if statuses is None else statuses == COMPLETE
     missing = np.argwhere(np.isnan(loss[:, 0]) & complete[:, None])
     if len(missing):
@@ -250,39 +275,30 @@ def _initial(
 
 
 def _statuses(
-    table: Table,
-    cells: Mapping[str, Sequence[Any]],
-    run_at: Int[np.ndarray, " row"],
-    runs: int,
+    table: Table, columns: Columns, run_at: Int[np.ndarray, " row"], runs: int
 ) -> Int[np.ndarray, " run"] | None:
-    if "status" not in cells:
+    if "status" not in columns:
         return None
-    found = np.full(runs, -1, np.int8)
-    for row, (at, cell) in enumerate(zip(run_at.tolist(), cells["status"], strict=True)):
-        value = STATUSES.get(cell, -1)
-        if value < 0 or found[at] not in (-1, value):
+    statuses = np.full(runs, -1, np.int8)
+    for row, (at, word) in enumerate(zip(run_at.tolist(), columns["status"], strict=True)):
+        status = STATUSES.get(word, -1)
+        if status < 0 or statuses[at] not in (-1, status):
             raise Misuse(
                 table.at(row, "status"),
-                got=repr(cell),
+                got=repr(word),
                 expected=f"one of {shorten(STATUSES)}, the same in all rows of a run",
                 do="correct it, or leave the column out",
             )
-        found[at] = value
-    return found
+        statuses[at] = status
+    return statuses
 
 
-def _batch(
-    table: Table,
-    batches: Mapping[tuple[int, int], tuple[str | None, ...]],
-    train: np.ndarray,
-    runs: int,
-    last: int,
-) -> Curricula:
+def _batch(table: Table, batches: Batches, train: np.ndarray, runs: int, last: int) -> Curricula:
     width = max(1, *map(len, batches.values()))
     batch = np.full((runs, last, width), EMPTY_SLOT, np.int32)
-    places = {str(one): at for at, one in enumerate(train)}
+    places = {str(name): place for place, name in enumerate(train)}
     for (run, step), ids in batches.items():
-        unknown = [one for one in ids if one is not None and one not in places]
+        unknown = [name for name in ids if name is not None and name not in places]
         if unknown:
             raise Misuse(
                 f"{table.path}, column 'examples'",
@@ -291,7 +307,7 @@ def _batch(
                 do="complete train_ids",
             )
         batch[run, step - 1, : len(ids)] = [
-            EMPTY_SLOT if one is None else places[one] for one in ids
+            EMPTY_SLOT if name is None else places[name] for name in ids
         ]
     return batch
 
@@ -299,7 +315,7 @@ def _batch(
 def _weight(
     table: Table,
     weights: Mapping[tuple[int, int], tuple[float, ...]],
-    batches: Mapping[tuple[int, int], tuple[str | None, ...]],
+    batches: Batches,
     batch: Curricula,
 ) -> Float[np.ndarray, "run step slot"]:
     weight = np.ones(batch.shape)

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.conventions import SCHEMA_VERSION
+from bayes_simfluence.conventions import COMPLETE, SCHEMA_VERSION
 from bayes_simfluence.data.columns import COLUMNS
 from bayes_simfluence.data.longform import rows_of
 from bayes_simfluence.data.runs import validate_runs
@@ -19,30 +19,30 @@ from bayes_simfluence.files import atomically, first_line
 
 __all__ = ["about_path", "read_about", "write_table"]
 
+IDS = ("train_ids", "query_ids", "run_ids")
 FEATURES = ("train_feature", "query_feature")
 
 
 def about_path(path: Path) -> Path:
-    """Where what a table cannot hold lies: beside it."""
+    """The file beside a table that holds what the table cannot."""
     return path.with_name(f"{path.name}.about.json")
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What lies beside a table that was exported, as arguments of ``longform.runs_of``.
+    """What lies beside an exported table, as arguments of ``longform.runs_of``; may be nothing.
 
     Raises:
-        Misuse: a file there that is none of ours.
+        Misuse: a file there that ``write_table`` of this version has not written.
     """
     beside = about_path(path)
     if not beside.exists():
         return {}
     try:
-        said = json.loads(beside.read_text("utf-8"))
-        version = said["schema_version"]
-        found = {one: said[one] for one in ("train_ids", "query_ids", "run_ids", "dtype")}
-        found["attrs"] = said["attrs"]
+        content = json.loads(beside.read_text("utf-8"))
+        version = content["schema_version"]
+        about = {name: content[name] for name in (*IDS, "dtype", "attrs")}
     except (ValueError, KeyError, TypeError):
-        version, found = None, {}
+        version, about = None, {}
     if version != SCHEMA_VERSION:
         raise Misuse(
             str(beside),
@@ -50,8 +50,8 @@ def read_about(path: Path) -> dict[str, Any]:
             expected=f"schema_version {SCHEMA_VERSION}, ids and attributes",
             do="remove the file, or export the runs again",
         )
-    features = {one: np.array(said[one], np.float32) for one in FEATURES if one in said}
-    return {**found, **features}
+    features = {name: np.array(content[name], np.float32) for name in FEATURES if name in content}
+    return {**about, **features}
 
 
 def write_table(runs: xr.Dataset, path: Path, *, parquet: bool) -> None:
@@ -61,18 +61,18 @@ def write_table(runs: xr.Dataset, path: Path, *, parquet: bool) -> None:
         Misuse: blank ids, attributes that JSON cannot hold, pyarrow is not installed.
     """
     about = _about(validate_runs(runs))
-    columns = [one for one in COLUMNS if one not in ("step_size", "weight") or one in runs]
-    if (runs["status"].values == 1).all():
+    columns = [name for name in COLUMNS if name not in ("step_size", "weight") or name in runs]
+    if (runs["status"].values == COMPLETE).all():
         columns.remove("status")
-    kept = [COLUMNS.index(one) for one in columns]
-    arrow = pyarrow_for(path) if parquet else None
+    kept = [COLUMNS.index(name) for name in columns]
+    pyarrow = pyarrow_for(path) if parquet else None
     with atomically(about_path(path)) as partial:
         partial.write_text(about, "utf-8")
     with atomically(path) as partial:
-        if arrow is not None:
-            cells = zip(*rows_of(runs), strict=True)
-            named = dict(zip(COLUMNS, map(list, cells), strict=True))
-            arrow.parquet.write_table(arrow.table({one: named[one] for one in columns}), partial)
+        if pyarrow is not None:
+            values = list(zip(*rows_of(runs), strict=True))
+            table = {name: list(values[at]) for name, at in zip(columns, kept, strict=True)}
+            pyarrow.parquet.write_table(pyarrow.table(table), partial)
             return
         with partial.open("w", newline="", encoding="utf-8") as file:
             # With this end of a line, the writer quotes lone carriage returns too.
@@ -81,15 +81,15 @@ def write_table(runs: xr.Dataset, path: Path, *, parquet: bool) -> None:
             writer.writerows([_text(row[at]) for at in kept] for row in rows_of(runs))
 
 
-def _text(cell: Any) -> str:
-    """A cell as text; ``repr`` of a float is read back as the same number."""
-    return "" if cell is None else repr(cell) if isinstance(cell, float) else str(cell)
+def _text(value: Any) -> str:
+    """A value as text; ``repr`` of a float is read back as the same number."""
+    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
 def _about(runs: xr.Dataset) -> str:
     ids = {name: runs[name].values.tolist() for name in ("train", "query", "run")}
     for name, listed in ids.items():
-        bad = [one for one in listed if not isinstance(one, str | int) or not str(one).strip()]
+        bad = [item for item in listed if not isinstance(item, str | int) or not str(item).strip()]
         if bad:
             raise Misuse(
                 f"runs['{name}']",
@@ -97,15 +97,15 @@ def _about(runs: xr.Dataset) -> str:
                 expected="ids that are whole numbers or text that is not blank",
                 do="rename them with runs.assign_coords(...)",
             )
-    said: Mapping[str, Any] = {
+    about: Mapping[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         **{f"{name}_ids": listed for name, listed in ids.items()},
         "dtype": str(runs["loss"].dtype),
         "attrs": dict(runs.attrs),
-        **{one: runs[one].values.tolist() for one in FEATURES if one in runs},
+        **{name: runs[name].values.tolist() for name in FEATURES if name in runs},
     }
     try:
-        return json.dumps(said, ensure_ascii=False, default=_plain)
+        return json.dumps(about, ensure_ascii=False, default=_plain)
     except TypeError as error:
         raise Misuse(
             "runs.attrs",

@@ -203,7 +203,7 @@ TABLES = {
     ),
     "no examples": (
         changed(6, "r,1,,,,0.2"),
-        r"column 'examples': got nothing at steps 1 of run r; expected a row that says it at each",
+        r"column 'examples': got nothing at steps 1 of run r; expected a value in some row of each",
     ),
     "no size": (changed(6, "r,1,9,,,"), r"column 'step_size': got nothing at steps 1 of run r"),
     "late": ([*GOOD, "r,9,,q,0.1,"], r"line 11, column 'step': got 9; expected steps up to 2, the"),
@@ -224,7 +224,7 @@ TABLES = {
     ),
     "nothing": ([], r"runs.csv: got no rows; expected rows of runs"),
     "no training": (["r,0,,q,0.7,"], r"column 'examples': got no step with examples"),
-    "no queries": (["r,0,,,,", "r,1,9,,,0.1"], r"column 'query': got only blank cells"),
+    "no queries": (["r,0,,,,", "r,1,9,,,0.1"], r"column 'query': got only blank values"),
 }
 
 
