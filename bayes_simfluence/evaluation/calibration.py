@@ -50,19 +50,19 @@ def sbc(
     posterior's draws. If method and model are right every rank is equally likely (Talts et al.
     2018, arXiv 1804.06788); ``rank_histogram_test`` tests that, ``plot_ranks`` shows it.
 
-    A method that draws independently is asked for ``draws`` draws. Of a Markov chain, which holds
-    its draws, as many are kept at even distances, so that they are nearly independent when the
-    chain has at least as many effective ones (algorithm 2 there).
+    A method with independent draws makes ``draws`` of them. A Markov chain, which holds its draws,
+    is thinned evenly to as many; these are nearly independent when the chain has at least as many
+    effective draws (algorithm 2 there).
 
     Args:
         prior_draw: makes the runs and the truth, from the very prior that ``method`` assumes.
         method, model: what is tested, as for ``fit``.
         key: decides everything; the first simulations are the same whatever their number.
-        simulations: fits.
+        simulations: number of simulated recordings, each of which is fitted.
         draws: kept of each posterior; ``draws + 1`` must have a divisor in 2..10.
         quantities: names of the true values to rank, all when omitted; or functions ``(values,
-            runs) -> array`` by name. One that looks at the runs, such as the log likelihood, sees
-            posteriors that ignore them, which the others cannot.
+            runs) -> array`` by name. A quantity that depends on the runs, such as the log
+            likelihood, detects posteriors that ignore them, which the others cannot.
         progress: told of every simulation; silent when omitted.
 
     Returns:
@@ -80,10 +80,10 @@ def sbc(
     ...     runs, truth = linear_runs(key=key, runs=4, train=4, query=1, per_run=4, epochs=2)
     ...     return runs, xr.Dataset({"b": (("query", "train"), truth.b)})
     >>> model = bs.Simfluence(kind="linear")
-    >>> found = sbc(
+    >>> ranks = sbc(
     ...     prior_draw, bs.Exact(), model=model, simulations=2, draws=19, key=jax.random.key(0)
     ... )
-    >>> found["rank"].dims, found["quantity"].values.tolist()
+    >>> ranks["rank"].dims, ranks["quantity"].values.tolist()
     (('simulation', 'quantity'), ['b[0, 0]', 'b[0, 1]', 'b[0, 2]', 'b[0, 3]'])
     """
     keyed(key)
@@ -96,7 +96,7 @@ def sbc(
             expected="a number such that draws + 1 splits into 2 to 10 equal bins",
             do="pass draws=99",
         )
-    found = []
+    ranked = []
     with (progress or Silent()).work("simulations", simulations) as meter:
         for number in range(simulations):
             fit_key, sample_key, tie_key, prior_key = jax.random.split(
@@ -106,16 +106,16 @@ def sbc(
             posterior = _quietly_fitted(runs, model, method, fit_key)
             pairs = _sampled(posterior, truth, quantities, draws, sample_key)
             rank = rank_among(_evenly_kept(pairs.draws, draws), pairs.truth, key=tie_key)
-            found.append(
+            ranked.append(
                 (pairs.names, rank, _effective(posterior, pairs, draws), posterior.verdict.ok)
             )
             meter.advance()
-    names, ranks, effectives, ok = zip(*found, strict=True)
-    about = {} if model is None else {"model": model.as_dict()}
+    names, ranks, effectives, ok = zip(*ranked, strict=True)
+    settings = {} if model is None else {"model": model.as_dict()}
     variables = {
         "rank": (np.stack(ranks), {"long_name": "draws below the true value"}),
         "effective": (np.array(effectives), {"long_name": "effective draws, at most those kept"}),
-        "ok": (np.array(ok), {"long_name": "nothing in the fit's verdict asks for attention"}),
+        "ok": (np.array(ok), {"long_name": "the fit's verdict is good"}),
     }
     result = xr.Dataset(
         {
@@ -126,7 +126,7 @@ def sbc(
         attrs={
             "failed_verdicts": simulations - sum(ok),
             "short_chains": int((np.array(effectives) < draws).sum()),
-            "settings": json.dumps({**about, **method.as_dict()}),
+            "settings": json.dumps({**settings, **method.as_dict()}),
         },
     )
     result["rank"].attrs.update(draws=draws, bins=bins)
@@ -176,18 +176,19 @@ def horizon_table(horizons: xr.Dataset, parts: int = 4) -> pd.DataFrame:
     """
     count = horizons["pit"].notnull().sum(("run", "query")).values
     steps = np.arange(horizons.sizes["time"])
-    pieces = [one for one in np.array_split(steps, min(parts, len(steps))) if count[one].sum()]
+    split = np.array_split(steps, min(parts, len(steps)))
+    recorded = [part for part in split if count[part].sum()]
     time = horizons["time"].values
-    named = {f"{time[one[0]]}-{time[one[-1]]}": one for one in pieces}
+    by_name = {f"{time[part[0]]}-{time[part[-1]]}": part for part in recorded}
     rows = {}
-    for name, at in {**named, "all": steps}.items():
-        piece = horizons.isel(time=at)
-        covered = piece["coverage"].fillna(0.0).transpose("probability", "time").values
-        values = piece["pit"].values[np.isfinite(piece["pit"].values)]
+    for name, at in {**by_name, "all": steps}.items():
+        part = horizons.isel(time=at)
+        covered = part["coverage"].fillna(0.0).transpose("probability", "time").values
+        values = part["pit"].values[np.isfinite(part["pit"].values)]
         rows[name] = {
             **{
-                f"{probability:.0%}": float(one @ count[at] / count[at].sum())
-                for probability, one in zip(horizons["probability"].values, covered, strict=True)
+                f"{probability:.0%}": float(share @ count[at] / count[at].sum())
+                for probability, share in zip(horizons["probability"].values, covered, strict=True)
             },
             "PIT mean": values.mean(),
             "PIT sd": values.std(),
@@ -197,23 +198,23 @@ def horizon_table(horizons: xr.Dataset, parts: int = 4) -> pd.DataFrame:
 
 
 def summaries_of(model: Simfluence, method: Method, runs: xr.Dataset) -> dict[str, Quantity]:
-    """What is worth ranking of a model, few numbers: a test over thousands sees little.
+    """A few summaries of a model to rank in ``sbc``; a test of thousands has little power.
 
-    Effects are summed over examples, one number for each query; hyperparameters are ranked where
-    the method draws them.
+    Effects are summed over examples, which gives one number for each query; hyperparameters are
+    ranked where the method draws them.
     """
     effects = (
         ["b"] * model.additive + ["a"] * model.multiplicative
         if model.published
         else [*model.parts, *(["multiplicative"] * model.multiplicative)]
     )
-    found = {f"total {name}": _summed(name) for name in effects}
+    totals = {f"total {name}": _summed(name) for name in effects}
     settings = method.as_dict()
     fixed = settings["method"] == "Exact" and settings["hyperparameters"] != "nuts"
     features = features_of(recorded_from(runs, model.prior), model)
     names = [] if fixed else list(hypers_of(model, features))
     own = [] if fixed else ["scale", *(["noise"] * model.published)]
-    return {**found, **{name: _variable(name) for name in dict.fromkeys([*names, *own])}}
+    return {**totals, **{name: _variable(name) for name in dict.fromkeys([*names, *own])}}
 
 
 def _summed(name: str) -> Quantity:
@@ -224,7 +225,7 @@ def _quietly_fitted(
     runs: xr.Dataset, model: Simfluence | None, method: Method, key: jax.Array
 ) -> Posterior:
     with catch_warnings():
-        # Verdicts are counted instead.
+        # Bad verdicts are counted instead.
         simplefilter("ignore", FitWarning)
         return fit(runs, model=model, method=method, key=key)
 
@@ -242,7 +243,7 @@ def _sampled(
     draws: int,
     key: jax.Array,
 ) -> _Pairs:
-    """Draws and truth of every number that is ranked."""
+    """Draws and true values of everything that is ranked."""
     held = posterior.simulator.draws
     values = posterior.samples(key=key, draws=draws if held is None else max(draws, held))
     if not isinstance(quantities, Mapping):
@@ -285,8 +286,8 @@ def _like(name: str, truth: xr.DataArray, draws: xr.DataArray) -> xr.DataArray:
         )
     ids = {dim: draws[dim].values for dim in dims if dim in draws.coords and dim in truth.coords}
     order = {
-        dim: named(f"{dim} of the truth of '{name}'", one, truth[dim].values)
-        for dim, one in ids.items()
+        dim: named(f"{dim} of the truth of '{name}'", wanted, truth[dim].values)
+        for dim, wanted in ids.items()
     }
     return truth.isel(order).transpose(*dims)
 
@@ -295,7 +296,7 @@ def _labels(name: str, draws: xr.DataArray) -> list[str]:
     sizes = draws.shape[2:]
     ids = [draws[dim].values for dim in draws.dims[2:]]
     places = (
-        ", ".join(str(one[at]) for one, at in zip(ids, place, strict=True))
+        ", ".join(str(names[at]) for names, at in zip(ids, place, strict=True))
         for place in np.ndindex(*sizes)
     )
     return [f"{name}[{place}]" if sizes else name for place in places]
@@ -310,7 +311,7 @@ def _evenly_kept(
             "sbc(draws=...)",
             got=f"{draws} of a posterior that has {len(values)}",
             expected="at most the draws that the method makes",
-            do="lower draws, or take a method that draws more; a point has no ranks",
+            do="lower draws, or use a method with more draws; a point estimate has no ranks",
         )
     return values[np.linspace(0, len(values) - 1, draws).round().astype(int)]
 
@@ -321,5 +322,5 @@ def _effective(posterior: Posterior, pairs: _Pairs, draws: int) -> float:
         return float(draws)
     import arviz
 
-    found = arviz.ess(xr.Dataset({"all": (("chain", "draw", "quantity"), pairs.draws)}))
-    return min(float(draws), float(np.nanmin(found["all"].values)))
+    ess = arviz.ess(xr.Dataset({"all": (("chain", "draw", "quantity"), pairs.draws)}))
+    return min(float(draws), float(np.nanmin(ess["all"].values)))

@@ -12,24 +12,25 @@ from jaxtyping import Bool, Float, Int
 
 from bayes_simfluence.checks import Misuse, choice_of, keyed, positive_integer
 from bayes_simfluence.data.runs import usable_runs
-from bayes_simfluence.evaluation.metrics import last_known, run_scores, spearman_resampled
+from bayes_simfluence.evaluation.metrics import (
+    bootstrap_interval,
+    last_known,
+    resamples_of,
+    run_scores,
+    spearman_resampled,
+)
 from bayes_simfluence.files import first_line
-from bayes_simfluence.inference.method import Method
-from bayes_simfluence.model.simfluence import Simfluence
-from bayes_simfluence.posterior.fit import fit
 from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.progress import Progress, Silent
 
 __all__ = [
     "ENDS",
     "FAILED",
-    "INTERVAL",
     "METRICS",
     "RATIO",
     "Compared",
     "Failed",
     "compare",
-    "elpd_over_runs",
     "scores_by_run",
     "table_of",
 ]
@@ -55,11 +56,8 @@ METRICS = (
 RATIO = "mse_ratio"
 """Column with each method's MSE over that of the reference; there only when one is named."""
 
-INTERVAL = 0.90
-"""Probability of the bootstrap interval, ``_low`` to ``_high``."""
-
 ENDS = ("", "_low", "_high")
-"""Of the columns of a metric: the value, and its interval."""
+"""Endings of a metric's columns: the value, and the ends of its bootstrap interval."""
 
 FAILED = "failed"
 """Column with the reasons of methods that failed; there only when one did."""
@@ -67,7 +65,7 @@ FAILED = "failed"
 
 @dataclass(frozen=True)
 class Failed:
-    """A method that could not be computed: a row of the table that says why.
+    """A method that could not be computed; its row of the table says why.
 
     Attributes:
         reason: one line.
@@ -77,7 +75,7 @@ class Failed:
 
 
 Compared = Posterior | Failed | Callable[[], Posterior]
-"""What stands for a method: a simulator, what makes one, or the reason why there is none."""
+"""A method to compare: its posterior, a function that makes it, or why there is none."""
 
 
 def compare(
@@ -126,7 +124,7 @@ def compare(
     True
     """
     if not posteriors:
-        raise Misuse("posteriors", got="none", expected="at least one", do="name one: {'a': post}")
+        raise Misuse("posteriors", got="none", expected="at least one", do="pass {'a': posterior}")
     keyed(key)
     positive_integer("draws", draws)
     positive_integer("resamples", resamples)
@@ -139,17 +137,17 @@ def compare(
     reasons: dict[str, str] = {}
     last: Exception | None = None
     with (progress or Silent()).work("compare", len(posteriors)) as meter:
-        for name, one in posteriors.items():
+        for name, compared in posteriors.items():
             rows[name] = _unknown()
             try:
-                if isinstance(one, Failed):
-                    reasons[name] = one.reason
+                if isinstance(compared, Failed):
+                    reasons[name] = compared.reason
                     continue
-                posterior = one if isinstance(one, Posterior) else one()
+                posterior = compared if isinstance(compared, Posterior) else compared()
                 scores = scores_by_run(posterior, runs, key=simulate_key, draws=draws)
                 rows[name] = table_of(scores, key=bootstrap_key, resamples=resamples)
                 known[name] = scores
-            # Whatever a method raises is its own: the others go on.
+            # A method may raise anything; the others go on.
             except Exception as error:
                 reasons[name], last = first_line(error), error
                 LOG.warning("method %s failed: %s", name, reasons[name])
@@ -164,10 +162,10 @@ def compare(
         )
     table = pd.DataFrame.from_dict(rows, orient="index")
     if reference is not None:
-        chosen = _resampled(bootstrap_key, resamples, runs.sizes["run"])
-        found = [_ratio(known.get(name), known.get(reference), chosen) for name in rows]
-        for place, end in enumerate(ENDS):
-            table[RATIO + end] = [one[place] for one in found]
+        chosen = resamples_of(bootstrap_key, resamples, runs.sizes["run"])
+        ratios = [_ratio(known.get(name), known.get(reference), chosen) for name in rows]
+        for end, column in zip(ENDS, zip(*ratios, strict=True), strict=True):
+            table[RATIO + end] = column
     if reasons:
         table[FAILED] = [reasons.get(name, "") for name in rows]
     table.index.name = "method"
@@ -195,8 +193,8 @@ def scores_by_run(
     stacked = simulated.stack(sample=("chain", "draw"))
     loss = stacked["loss"].transpose("run", "sample", "time", "query").values.astype(float)
     mean = simulated["mean_loss"].mean(("chain", "draw")).values.astype(float)
-    each = [run_scores(*one) for one in zip(loss, mean, truth, strict=True)]
-    scores = RunScores({name: np.array([one[name] for one in each]) for name in each[0]})
+    by_run = [run_scores(*run) for run in zip(loss, mean, truth, strict=True)]
+    scores = RunScores({name: np.array([run[name] for run in by_run]) for name in by_run[0]})
     last = last_known(np.asarray(np.isfinite(truth[:, 1:]).all(axis=0)))
     scores.final_mean, scores.final_truth = _at(mean[:, 1:], last), _at(truth[:, 1:], last)
     return scores
@@ -206,14 +204,14 @@ def _at(
     loss: Float[np.ndarray, "run step query"], last: Bool[np.ndarray, "step query"]
 ) -> Float[np.ndarray, "run query"]:
     """Losses at each query's marked time; NaN where none is marked."""
-    found = np.where(last[None], loss, 0.0).sum(axis=1)
-    return np.where(last.any(axis=0), found, np.nan)
+    at_last = np.where(last[None], loss, 0.0).sum(axis=1)
+    return np.where(last.any(axis=0), at_last, np.nan)
 
 
 def table_of(scores: RunScores, *, key: jax.Array, resamples: int) -> dict[str, float]:
     """Metrics of one method with their bootstrap intervals over runs."""
     runs = len(scores.final_mean)
-    chosen = _resampled(key, resamples, runs)
+    chosen = resamples_of(key, resamples, runs)
 
     def across(chosen: Int[np.ndarray, "resample run"]) -> Float[np.ndarray, " resample"]:
         if runs < 3:
@@ -226,21 +224,8 @@ def table_of(scores: RunScores, *, key: jax.Array, resamples: int) -> dict[str, 
             row[name], again = float(across(np.arange(runs)[None])[0]), across(chosen)
         else:
             row[name], again = float(scores[name].mean()), scores[name][chosen].mean(axis=1)
-        row[f"{name}_low"], row[f"{name}_high"] = _interval(again)
+        row[f"{name}_low"], row[f"{name}_high"] = bootstrap_interval(again)
     return row
-
-
-def _resampled(key: jax.Array, resamples: int, runs: int) -> Int[np.ndarray, "resample run"]:
-    """Runs drawn with replacement, the same ones for the same key."""
-    return np.asarray(jax.random.randint(key, (resamples, runs), 0, runs))
-
-
-def _interval(again: Float[np.ndarray, " resample"]) -> tuple[float, float]:
-    kept = again[np.isfinite(again)]
-    if not len(kept):
-        return float("nan"), float("nan")
-    low, high = np.quantile(kept, [(1.0 - INTERVAL) / 2.0, (1.0 + INTERVAL) / 2.0])
-    return float(low), float(high)
 
 
 def _ratio(
@@ -253,40 +238,4 @@ def _ratio(
     with np.errstate(divide="ignore", invalid="ignore"):
         again = own[chosen].mean(axis=1) / other[chosen].mean(axis=1)
         value = float(own.mean() / other.mean())
-    return (value, *_interval(again))
-
-
-def elpd_over_runs(
-    runs: xr.Dataset,
-    *,
-    key: jax.Array,
-    model: Simfluence | None = None,
-    method: Method | None = None,
-    folds: int = 5,
-    draws: int = 200,
-    progress: Progress | None = None,
-) -> pd.DataFrame:
-    """Expected log predictive density of runs that were left out, by refitting without them.
-
-    Points within a run are not exchangeable, so whole runs are left out, ``folds`` groups in turn
-    (as many as runs for leave-one-run-out).
-
-    Returns:
-        One row per run: ``elpd`` (natural log, mean over points) and ``mse`` (nats squared).
-    """
-    runs = usable_runs(runs)
-    count = min(positive_integer("folds", folds), runs.sizes["run"])
-    found: dict[int, tuple[float, float]] = {}
-    with (progress or Silent()).work("left-out runs", count) as meter:
-        for fold, one in enumerate(jax.random.split(key, count)):
-            out = np.arange(fold, runs.sizes["run"], count)
-            rest = np.setdiff1d(np.arange(runs.sizes["run"]), out)
-            fit_key, draw_key = jax.random.split(one)
-            posterior = fit(runs.isel(run=rest), model=model, method=method, key=fit_key)
-            scores = scores_by_run(posterior, runs.isel(run=out), key=draw_key, draws=draws)
-            found.update(zip(out, zip(scores["elpd"], scores["mse"], strict=True), strict=True))
-            meter.advance()
-    ordered = [found[run] for run in range(runs.sizes["run"])]
-    return pd.DataFrame(
-        ordered, columns=["elpd", "mse"], index=pd.Index(runs["run"].values, name="run")
-    )
+    return (value, *bootstrap_interval(again))

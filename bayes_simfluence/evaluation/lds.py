@@ -1,8 +1,8 @@
 """The linear datamodeling score: do predicted outcomes of training subsets rank them rightly?
 
 Park et al. (2023), definition 2.3: for each query the Spearman correlation, over subsets, of the
-outcomes of retraining with those that an attribution predicts, which is the sum of the scores of
-the examples that are in; then the mean over queries.
+outcomes of retraining with those that an attribution predicts (the sum of the scores of the
+subset's examples); then the mean over queries.
 """
 
 import jax
@@ -12,21 +12,22 @@ import xarray as xr
 from bayes_simfluence.attribution.scores import check_scores
 from bayes_simfluence.checks import Misuse, keyed, named, positive_integer
 from bayes_simfluence.evaluation.metrics import (
+    INTERVAL,
+    bootstrap_interval,
+    resamples_of,
     spearman,
     spearman_across_runs,
     spearman_resampled,
 )
 from bayes_simfluence.posterior.posterior import Posterior
 
-__all__ = ["INTERVAL", "linear_datamodeling_score", "predicted_outcomes", "simulated_outcomes"]
+__all__ = ["linear_datamodeling_score", "predicted_outcomes", "simulated_outcomes"]
 
-INTERVAL = 0.90
-"""Probability of the bootstrap interval."""
 DIMS = ("subset", "query")
 
 
 def predicted_outcomes(scores: xr.DataArray, mask: xr.DataArray) -> xr.DataArray:
-    """What additive scores say of subsets: the sum of the scores of the examples that are in.
+    """Outcomes of subsets by additive scores: the sum of the scores of a subset's examples.
 
     Args:
         scores: effects on the outcome, ``(train, query)``; an example that lowers a loss has a
@@ -53,7 +54,7 @@ def predicted_outcomes(scores: xr.DataArray, mask: xr.DataArray) -> xr.DataArray
 def simulated_outcomes(
     posterior: Posterior, runs: xr.Dataset, *, key: jax.Array, draws: int = 200
 ) -> xr.DataArray:
-    """What a simulator says of subsets: the mean over draws of the losses after the last step.
+    """Outcomes of subsets by a simulator: the mean over draws of the losses after the last step.
 
     Args:
         posterior: any fit or baseline.
@@ -61,9 +62,9 @@ def simulated_outcomes(
         key: decides the draws.
         draws: per run.
     """
-    found = posterior.simulate(runs, key=key, draws=draws)["mean_loss"].isel(time=-1)
-    final = found.mean(("chain", "draw")).drop_vars("time").rename({"run": "subset"})
-    return final.transpose(*DIMS).assign_attrs(units="nat")
+    final = posterior.simulate(runs, key=key, draws=draws)["mean_loss"].isel(time=-1)
+    outcome = final.mean(("chain", "draw")).drop_vars("time").rename({"run": "subset"})
+    return outcome.transpose(*DIMS).assign_attrs(units="nat")
 
 
 def linear_datamodeling_score(
@@ -83,7 +84,7 @@ def linear_datamodeling_score(
 
     Returns:
         ``lds`` in [-1, 1] with ``lds_low`` and ``lds_high`` (90% bootstrap interval), and
-        ``by_query``, NaN for queries without any order.
+        ``by_query``, NaN for queries whose outcomes, or predictions, are all equal.
 
     Raises:
         Misuse: predictions and outcomes of different subsets or queries, fewer than three subsets.
@@ -91,19 +92,16 @@ def linear_datamodeling_score(
     keyed(key)
     positive_integer("resamples", resamples)
     left, right = _aligned(predicted, outcomes)
-    each = [spearman(*pair) for pair in zip(left.T, right.T, strict=True)]
+    by_query = [spearman(*pair) for pair in zip(left.T, right.T, strict=True)]
     count = len(left)
-    chosen = np.asarray(jax.random.randint(key, (resamples, count), 0, count))
-    again = spearman_resampled(left, right, chosen)
-    again = again[np.isfinite(again)]
-    tails = [(1.0 - INTERVAL) / 2.0, (1.0 + INTERVAL) / 2.0]
-    low, high = np.quantile(again, tails) if len(again) else (np.nan, np.nan)
+    again = spearman_resampled(left, right, resamples_of(key, resamples, count))
+    low, high = bootstrap_interval(again)
     return xr.Dataset(
         {
             "lds": ((), spearman_across_runs(left, right)),
-            "lds_low": ((), float(low)),
-            "lds_high": ((), float(high)),
-            "by_query": ("query", np.array(each)),
+            "lds_low": ((), low),
+            "lds_high": ((), high),
+            "by_query": ("query", np.array(by_query)),
         },
         coords={"query": outcomes["query"].values},
         attrs={
@@ -117,10 +115,10 @@ def linear_datamodeling_score(
 
 def _aligned(predicted: xr.DataArray, outcomes: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
     """Both as arrays ``(subset, query)`` with one order of ids."""
-    for one, name in ((predicted, "predicted"), (outcomes, "outcomes")):
-        if set(one.dims) != set(DIMS):
+    for array, name in ((predicted, "predicted"), (outcomes, "outcomes")):
+        if set(array.dims) != set(DIMS):
             raise Misuse(
-                name, got=f"dimensions {one.dims}", expected=f"{DIMS}",
+                name, got=f"dimensions {array.dims}", expected=f"{DIMS}",
                 do="make it by predicted_outcomes, or take subsets['outcome']",
             )  # fmt: skip
     ours, theirs = predicted.transpose(*DIMS), outcomes.transpose(*DIMS)
@@ -139,5 +137,5 @@ def _aligned(predicted: xr.DataArray, outcomes: xr.DataArray) -> tuple[np.ndarra
     rows, columns = (
         named(f"predicted: {dim}", theirs[dim].values, ours[dim].values) for dim in DIMS
     )
-    found = np.asarray(ours.values, float)[np.ix_(rows, columns)]
-    return found, np.asarray(theirs.values, float)
+    ordered = np.asarray(ours.values, float)[np.ix_(rows, columns)]
+    return ordered, np.asarray(theirs.values, float)

@@ -1,22 +1,67 @@
-"""Runs left out without refitting: importance sampling by ArviZ, where it can be trusted."""
+"""How well a model predicts runs that it was not fitted to: by refitting, or by ArviZ's weights."""
 
 from typing import Any
 from warnings import warn
 
+import jax
+import numpy as np
 import pandas as pd
+import xarray as xr
 
-from bayes_simfluence.checks import FitWarning
+from bayes_simfluence.checks import FitWarning, positive_integer
+from bayes_simfluence.data.runs import usable_runs
+from bayes_simfluence.evaluation.compare import scores_by_run
+from bayes_simfluence.inference.method import Method
+from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.posterior.arviz import over_runs, pointwise_loo
+from bayes_simfluence.posterior.fit import fit
+from bayes_simfluence.progress import Progress, Silent
 
-__all__ = ["loo_over_runs"]
+__all__ = ["elpd_over_runs", "loo_over_runs"]
+
+
+def elpd_over_runs(
+    runs: xr.Dataset,
+    *,
+    key: jax.Array,
+    model: Simfluence | None = None,
+    method: Method | None = None,
+    folds: int = 5,
+    draws: int = 200,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Expected log predictive density of runs that were left out, by refitting without them.
+
+    Losses within a run are not exchangeable, so whole runs are left out: one of ``folds`` groups
+    after the other (as many folds as runs leave out each run by itself).
+
+    Returns:
+        One row per run: ``elpd`` (natural log, mean over points) and ``mse`` (nats squared).
+    """
+    runs = usable_runs(runs)
+    count = min(positive_integer("folds", folds), runs.sizes["run"])
+    scored: dict[int, tuple[float, float]] = {}
+    with (progress or Silent()).work("left-out runs", count) as meter:
+        for fold, fold_key in enumerate(jax.random.split(key, count)):
+            out = np.arange(fold, runs.sizes["run"], count)
+            rest = np.setdiff1d(np.arange(runs.sizes["run"]), out)
+            fit_key, draw_key = jax.random.split(fold_key)
+            posterior = fit(runs.isel(run=rest), model=model, method=method, key=fit_key)
+            scores = scores_by_run(posterior, runs.isel(run=out), key=draw_key, draws=draws)
+            scored.update(zip(out, zip(scores["elpd"], scores["mse"], strict=True), strict=True))
+            meter.advance()
+    ordered = [scored[run] for run in range(runs.sizes["run"])]
+    return pd.DataFrame(
+        ordered, columns=["elpd", "mse"], index=pd.Index(runs["run"].values, name="run")
+    )
 
 
 def loo_over_runs(idata: Any) -> pd.DataFrame:
     """Expected log density of each run under a fit without it, by Pareto-smoothed importance
     sampling (Vehtari et al. 2017, arXiv 1507.04544): cheap, and only as good as its ``pareto_k``.
 
-    Queries are weighted apart, since each has coefficients of its own. Unlike the refits of
-    ``elpd_over_runs``, it takes hyperparameters and scales as they are.
+    Each query has its own weights, since it has its own coefficients. Unlike the refits of
+    ``elpd_over_runs``, hyperparameters and scales stay those of the fit to all runs.
 
     Args:
         idata: ``Posterior.to_arviz()`` of a fit with a likelihood, in either of ArviZ's versions.
@@ -36,7 +81,7 @@ def loo_over_runs(idata: Any) -> pd.DataFrame:
     >>> runs = bs.example_runs().isel(run=slice(0, 5), query=slice(0, 1))
     >>> posterior = bs.fit(runs, model=bs.Simfluence(kind="additive"), key=jax.random.key(0))
     >>> with warnings.catch_warnings():
-    ...     warnings.simplefilter("ignore")  # five runs: none of them can be spared
+    ...     warnings.simplefilter("ignore")  # with five runs, no weights can be trusted
     ...     table = loo_over_runs(posterior.to_arviz(draws=400))
     >>> list(table.columns), bool(table["trusted"].any())
     (['elpd', 'pareto_k', 'trusted'], False)

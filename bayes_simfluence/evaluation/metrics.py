@@ -6,26 +6,34 @@ and never scored, nor is a time that was not recorded. A point method has one dr
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import norm, rankdata
 
 __all__ = [
     "COVERAGES",
+    "INTERVAL",
+    "bootstrap_interval",
     "coverage",
     "crps",
     "gaussian_crps",
     "last_known",
     "log_density",
     "pit",
+    "resamples_of",
     "run_scores",
     "spearman",
     "spearman_across_runs",
     "spearman_resampled",
+    "tails",
 ]
 
 AT_ONCE = 5_000_000
 """Numbers that are ranked at once."""
+
+INTERVAL = 0.90
+"""Probability of bootstrap intervals."""
 
 COVERAGES = (0.50, 0.80, 0.90, 0.95)
 """Probabilities of the central intervals whose coverage is reported."""
@@ -82,8 +90,8 @@ def coverage(
     """
     if len(draws) == 1:
         return np.full((len(probabilities), *truth.shape), np.nan)
-    tails = [[(1.0 - one) / 2.0, (1.0 + one) / 2.0] for one in probabilities]
-    low, high = np.moveaxis(np.quantile(draws, tails, axis=0, method="weibull"), 1, 0)
+    ends = [tails(probability) for probability in probabilities]
+    low, high = np.moveaxis(np.quantile(draws, ends, axis=0, method="weibull"), 1, 0)
     return ((truth[None] >= low) & (truth[None] <= high)).astype(float)
 
 
@@ -125,7 +133,7 @@ def run_scores(
     """
     known = np.isfinite(truth[1:])
     last = last_known(known)
-    start, true_start = (np.broadcast_to(one[:1], known.shape)[last] for one in (mean, truth))
+    start, true_start = (np.broadcast_to(loss[:1], known.shape)[last] for loss in (mean, truth))
     final, true_final = mean[1:][last], truth[1:][last]
     drawn, true = draws[:, 1:][:, known], truth[1:][known]
     error = mean[1:][known] - true
@@ -136,7 +144,7 @@ def run_scores(
         "spearman_query": spearman(final, true_final),
         "spearman_change": spearman(final - start, true_final - true_start),
         "crps": float(crps(drawn, true).mean()),
-        **{f"coverage_{round(100 * p)}": float(one.mean()) for p, one in covers.items()},
+        **{f"coverage_{round(100 * p)}": float(inside.mean()) for p, inside in covers.items()},
         "final_coverage_90": float(covers[0.90][last[known]].mean()),
         "elpd": float(log_density(drawn, true).mean()),
     }
@@ -157,7 +165,8 @@ def spearman_across_runs(
 ) -> float:
     """Rank correlation over runs of the final losses, averaged over queries (the form of LDS).
 
-    Queries without any order on either side, or with a NaN, are left out; NaN when none remains.
+    A query whose losses are all equal on either side, or that has a NaN, is left out; NaN when no
+    query remains.
     """
     every = np.arange(len(mean))[None]
     return float(spearman_resampled(mean, truth, every)[0])
@@ -174,12 +183,35 @@ def spearman_resampled(
         mean, truth: final losses.
         chosen: runs of each resample, by number.
     """
-    piece = max(1, AT_ONCE // (chosen.shape[1] * mean.shape[1]))
-    found = [
-        _rank_correlations(mean[some], truth[some])
-        for some in np.split(chosen, range(piece, len(chosen), piece))
+    size = max(1, AT_ONCE // (chosen.shape[1] * mean.shape[1]))
+    correlations = [
+        _rank_correlations(mean[batch], truth[batch])
+        for batch in np.split(chosen, range(size, len(chosen), size))
     ]
-    return np.concatenate(found)
+    return np.concatenate(correlations)
+
+
+def tails(probability: float) -> list[float]:
+    """Levels of the two quantiles between which a central interval lies.
+
+    >>> tails(0.5)
+    [0.25, 0.75]
+    """
+    return [(1.0 - probability) / 2.0, (1.0 + probability) / 2.0]
+
+
+def resamples_of(key: jax.Array, resamples: int, count: int) -> Int[np.ndarray, "resample again"]:
+    """Items drawn with replacement for a bootstrap, by number; the same ones for the same key."""
+    return np.asarray(jax.random.randint(key, (resamples, count), 0, count))
+
+
+def bootstrap_interval(values: Float[np.ndarray, " resample"]) -> tuple[float, float]:
+    """Central interval of a statistic's resamples, those that are NaN left out; NaN without any."""
+    kept = values[np.isfinite(values)]
+    if not len(kept):
+        return float("nan"), float("nan")
+    low, high = np.quantile(kept, tails(INTERVAL))
+    return float(low), float(high)
 
 
 def _rank_correlations(
@@ -188,6 +220,6 @@ def _rank_correlations(
     left, right = (rankdata(side, axis=1) - (side.shape[1] + 1) / 2 for side in (mean, truth))
     spread = np.sqrt(np.square(left).sum(axis=1) * np.square(right).sum(axis=1))
     kept = spread > 0
-    each = np.divide((left * right).sum(axis=1), spread, out=np.zeros_like(spread), where=kept)
+    rho = np.divide((left * right).sum(axis=1), spread, out=np.zeros_like(spread), where=kept)
     count = kept.sum(axis=1)
-    return np.where(count > 0, each.sum(axis=1) / np.maximum(count, 1), np.nan)
+    return np.where(count > 0, rho.sum(axis=1) / np.maximum(count, 1), np.nan)

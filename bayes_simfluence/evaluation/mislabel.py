@@ -1,4 +1,4 @@
-"""Finding mislabelled examples: flip some labels, rank all examples, see how soon they turn up.
+"""Finding mislabelled examples: flip some labels, rank all examples, see how early they rank.
 
 As in Koh and Liang (2017, section 5.4) and Pruthi et al. (2020, section 4.1), whose ranking is
 self-influence; here also by the posterior probability that an example does harm.
@@ -13,20 +13,19 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from bayes_simfluence.checks import Misuse, keyed, positive_integer, unit_interval
+from bayes_simfluence.evaluation.metrics import INTERVAL, resamples_of, tails
 from bayes_simfluence.posterior.posterior import Posterior
 
 __all__ = ["Flipped", "average_precision", "detection", "flip_labels", "probability_of_harm"]
 
-INTERVAL = 0.90
-"""Probability of the bootstrap bands."""
 Label = TypeVar("Label", bound=Hashable)
 
 
 class Flipped(NamedTuple):
-    """Labels of which some are wrong now.
+    """Labels, some of which were exchanged for wrong ones.
 
     Attributes:
-        labels: in the order they were given in.
+        labels: in the order of the examples.
         flipped: which ones are wrong.
     """
 
@@ -35,7 +34,7 @@ class Flipped(NamedTuple):
 
 
 def flip_labels(labels: Sequence[Label], share: float, *, key: jax.Array) -> Flipped:
-    """A share of the labels, drawn at random, each exchanged for another one of those there are.
+    """A share of the labels, drawn at random, each exchanged for another of the labels.
 
     Args:
         labels: one for each example: words or codes.
@@ -43,8 +42,8 @@ def flip_labels(labels: Sequence[Label], share: float, *, key: jax.Array) -> Fli
         key: decides which, and what they become.
 
     >>> import jax
-    >>> found = flip_labels(["a", "b", "a", "b"], 0.5, key=jax.random.key(0))
-    >>> int(found.flipped.sum())
+    >>> noisy = flip_labels(["a", "b", "a", "b"], 0.5, key=jax.random.key(0))
+    >>> int(noisy.flipped.sum())
     2
 
     Raises:
@@ -55,7 +54,7 @@ def flip_labels(labels: Sequence[Label], share: float, *, key: jax.Array) -> Fli
     if len(kinds) < 2:
         raise Misuse(
             "labels", got=f"{len(kinds)} different", expected="at least two",
-            do="flip where there is something to flip to",
+            do="pass labels of two classes or more",
         )  # fmt: skip
     if not 0 < share < 1:
         raise Misuse("share", got=share, expected="a number in (0, 1)", do="pass such a share")
@@ -63,11 +62,11 @@ def flip_labels(labels: Sequence[Label], share: float, *, key: jax.Array) -> Fli
     which, turn = jax.random.split(key)
     places = np.asarray(jax.random.choice(which, len(labels), (count,), replace=False))
     turns = np.asarray(jax.random.randint(turn, (count,), 1, len(kinds)))
-    found, flipped = list(labels), np.zeros(len(labels), bool)
+    noisy, flipped = list(labels), np.zeros(len(labels), bool)
     for place, by in zip(places, turns, strict=True):
-        found[place] = kinds[(kinds.index(labels[place]) + int(by)) % len(kinds)]
+        noisy[place] = kinds[(kinds.index(labels[place]) + int(by)) % len(kinds)]
     flipped[places] = True
-    return Flipped(found, flipped)
+    return Flipped(noisy, flipped)
 
 
 def probability_of_harm(posterior: Posterior, *, key: jax.Array, draws: int = 1000) -> xr.DataArray:
@@ -80,7 +79,7 @@ def probability_of_harm(posterior: Posterior, *, key: jax.Array, draws: int = 10
     Args:
         posterior: a fit with draws of effects.
         key: decides the draws.
-        draws: as many as asked, where the simulator does not hold its own.
+        draws: number of draws; ignored where the simulator holds draws of its own.
 
     Returns:
         ``(train,)`` in [0, 1]; 1 = harmful.
@@ -88,11 +87,11 @@ def probability_of_harm(posterior: Posterior, *, key: jax.Array, draws: int = 10
     Raises:
         Misuse: a posterior without draws of effects: a point, a mean trajectory.
     """
-    found = posterior.samples(key=key, draws=draws)
-    if "staying" in found:
-        effect = found["staying"]
-    elif {"a", "b"} <= set(found.data_vars) and getattr(posterior.simulator, "keep", True):
-        effect = found["b"] + found["a"] * posterior.runs["loss"].mean(("run", "time"))
+    samples = posterior.samples(key=key, draws=draws)
+    if "staying" in samples:
+        effect = samples["staying"]
+    elif {"a", "b"} <= set(samples.data_vars) and getattr(posterior.simulator, "keep", True):
+        effect = samples["b"] + samples["a"] * posterior.runs["loss"].mean(("run", "time"))
     else:
         effect = xr.DataArray(np.zeros((1, 1)), dims=("chain", "draw"))
     if effect.sizes["chain"] * effect.sizes["draw"] < 2:
@@ -113,7 +112,7 @@ def average_precision(
 ) -> float:
     """Mean over the wrong examples of the precision where each is found; NaN where none is wrong.
 
-    Examples of equal suspicion are looked at together.
+    Examples of equal suspicion are examined together.
 
     >>> average_precision(np.array([3.0, 2.0, 1.0]), np.array([True, False, True])).__round__(4)
     0.8333
@@ -132,44 +131,43 @@ def detection(
     resamples: int = 500,
     probability: float = INTERVAL,
 ) -> xr.Dataset:
-    """Precision and recall of looking at examples in order of suspicion, with bootstrap bands.
+    """Precision and recall of examining examples in order of suspicion, with bootstrap bands.
 
     Args:
-        suspicion: ``(train,)``, higher = looked at sooner: self-influence, probability of harm.
+        suspicion: ``(train,)``, higher = examined sooner: self-influence, probability of harm.
         wrong: which examples are mislabelled, in the order of ``suspicion``.
         key: decides the resamples of examples.
         resamples: of the bootstrap.
         probability: of the bands.
 
     Returns:
-        Along ``examined`` (share of the examples looked at): ``precision`` and ``recall`` with
-        ``_low`` and ``_high``; and ``average_precision`` with both. What a blind search has is the
-        attribute ``share``.
+        Along ``examined`` (share of the examples examined so far): ``precision`` and ``recall``
+        with ``_low`` and ``_high``; and ``average_precision`` with both. The attribute ``share`` is
+        the share of wrong labels, which is the precision of a random order.
 
     Raises:
-        Misuse: numbers that are not finite, another number of them, none or all wrong.
+        Misuse: suspicions that are not finite, or not as many as marks; none or all wrong.
     """
     keyed(key)
     positive_integer("resamples", resamples)
     unit_interval("probability", probability)
     values, truth = _checked(suspicion, np.asarray(wrong, bool))
     count = len(values)
-    chosen = np.asarray(jax.random.randint(key, (resamples, count), 0, count))
+    chosen = resamples_of(key, resamples, count)
     chosen = chosen[truth[chosen].any(axis=1)]
-    curves = np.array([_curve(values[one], truth[one]) for one in chosen])
-    averages = np.array([average_precision(values[one], truth[one]) for one in chosen])
-    tails = [(1.0 - probability) / 2.0, (1.0 + probability) / 2.0]
-    found: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
-    for name, best, drawn, dims in (
+    curves = np.array([_curve(values[again], truth[again]) for again in chosen])
+    averages = np.array([average_precision(values[again], truth[again]) for again in chosen])
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    for name, value, resampled, dims in (
         ("precision", _curve(values, truth)[0], curves[:, 0], ("examined",)),
         ("recall", _curve(values, truth)[1], curves[:, 1], ("examined",)),
         ("average_precision", np.array(average_precision(values, truth)), averages, ()),
     ):
-        low, high = np.quantile(drawn, tails, axis=0)
-        for end, one in (("", best), ("_low", low), ("_high", high)):
-            found[f"{name}{end}"] = (dims, np.asarray(one))
+        low, high = np.quantile(resampled, tails(probability), axis=0)
+        for end, values_at in (("", value), ("_low", low), ("_high", high)):
+            variables[f"{name}{end}"] = (dims, np.asarray(values_at))
     return xr.Dataset(
-        found,
+        variables,
         coords={"examined": np.arange(1, count + 1) / count},
         attrs={
             "share": float(truth.mean()),
@@ -182,16 +180,16 @@ def detection(
 def _curve(
     suspicion: Float[np.ndarray, " train"], wrong: Bool[np.ndarray, " train"]
 ) -> tuple[Float[np.ndarray, " train"], Float[np.ndarray, " train"]]:
-    """Precision and recall after each example, those of equal suspicion looked at together."""
+    """Precision and recall after each example, those of equal suspicion taken together."""
     order = np.argsort(-suspicion, kind="stable")
     ranked, sorted_values = np.cumsum(wrong[order]), suspicion[order]
     last = _last_of_ties(sorted_values)
-    found = ranked[last]
-    return found / (last + 1.0), found / max(int(ranked[-1]), 1)
+    hits = ranked[last]
+    return hits / (last + 1.0), hits / max(int(ranked[-1]), 1)
 
 
 def _last_of_ties(ordered: Float[np.ndarray, " train"]) -> Int[np.ndarray, " train"]:
-    """Place of the last of each one's equals, in a sorted array.
+    """For each entry of a sorted array, the place of the last entry that equals it.
 
     >>> _last_of_ties(np.array([3.0, 2.0, 2.0, 1.0])).tolist()
     [0, 2, 2, 3]
@@ -218,7 +216,7 @@ def _checked(
             f"suspicion of example {suspicion['train'].values[bad[0]]}",
             got=f"{values[bad[0]]}",
             expected="finite numbers",
-            do="look at that example's loss and gradient",
+            do="check that example's loss and gradient",
         )
     if wrong.all() or not wrong.any():
         raise Misuse(

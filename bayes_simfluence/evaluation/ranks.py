@@ -17,7 +17,7 @@ from bayes_simfluence.checks import Misuse, shorten, unit_interval
 __all__ = ["RankTest", "even_bins", "rank_among", "rank_counts", "rank_histogram_test"]
 
 FEWEST = 20
-"""Simulations below which no histogram of ranks says anything."""
+"""Simulations below which a histogram of ranks is not tested."""
 
 MOST_BINS = 10
 
@@ -35,7 +35,7 @@ def rank_among(
 
 
 def even_bins(draws: int, simulations: int) -> int:
-    """Bins of equally many ranks: up to ten, with ten simulations each where that can be.
+    """Number of bins of equally many ranks: up to ten, with ten simulations in each where possible.
 
     1 when the number of ranks, ``draws + 1``, cannot be split.
 
@@ -51,7 +51,7 @@ def rank_counts(
 ) -> Int[np.ndarray, "quantity bin"]:
     """Histogram of each quantity's ranks in bins of equally many ranks."""
     place = ranks * bins // (draws + 1)
-    return np.stack([np.bincount(one, minlength=bins) for one in place.T])
+    return np.stack([np.bincount(bin_of, minlength=bins) for bin_of in place.T])
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RankTest:
 
     Attributes:
         ok: no quantity's ranks contradict uniformity at the false-alarm rate.
-        sentence: what was found, and what is wrong with the posterior.
+        sentence: the result in words, and how a wrong posterior errs.
         false_alarm: probability that a right posterior fails, over all quantities together.
         p_values: of each quantity, ``(quantity,)``, not corrected for their number.
     """
@@ -75,21 +75,22 @@ class RankTest:
 
 
 def rank_histogram_test(ranks: xr.Dataset, *, false_alarm: float = 0.01) -> RankTest:
-    """Are the ranks of ``sbc`` uniform, all quantities together?
+    """Test whether the ranks of ``sbc`` are uniform, all quantities together.
 
     Each quantity is tested twice, and the smaller p-value counts double (Bonferroni): by the mean
     and spread of its ranks (Neyman's smooth test with two Legendre polynomials, which sees shifted,
     too narrow and too wide posteriors) and by a chi-square test of its histogram (any other
     shape). Over quantities, which depend on each other, the p-values are corrected by Bonferroni.
 
-    Measured, for 99 draws: the false-alarm rate of one quantity is 0.8 to 1.3 times what is asked
-    for, whose chi-square distributions are approximate. With one wrong quantity among 100 and a
-    rate of 1%, an error is seen in this share of cases at 100 / 200 / 400 simulations: draws
+    Measured, for 99 draws: since the chi-square distributions are approximate, the false-alarm rate
+    of a single quantity is 0.8 to 1.3 times the nominal one. With one wrong quantity among 100 and
+    a rate of 1%, an error is detected in this share of cases at 100 / 200 / 400 simulations: draws
     shifted by 0.4 sd .35 / .87 / 1, draws of 0.7 times the right sd .55 / .95 / 1, of 1.5 times
     .50 / .99 / 1.
 
-    What it cannot see: a posterior that ignores the data and is the prior has uniform ranks, unless
-    a quantity looks at the data, such as the log likelihood (Modrak et al. 2023, arXiv 2211.02383).
+    What it cannot detect: a posterior that ignores the data and equals the prior has uniform ranks,
+    unless a quantity depends on the data, as the log likelihood does (Modrak et al. 2023, arXiv
+    2211.02383).
 
     Args:
         ranks: as made by ``sbc``.
@@ -127,13 +128,13 @@ def rank_histogram_test(ranks: xr.Dataset, *, false_alarm: float = 0.01) -> Rank
     counts = rank_counts(rank, draws, bins)
     shape = chi2.sf((np.square(counts - expected) / expected).sum(axis=1), bins - 1)
     p_values = np.minimum(1.0, 2.0 * np.minimum(smooth, shape))
-    wrong = [int(one) for one in np.argsort(p_values) if p_values[one] * quantities < false_alarm]
+    wrong = [int(at) for at in np.argsort(p_values) if p_values[at] * quantities < false_alarm]
     names = ranks["quantity"].values
-    said = [f"{names[one]} ({_what(moments[:, one])}, p {p_values[one]:.1e})" for one in wrong]
+    errors = [f"{names[at]} ({_error_of(moments[:, at])}, p {p_values[at]:.1e})" for at in wrong]
     rate = f"over {simulations} simulations (false-alarm rate {false_alarm:g})"
     sentence = (
         f"Ranks of {len(wrong)} of {quantities} quantities are not uniform {rate}: "
-        f"{shorten(said, 3)}."
+        f"{shorten(errors, 3)}."
         if wrong
         else f"Ranks of {quantities} quantities look uniform {rate}."
     )
@@ -155,7 +156,7 @@ def _moments(
     return unit[:, rank].sum(axis=1) / np.sqrt(len(rank))
 
 
-def _what(moments: Float[np.ndarray, "2"]) -> str:
+def _error_of(moments: Float[np.ndarray, "2"]) -> str:
     place, spread = moments
     if max(abs(place), abs(spread)) < 3.0:
         return "the posterior has another shape"
@@ -165,13 +166,13 @@ def _what(moments: Float[np.ndarray, "2"]) -> str:
 
 
 def _caveats(ranks: xr.Dataset) -> list[str]:
-    found: dict[str, Any] = ranks.attrs
-    said = []
-    if found.get("failed_verdicts"):
-        said.append(f"{found['failed_verdicts']} fits asked for attention.")
-    if found.get("short_chains"):
-        said.append(
-            f"In {found['short_chains']} simulations a chain had fewer effective draws than were "
-            "kept, which by itself bends the ranks: draw longer chains, or keep fewer draws."
+    counts: dict[str, Any] = ranks.attrs
+    sentences = []
+    if counts.get("failed_verdicts"):
+        sentences.append(f"{counts['failed_verdicts']} fits asked for attention.")
+    if counts.get("short_chains"):
+        sentences.append(
+            f"In {counts['short_chains']} simulations a chain had fewer effective draws than were "
+            "kept, which by itself makes ranks uneven: draw longer chains, or keep fewer draws."
         )
-    return said
+    return sentences

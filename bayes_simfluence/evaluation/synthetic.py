@@ -1,4 +1,4 @@
-"""Runs whose truth is known, for tests and for trying things out."""
+"""Simulated runs whose coefficients are known, for tests and for trials."""
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +53,9 @@ def linear_runs(
     batch = np.stack(
         [
             random_subset_epochs(
-                train, per_run=per_run, batch_size=batch_size, epochs=epochs, key=one
+                train, per_run=per_run, batch_size=batch_size, epochs=epochs, key=run_key
             )
-            for one in jax.random.split(batch_key, runs)
+            for run_key in jax.random.split(batch_key, runs)
         ]
     )
     initial = np.asarray(jnp.broadcast_to(jnp.linspace(0.5, 1.0, query)[None], (runs, query)))

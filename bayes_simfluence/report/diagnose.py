@@ -1,4 +1,4 @@
-"""How a fit went, as tables and one picture: chains, search, or left-out runs."""
+"""Diagnosis of a fit as tables and one picture: chains, search, or left-out runs."""
 
 from typing import Any
 
@@ -27,33 +27,33 @@ __all__ = [
 
 NUMBERS: dict[str, tuple[str, float, float]] = {
     "r_hat": ("worst R-hat over hyperparameters and some coefficients", -np.inf, 1.01),
-    "ess_bulk": ("smallest effective draws of a centre", 400.0, np.inf),
-    "ess_tail": ("smallest effective draws of a tail", 400.0, np.inf),
-    "divergences": ("draws where the sampler lost its way", -np.inf, 0.0),
-    "acceptance": ("mean acceptance", 0.6, np.inf),
-    "steps_per_draw": ("gradients for each draw", -np.inf, np.inf),
-    "longest_trajectory": ("gradients for the costliest draw", -np.inf, np.inf),
-    "untrusted_pareto_k": ("share of runs that draws cannot leave out", -np.inf, 0.0),
-    "dispersion": ("sds over those of the posterior's curvature", 0.7, 1.5),
+    "ess_bulk": ("smallest number of effective draws, bulk", 400.0, np.inf),
+    "ess_tail": ("smallest number of effective draws, tails", 400.0, np.inf),
+    "divergences": ("draws at which the sampler's integration diverged", -np.inf, 0.0),
+    "acceptance": ("mean acceptance probability", 0.6, np.inf),
+    "steps_per_draw": ("gradient evaluations per draw", -np.inf, np.inf),
+    "longest_trajectory": ("gradient evaluations of the most expensive draw", -np.inf, np.inf),
+    "untrusted_pareto_k": ("share of runs that importance sampling cannot leave out", -np.inf, 0.0),
+    "dispersion": ("posterior sds over those of the curvature at the mode", 0.7, 1.5),
     "final_loss": ("minus the evidence bound at the end", -np.inf, np.inf),
     "steps": ("steps of the search", -np.inf, np.inf),
     "iterations": ("iterations of the search", -np.inf, np.inf),
     "log_evidence": ("log marginal likelihood", -np.inf, np.inf),
-    "left_out_score": ("log score of left-out runs, a point", -np.inf, np.inf),
+    "left_out_score": ("log score of left-out runs, per point", -np.inf, np.inf),
     "left_out_mse": ("squared error of left-out runs, nats^2", -np.inf, np.inf),
     "left_out_mse_of_mean_trajectory": ("the same of the mean trajectory", -np.inf, np.inf),
-    "left_out_coverage_90": ("of 90% bands, left-out points", 0.85, 0.95),
+    "left_out_coverage_90": ("share of left-out points in their 90% band", 0.85, 0.95),
     "left_out_coverage_90_before_recalibration": ("the same, model alone", -np.inf, np.inf),
     "penalty": ("on squared coefficients", -np.inf, np.inf),
 }
-"""What a verdict's numbers mean, and between what they are hoped to be."""
+"""Meaning of each of a verdict's numbers, and the range that it should lie in."""
 BINS = 20
 WINDOW = 100
 """Steps over which a search's loss is averaged."""
 
 
 def numbers_table(verdict: Verdict) -> pd.DataFrame:
-    """The numbers of a verdict: ``value``, what is ``wanted``, whether it ``ok``, ``meaning``.
+    """The numbers of a verdict with columns ``value``, ``wanted``, ``ok`` and ``meaning``.
 
     >>> table = numbers_table(Verdict(True, "Chains agree.", numbers={"r_hat": 1.2}))
     >>> value, wanted, ok = table.loc["r_hat", ["value", "wanted", "ok"]]
@@ -66,7 +66,7 @@ def numbers_table(verdict: Verdict) -> pd.DataFrame:
         rows[name] = {
             "value": float(value),
             "wanted": _wanted(low, high),
-            # A number that is not known is not fine.
+            # NaN is not in any range.
             "ok": bool(low <= value <= high) or not np.isfinite([low, high]).any(),
             "meaning": meaning,
         }
@@ -86,18 +86,19 @@ def _wanted(low: float, high: float) -> str:
 def hyper_summary(posterior: Posterior, *, key: jax.Array, draws: int = 200) -> pd.DataFrame:
     """Mean, sd and 90% interval of each hyperparameter; R-hat and effective draws of chains.
 
-    Of what each query has of its own (``scale``, ``noise``) the query whose chains agree least is
-    shown, else the one in the middle. Hyperparameters that a method fixes have sd 0.
+    Where each query has its own value (``scale``, ``noise``), the query with the worst R-hat is
+    shown, or the median query when nothing was sampled. Hyperparameters that a method fixes have
+    sd 0.
 
     Args:
-        posterior: of any method; one without hyperparameters gives an empty table.
-        key, draws: as for ``Posterior.samples``; a sampled posterior gives all that it holds.
+        posterior: of any method; the table is empty when it has no hyperparameters.
+        key, draws: as for ``Posterior.samples``; a sampled posterior uses all draws that it holds.
     """
     rows = {}
     for name, values in _hypers(posterior, key, draws).items():
         low, high = np.quantile(values, [0.05, 0.95])
         mean, sd = values.mean(), values.std()
-        # The mean of equal numbers is not exactly theirs.
+        # Rounding: the sd of equal numbers is not exactly zero.
         sd = sd if sd > 1e-12 * abs(mean) else 0.0
         row = {"mean": mean, "sd": sd, "5%": low, "95%": high}
         if posterior.sample_stats is not None:
@@ -109,22 +110,22 @@ def hyper_summary(posterior: Posterior, *, key: jax.Array, draws: int = 200) -> 
 def _hypers(
     posterior: Posterior, key: jax.Array, draws: int
 ) -> dict[str, Float[np.ndarray, "chain draw"]]:
-    """Draws of every hyperparameter, by a name that says which query it is of."""
+    """Draws of every hyperparameter by name, ``name[query]`` where each query has its own."""
     samples = posterior.samples(key=key, draws=posterior.simulator.draws or draws)
-    found = {}
-    for name, one in samples.items():
-        if set(one.dims) <= {"chain", "draw"}:
-            found[str(name)] = one.transpose("chain", "draw").values.astype(float)
-        elif set(one.dims) <= {"chain", "draw", "query"}:
-            values = one.transpose("query", "chain", "draw").values.astype(float)
-            at = _telling(values, sampled=posterior.sample_stats is not None)
-            found[f"{name}[{one['query'].values[at]}]"] = values[at]
-    return found
+    hypers = {}
+    for name, variable in samples.items():
+        if set(variable.dims) <= {"chain", "draw"}:
+            hypers[str(name)] = variable.transpose("chain", "draw").values.astype(float)
+        elif set(variable.dims) <= {"chain", "draw", "query"}:
+            values = variable.transpose("query", "chain", "draw").values.astype(float)
+            at = _query_shown(values, sampled=posterior.sample_stats is not None)
+            hypers[f"{name}[{variable['query'].values[at]}]"] = values[at]
+    return hypers
 
 
-def _telling(values: Float[np.ndarray, "query chain draw"], *, sampled: bool) -> int:
+def _query_shown(values: Float[np.ndarray, "query chain draw"], *, sampled: bool) -> int:
     if sampled:
-        r_hats = [_convergence(one).get("r_hat", np.nan) for one in values]
+        r_hats = [_convergence(chains).get("r_hat", np.nan) for chains in values]
         if np.isfinite(r_hats).any():
             return int(np.nanargmax(r_hats))
     return int(np.argsort(values.mean(axis=(1, 2)))[len(values) // 2])
@@ -135,17 +136,16 @@ def _convergence(values: Float[np.ndarray, "chain draw"]) -> dict[str, float]:
 
     if values.shape[1] < 8:
         return {}
-    one = xr.Dataset({"x": (("chain", "draw"), values)})
-    found = {kind: float(az.ess(one, method=kind)["x"]) for kind in ("bulk", "tail")}
-    numbers = {"ess_bulk": found["bulk"], "ess_tail": found["tail"]}
-    return {**numbers, "r_hat": float(az.rhat(one)["x"])} if len(values) > 1 else numbers
+    draws = xr.Dataset({"x": (("chain", "draw"), values)})
+    numbers = {f"ess_{kind}": float(az.ess(draws, method=kind)["x"]) for kind in ("bulk", "tail")}
+    return {**numbers, "r_hat": float(az.rhat(draws)["x"])} if len(values) > 1 else numbers
 
 
 def plot_diagnosis(posterior: Posterior, *, key: jax.Array) -> Figure:
-    """The picture that says most of a fit: chains, the search's loss, or left-out runs.
+    """The most informative picture of a fit: chains, the search's loss, or left-out runs.
 
     Raises:
-        Misuse: a fit that left nothing behind to be looked at.
+        Misuse: a fit that has none of these.
     """
     if posterior.sample_stats is not None:
         return plot_traces(posterior, key=key)
@@ -156,26 +156,26 @@ def plot_diagnosis(posterior: Posterior, *, key: jax.Array) -> Figure:
     raise Misuse(
         "posterior",
         got="a fit without chains, search or left-out runs",
-        expected="one by NUTS, SVI, the two-timescale Exact, or Ridge with a band",
-        do="look at held-out runs instead: bayes-simfluence calibrate",
+        expected="a fit by NUTS, SVI, Exact (two-timescale) or Ridge with a band",
+        do="check it on held-out runs instead: bayes-simfluence calibrate",
     )
 
 
 def plot_traces(posterior: Posterior, *, key: jax.Array, most: int = 5) -> Figure:
     """Chains of hyperparameters and histograms of their ranks, the worst R-hat first.
 
-    Ranks are among the draws of all chains; those of chains that agree are uniform (Vehtari et al.
-    2021, section 4). Red ticks are divergent draws.
+    Draws are ranked among those of all chains; the ranks are uniform when chains agree (Vehtari et
+    al. 2021, section 4). Red ticks are divergent draws.
     """
-    named = _hypers(posterior, key, 1)
-    r_hat = {name: _convergence(one).get("r_hat", 0.0) for name, one in named.items()}
-    shown = sorted(named, key=lambda name: -np.nan_to_num(r_hat[name]))[:most]
+    hypers = _hypers(posterior, key, 1)
+    r_hat = {name: _convergence(chains).get("r_hat", 0.0) for name, chains in hypers.items()}
+    shown = sorted(hypers, key=lambda name: -np.nan_to_num(r_hat[name]))[:most]
     figure = Figure(figsize=(9.0, 1.7 * len(shown) + 0.8), layout="constrained")
     grid = figure.subplots(len(shown), 2, squeeze=False, width_ratios=[2, 1])
     stats: Any = posterior.sample_stats
     diverging = np.flatnonzero(stats["diverging"].values.any(axis=0))
     for (left, right), name in zip(grid, shown, strict=True):
-        values = named[name]
+        values = hypers[name]
         ranks = rankdata(values).reshape(values.shape)
         bins = min(BINS, max(values.shape[1] // 5, 2))
         for number, (chain, rank) in enumerate(zip(values, ranks, strict=True)):
@@ -189,12 +189,12 @@ def plot_traces(posterior: Posterior, *, key: jax.Array, most: int = 5) -> Figur
             )
         right.axhline(values.shape[1] / bins, color=TRUTH, linewidth=0.8, linestyle="--")
         right.set_ylim(bottom=0)
-        # Places along the draws, at the bottom whatever the values.
+        # Ticks at the bottom of the axes, whatever the values.
         left.vlines(
             diverging, 0.0, 0.05, color="red", linewidth=0.8, transform=left.get_xaxis_transform()
         )
-        said = f" (R-hat {r_hat[name]:.3f})" if r_hat[name] else ""
-        left.set_title(f"{name}{said}", fontsize=9, loc="left")
+        agreement = f" (R-hat {r_hat[name]:.3f})" if r_hat[name] else ""
+        left.set_title(f"{name}{agreement}", fontsize=9, loc="left")
         for axes in (left, right):
             axes.tick_params(labelsize=7)
     grid[-1][0].set_xlabel("draw")
@@ -207,7 +207,7 @@ def plot_traces(posterior: Posterior, *, key: jax.Array, most: int = 5) -> Figur
 
 
 def plot_search(loss: Float[np.ndarray, " step"]) -> Figure:
-    """Loss of a stochastic search: the whole of it, and its last half from nearby."""
+    """Loss of a stochastic search: all steps, and the second half enlarged."""
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     window = max(1, min(WINDOW, len(loss) // 10))
@@ -219,7 +219,7 @@ def plot_search(loss: Float[np.ndarray, " step"]) -> Figure:
         axes.set_xlabel("step")
     left.set_yscale("symlog")
     left.set_ylabel("minus the evidence bound (nats)")
-    left.set_title("the whole search", fontsize=10)
+    left.set_title("all steps", fontsize=10)
     half = len(loss) // 2
     tail = loss[half:][np.isfinite(loss[half:])]
     if len(tail):
@@ -227,41 +227,41 @@ def plot_search(loss: Float[np.ndarray, " step"]) -> Figure:
         margin = 0.1 * max(high - low, 1e-9)
         right.set_ylim(low - margin, high + margin)
     right.set_xlim(half, len(loss))
-    right.set_title("its last half", fontsize=10)
+    right.set_title("second half", fontsize=10)
     left.legend(fontsize=8, frameon=False)
     return figure
 
 
 def plot_left_out(posterior: Posterior) -> Figure:
-    """Fitted runs as predicted without them: bands along training, and changes against truth."""
-    found: Any = posterior.left_out
-    found = found.sel(time=found["time"] > 0)
-    truth = posterior.runs["loss"].sel(time=found["time"], query=found["query"])
-    start = posterior.runs["loss"].isel(time=0, drop=True).sel(query=found["query"])
+    """Fitted runs predicted without them: coverage along training, predicted and true changes."""
+    left_out: Any = posterior.left_out
+    left_out = left_out.sel(time=left_out["time"] > 0)
+    truth = posterior.runs["loss"].sel(time=left_out["time"], query=left_out["query"])
+    start = posterior.runs["loss"].isel(time=0, drop=True).sel(query=left_out["query"])
     figure = Figure(figsize=(8.0, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    if "low" in found:
-        _left_out_coverage(left, found, truth)
+    if "low" in left_out:
+        _left_out_coverage(left, left_out, truth)
     else:
-        error = np.sqrt(np.square(found["predicted"] - truth).mean(("run", "query")))
+        error = np.sqrt(np.square(left_out["predicted"] - truth).mean(("run", "query")))
         left.plot(error["time"], error, color=COLOURS[0])
         left.set(xlabel="time (updates)", ylabel="RMS error of left-out runs (nats)")
         left.set_ylim(bottom=0)
     predicted, true = (
-        (one - start).transpose("run", "time", "query").values.ravel()
-        for one in (found["predicted"], truth)
+        (loss - start).transpose("run", "time", "query").values.ravel()
+        for loss in (left_out["predicted"], truth)
     )
     ends = [np.nanmin([predicted, true]), np.nanmax([predicted, true])]
     right.plot(ends, ends, color=TRUTH, linewidth=0.8, linestyle="--")
     right.plot(predicted, true, ".", color=COLOURS[0], markersize=2, alpha=0.3, rasterized=True)
     right.set(xlabel="predicted change of the loss (nats)", ylabel="recorded change (nats)")
-    figure.suptitle("fitted runs, each predicted without it", fontsize=10)
+    figure.suptitle("fitted runs, each predicted by a fit without it", fontsize=10)
     return figure
 
 
-def _left_out_coverage(axes: Axes, found: xr.Dataset, truth: xr.DataArray) -> None:
-    known = np.isfinite(truth) & np.isfinite(found["predicted"])
-    inside = ((truth >= found["low"]) & (truth <= found["high"])).where(known)
+def _left_out_coverage(axes: Axes, left_out: xr.Dataset, truth: xr.DataArray) -> None:
+    known = np.isfinite(truth) & np.isfinite(left_out["predicted"])
+    inside = ((truth >= left_out["low"]) & (truth <= left_out["high"])).where(known)
     covered = inside.mean(("run", "query")).dropna("time")
     axes.plot(covered["time"], covered, color=COLOURS[0], marker=".")
     axes.axhline(0.90, color=TRUTH, linewidth=0.8, linestyle="--")

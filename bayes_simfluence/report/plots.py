@@ -13,6 +13,7 @@ from scipy.stats import binom
 
 from bayes_simfluence.checks import shorten, unit_interval
 from bayes_simfluence.conventions import EFFECT_SIGN
+from bayes_simfluence.evaluation.metrics import tails
 from bayes_simfluence.evaluation.ranks import rank_counts, rank_histogram_test
 from bayes_simfluence.files import PathLike, atomically, new_path
 
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-"""Okabe and Ito's, told apart by colour-blind readers."""
+"""Okabe and Ito's palette, distinguishable by colour-blind readers."""
 TRUTH = "black"
 
 
@@ -43,7 +44,7 @@ def plot_curves(
     Args:
         simulated: by method, as made by ``Posterior.simulate``; with ``band=...``, that band is
             shown.
-        recorded: the true runs, when there are any.
+        recorded: the true runs, if any.
         run: position of the run.
         queries: ids; the six whose recorded (else simulated) loss moves most when omitted.
         probability: of the central interval of the draws, of simulations without a band.
@@ -56,8 +57,8 @@ def plot_curves(
     figure = Figure(figsize=(3.6 * columns, 2.6 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
     for axes, query in zip(grid.flat, chosen, strict=False):
-        for colour, (name, one) in zip(COLOURS, simulated.items(), strict=False):
-            _band(axes, one.isel(run=run).sel(query=query), colour, name, probability)
+        for colour, (name, simulation) in zip(COLOURS, simulated.items(), strict=False):
+            _band(axes, simulation.isel(run=run).sel(query=query), colour, name, probability)
         if recorded is not None:
             truth = recorded["loss"].isel(run=run).sel(query=query)
             _truth(axes, truth, label="recorded", linewidth=1.2)
@@ -68,7 +69,7 @@ def plot_curves(
         axes.set_xlabel("time (updates)")
     for axes in grid[:, 0]:
         axes.set_ylabel("loss (nats)")
-    bands = dict.fromkeys(_band_name(one, probability) for one in simulated.values())
+    bands = dict.fromkeys(_band_name(each, probability) for each in simulated.values())
     title = f"run {first['run'].values[run]}: simulated mean and {', '.join(bands)}"
     _legend(figure, grid.flat[0], title)
     return figure
@@ -96,12 +97,12 @@ def plot_two(
     """
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for colour, name, one in zip(COLOURS, names, (before, after), strict=False):
-        _band(left, one.isel(run=0).sel(query=query), colour, name, probability, what="mean_loss")
+    pair = [simulation.isel(run=0, drop=True).sel(query=query) for simulation in (before, after)]
+    for colour, name, simulation in zip(COLOURS, names, pair, strict=False):
+        _band(left, simulation, colour, name, probability, what="mean_loss")
     left.set_ylabel("loss (nats)")
     left.set_title(f"query {query}", fontsize=10)
-    both = (one["mean_loss"].isel(run=0, drop=True).sel(query=query) for one in (after, before))
-    difference = next(both) - next(both)
+    difference = pair[1]["mean_loss"] - pair[0]["mean_loss"]
     _band(right, xr.Dataset({"loss": difference}), COLOURS[2], None, probability)
     if recorded is not None:
         for truth, style, name in zip(recorded, ("-", "--"), names, strict=True):
@@ -124,7 +125,7 @@ def plot_two(
 def plot_effects(
     effects: xr.DataArray, *, unit: str = "nats", top: int = 10, probability: float = 0.90
 ) -> Figure:
-    """Effects of training examples on one query, most harmful and most helpful, with intervals.
+    """Effects of training examples on a query, the most harmful and most helpful, with intervals.
 
     Args:
         effects: ``(chain, draw, train)``.
@@ -137,14 +138,14 @@ def plot_effects(
     mean = stacked.values.mean(axis=0)
     order = np.argsort(mean)
     ends = np.concatenate([order[:top], order[-top:]]) if len(order) > 2 * top else order
-    low, high = np.quantile(stacked.values[:, ends], _tails(probability), axis=0)
+    low, high = np.quantile(stacked.values[:, ends], tails(probability), axis=0)
     figure = Figure(figsize=(6.0, 0.22 * len(ends) + 1.2), layout="constrained")
     axes = figure.subplots()
     place = np.arange(len(ends))
     axes.hlines(place, low, high, color=COLOURS[0], linewidth=1.5)
     axes.plot(mean[ends], place, "o", color=COLOURS[0], markersize=4)
     axes.axvline(0.0, color=TRUTH, linewidth=0.8)
-    axes.set_yticks(place, [str(one) for one in effects["train"].values[ends]], fontsize=7)
+    axes.set_yticks(place, [str(name) for name in effects["train"].values[ends]], fontsize=7)
     axes.set_xlabel(f"effect on the loss ({unit}), {probability:.0%} interval\n{EFFECT_SIGN}")
     axes.set_ylabel("training example")
     return figure
@@ -154,9 +155,9 @@ def plot_coverage(horizons: Mapping[str, xr.Dataset]) -> Figure:
     """Coverage along training and a histogram of PIT values, by method (``by_horizon``)."""
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for colour, (name, one) in zip(COLOURS, horizons.items(), strict=False):
-        covered = one["coverage"].sel(probability=0.90).dropna("time")
-        values = one["pit"].values
+    for colour, (name, horizon) in zip(COLOURS, horizons.items(), strict=False):
+        covered = horizon["coverage"].sel(probability=0.90).dropna("time")
+        values = horizon["pit"].values
         left.plot(covered["time"], covered, color=colour, label=name)
         right.hist(
             values[np.isfinite(values)],
@@ -177,9 +178,9 @@ def plot_coverage(horizons: Mapping[str, xr.Dataset]) -> Figure:
 def plot_ranks(ranks: xr.Dataset, *, most: int = 9, probability: float = 0.95) -> Figure:
     """Histograms of the ranks of ``sbc``, the least uniform quantities first.
 
-    The grey band holds each bar by itself with ``probability`` when the posterior is right. High at
-    both ends: the posterior is too narrow; high in the middle: too wide; high at the right: too
-    low.
+    When the posterior is right, each bar lies in the grey band with the given ``probability``. Bars
+    high at both ends: the posterior is too narrow; high in the middle: too wide; high at the right:
+    too low.
 
     Args:
         ranks: as made by ``sbc``.
@@ -192,7 +193,7 @@ def plot_ranks(ranks: xr.Dataset, *, most: int = 9, probability: float = 0.95) -
     rank = ranks["rank"].transpose("simulation", "quantity").values[:, shown]
     draws, bins = int(ranks["rank"].attrs["draws"]), int(ranks["rank"].attrs["bins"])
     counts = rank_counts(rank, draws, bins)
-    low, high = binom.ppf(_tails(probability), len(rank), 1.0 / bins)
+    low, high = binom.ppf(tails(probability), len(rank), 1.0 / bins)
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.2 * rows + 0.6), layout="constrained")
@@ -225,48 +226,44 @@ def save_figure(figure: Figure, path: PathLike, *, overwrite: bool = False) -> P
 
 def _band(
     axes: Axes,
-    one: xr.Dataset,
+    simulation: xr.Dataset,
     colour: str,
     name: str | None,
     probability: float,
     what: str = "loss",
 ) -> None:
-    draws = one[what].stack(sample=("chain", "draw")).transpose("sample", "time")
-    mean = one["mean_loss" if "mean_loss" in one else what].mean(("chain", "draw"))
+    draws = simulation[what].stack(sample=("chain", "draw")).transpose("sample", "time")
+    mean = simulation["mean_loss" if "mean_loss" in simulation else what].mean(("chain", "draw"))
     axes.plot(draws["time"], mean, color=colour, linewidth=1.2, label=name)
-    if what == "loss" and "low" in one:
-        low, high = one["low"].values, one["high"].values
+    if what == "loss" and "low" in simulation:
+        low, high = simulation["low"].values, simulation["high"].values
     elif draws.sizes["sample"] > 1:
-        low, high = np.quantile(draws.values, _tails(probability), axis=0)
+        low, high = np.quantile(draws.values, tails(probability), axis=0)
     else:
         return
     axes.fill_between(draws["time"].values, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def _band_name(one: xr.Dataset, probability: float) -> str:
-    if "low" not in one:
+def _band_name(simulation: xr.Dataset, probability: float) -> str:
+    if "low" not in simulation:
         return f"{probability:.0%} band"
-    about = one["low"].attrs
-    whole = "simultaneous " if about["simultaneous"] else ""
-    return f"{about['probability']:.0%} {whole}{about['kind']} band"
+    attrs = simulation["low"].attrs
+    simultaneous = "simultaneous " if attrs["simultaneous"] else ""
+    return f"{attrs['probability']:.0%} {simultaneous}{attrs['kind']} band"
 
 
 def _truth(axes: Axes, truth: xr.DataArray, **style: Any) -> None:
-    """Losses of a run as a line through the recorded ones, which have marks when some are not."""
+    """Recorded losses of a run as a line, with marks when some times were not recorded."""
     known = truth.dropna("time")
     mark = None if known.sizes == truth.sizes else "."
     axes.plot(known["time"], known, color=TRUTH, marker=mark, markersize=3, **style)
 
 
-def _tails(probability: float) -> list[float]:
-    return [(1.0 - probability) / 2.0, (1.0 + probability) / 2.0]
-
-
 def _moving(runs: xr.Dataset, run: int, count: int = 6) -> list[Any]:
     loss = runs["loss"].isel(run=run)
     extra = [dim for dim in loss.dims if dim not in ("time", "query")]
-    paths = loss.mean(extra).transpose("query", "time").values
-    moved = [np.abs(np.diff(path[np.isfinite(path)])).sum() for path in paths]
+    curves = loss.mean(extra).transpose("query", "time").values
+    moved = [np.abs(np.diff(curve[np.isfinite(curve)])).sum() for curve in curves]
     order = np.argsort(-np.array(moved))[:count]
     return list(runs["query"].values[np.sort(order)])
 

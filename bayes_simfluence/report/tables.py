@@ -9,18 +9,19 @@ import numpy as np
 import pandas as pd
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.evaluation.compare import FAILED, INTERVAL
+from bayes_simfluence.evaluation.compare import FAILED
+from bayes_simfluence.evaluation.metrics import INTERVAL
 from bayes_simfluence.files import PathLike, atomically, new_path
 
 __all__ = [
     "FORMATS",
     "best_of",
-    "cell_text",
     "check_format",
     "json_text",
     "latex",
     "markdown",
     "save_table",
+    "with_interval",
 ]
 
 NOMINAL = {
@@ -30,7 +31,7 @@ NOMINAL = {
     "coverage_95": 0.95,
     "final_coverage_90": 0.90,
 }
-"""Coverages are best where they are nearest to these."""
+"""Coverages are best where they are nearest to their nominal value."""
 HIGHER = {"spearman_query", "spearman_change", "spearman_run", "elpd"}
 """Metrics that are better when higher; the others when lower."""
 SHORT = {
@@ -51,7 +52,7 @@ SHORT = {
 
 
 def best_of(table: pd.DataFrame, metric: str) -> str | None:
-    """The method that is best in a metric; None when no method has it.
+    """The method that is best in a metric; None when every method lacks it.
 
     >>> best_of(pd.DataFrame({"mse": {"a": 0.2, "b": 0.1}}), "mse")
     'b'
@@ -65,7 +66,7 @@ def best_of(table: pd.DataFrame, metric: str) -> str | None:
 def markdown(table: pd.DataFrame, metrics: list[str] | None = None, *, bold: bool = True) -> str:
     """A comparison as a Markdown table: ``value [low, high]``, the best value in bold.
 
-    Methods that failed follow below the table, each with its reason.
+    Methods that failed are listed below the table with their reasons.
 
     Args:
         table: as made by ``compare``.
@@ -74,11 +75,11 @@ def markdown(table: pd.DataFrame, metrics: list[str] | None = None, *, bold: boo
     """
     shown = _shown(table, metrics)
     lines = [
-        "| method | " + " | ".join(SHORT[one] for one in shown) + " |",
+        "| method | " + " | ".join(SHORT[metric] for metric in shown) + " |",
         "|---|" + "---|" * len(shown),
     ]
-    for method, cells in _cells(table, shown, mark="**{}**" if bold else "{}").items():
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    for method, texts in _texts(table, shown, mark="**{}**" if bold else "{}").items():
+        lines.append(f"| {method} | " + " | ".join(texts) + " |")
     reasons = _reasons(table)
     if reasons:
         lines += ["", *(f"* {method} failed: {reason}" for method, reason in reasons.items())]
@@ -88,7 +89,7 @@ def markdown(table: pd.DataFrame, metrics: list[str] | None = None, *, bold: boo
 def latex(table: pd.DataFrame, metrics: list[str] | None = None, *, bold: bool = True) -> str:
     """A comparison as a LaTeX ``tabular`` (package booktabs), the best value in bold.
 
-    Methods that failed say so in their row; their reasons stand below as comments.
+    The row of a method that failed says so; the reasons follow the table as comments.
 
     Args:
         table, metrics, bold: as for ``markdown``.
@@ -100,32 +101,34 @@ def latex(table: pd.DataFrame, metrics: list[str] | None = None, *, bold: bool =
     shown = _shown(table, metrics)
     lines = [
         rf"\begin{{tabular}}{{l{'r' * len(shown)}}}",
-        rf"\toprule method & {' & '.join(_escaped(SHORT[one]) for one in shown)} \\",
+        rf"\toprule method & {' & '.join(_escaped(SHORT[metric]) for metric in shown)} \\",
         r"\midrule",
     ]
     reasons = _reasons(table)
-    for method, cells in _cells(table, shown, mark=r"\textbf{{{}}}" if bold else "{}").items():
+    for method, texts in _texts(table, shown, mark=r"\textbf{{{}}}" if bold else "{}").items():
         if method in reasons:
-            cells = [rf"\multicolumn{{{len(shown)}}}{{l}}{{failed}}"]
-        lines.append(rf"{_escaped(method)} & {' & '.join(cells)} \\")
+            texts = [rf"\multicolumn{{{len(shown)}}}{{l}}{{failed}}"]
+        lines.append(rf"{_escaped(method)} & {' & '.join(texts)} \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    return "\n".join([*lines, *(f"% {method} failed: {one}" for method, one in reasons.items())])
+    return "\n".join(
+        [*lines, *(f"% {method} failed: {reason}" for method, reason in reasons.items())]
+    )
 
 
 def json_text(table: pd.DataFrame) -> str:
-    """A comparison as JSON: by method and metric ``value``, ``low``, ``high``; null where none.
+    """A comparison as JSON: by method and metric ``value``, ``low``, ``high``; null where missing.
 
     >>> print(json_text(pd.DataFrame({"mse": {"a": 0.2}})))
     {"interval": 0.9, "methods": {"a": {"mse": {"value": 0.2, "low": null, "high": null}}}}
     """
-    found: dict[str, dict[str, Any]] = {}
+    methods: dict[str, dict[str, Any]] = {}
     reasons = _reasons(table)
     for method, row in table.iterrows():
         name = str(method)
         if name in reasons:
-            found[name] = {FAILED: reasons[name]}
+            methods[name] = {FAILED: reasons[name]}
             continue
-        found[name] = {
+        methods[name] = {
             metric: {
                 "value": _number(dict(row), metric),
                 "low": _number(dict(row), f"{metric}_low"),
@@ -133,7 +136,7 @@ def json_text(table: pd.DataFrame) -> str:
             }
             for metric in _shown(table, None)
         }
-    return json.dumps({"interval": INTERVAL, "methods": found}, ensure_ascii=False)
+    return json.dumps({"interval": INTERVAL, "methods": methods}, ensure_ascii=False)
 
 
 FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
@@ -142,11 +145,11 @@ FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
     ".tex": lambda table: latex(table) + "\n",
     ".json": lambda table: json_text(table) + "\n",
 }
-"""What a comparison can be written as, by suffix."""
+"""Suffix -> writer of a comparison in that format."""
 
 
 def check_format(path: PathLike) -> Path:
-    """``path`` when a comparison can be written under its suffix.
+    """The path itself when its suffix is that of a known format.
 
     Raises:
         Misuse: another suffix.
@@ -166,7 +169,7 @@ def save_table(table: pd.DataFrame, path: PathLike, *, overwrite: bool = False) 
     """Write a comparison as Markdown, CSV, LaTeX or JSON, as its suffix says.
 
     Raises:
-        Misuse: another suffix, a file that exists and ``overwrite`` is not set.
+        Misuse: another suffix, or a file that exists while ``overwrite`` is not set.
     """
     path = new_path(check_format(path), overwrite=overwrite)
     with atomically(path) as partial:
@@ -175,33 +178,33 @@ def save_table(table: pd.DataFrame, path: PathLike, *, overwrite: bool = False) 
 
 
 def _shown(table: pd.DataFrame, metrics: list[str] | None) -> list[str]:
-    return [one for one in (metrics or list(SHORT)) if one in table]
+    return [metric for metric in (metrics or list(SHORT)) if metric in table]
 
 
 def _reasons(table: pd.DataFrame) -> dict[str, str]:
-    """Why methods failed, of those that did."""
+    """Method -> reason, for those that failed."""
     if FAILED not in table:
         return {}
-    said = table[FAILED].fillna("").astype(str)
-    return {str(method): reason for method, reason in said.items() if reason}
+    reasons = table[FAILED].fillna("").astype(str)
+    return {str(method): reason for method, reason in reasons.items() if reason}
 
 
-def _cells(table: pd.DataFrame, shown: list[str], *, mark: str) -> dict[str, list[str]]:
-    """Each method's cells in order, the best of each column inside ``mark``."""
+def _texts(table: pd.DataFrame, shown: list[str], *, mark: str) -> dict[str, list[str]]:
+    """Texts of each method's row, the best value of each column inside ``mark``."""
     best = {metric: best_of(table, metric) for metric in shown}
     return {
         str(method): [
-            cell_text(dict(row), metric, mark if best[metric] == str(method) else "{}")
+            with_interval(dict(row), metric, mark if best[metric] == str(method) else "{}")
             for metric in shown
         ]
         for method, row in table.iterrows()
     }
 
 
-def cell_text(row: Mapping[Any, Any], metric: str, mark: str = "{}") -> str:
-    """``value [low, high]`` of a row of a comparison, the value inside ``mark``; empty where none.
+def with_interval(row: Mapping[Any, Any], metric: str, mark: str = "{}") -> str:
+    """``value [low, high]`` of a row of a comparison, the value inside ``mark``; or empty text.
 
-    >>> cell_text({"mse": 0.25, "mse_low": 0.125, "mse_high": 0.5}, "mse")
+    >>> with_interval({"mse": 0.25, "mse_low": 0.125, "mse_high": 0.5}, "mse")
     '0.25 [0.125, 0.5]'
     """
     value = _number(row, metric)

@@ -1,4 +1,4 @@
-"""One cell of a study on disk: where its results lie, which of its runs are used for what."""
+"""One cell of a study on disk: where its results are, and which runs are used for what."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ __all__ = ["Cell", "Split"]
 
 @dataclass(frozen=True)
 class Split:
-    """Runs of a recording by their use; no run has two."""
+    """Runs of a recording by their use; each run has one use."""
 
     fitted: xr.Dataset
     validation: xr.Dataset | None
@@ -46,7 +46,7 @@ class Cell:
 
     @property
     def store(self) -> Path:
-        """Where the runs are recorded, unless the cell names some that exist."""
+        """Where the runs are recorded, unless the cell names an existing recording."""
         return self.folder / "runs.zarr"
 
     @property
@@ -89,11 +89,11 @@ class Cell:
         Raises:
             Misuse: they are not all recorded yet.
         """
-        said = self.config.runs
-        if said.startswith(EXAMPLE):
-            return example_runs(said.removeprefix(EXAMPLE))
-        if said:
-            return open_runs(said)
+        source = self.config.runs
+        if source.startswith(EXAMPLE):
+            return example_runs(source.removeprefix(EXAMPLE))
+        if source:
+            return open_runs(source)
         if not self.recorded(self.store):
             raise Misuse(
                 f"cell {self.config.name!r}",
@@ -104,7 +104,7 @@ class Cell:
         return open_runs(self.store)
 
     def split(self, count: int) -> Split:
-        """The first ``count`` runs, and those that validate and judge, the same for all counts.
+        """The first ``count`` runs to fit; runs to validate and test, the same for all counts.
 
         Raises:
             Misuse: fewer usable runs than the study needs.
@@ -126,12 +126,12 @@ class Cell:
         )
 
     def key(self, job: str) -> jax.Array:
-        """A key of a piece of work, the same in every call and on every machine."""
+        """The PRNG key of a job, the same in every call and on every machine."""
         number = crc32(f"{self.config.name}/{job}".encode())
         return jax.random.fold_in(jax.random.key(self.study.protocol.seed), number)
 
     def tables(self) -> Mapping[int, pd.DataFrame]:
-        """The comparisons that are there, by number of fitted runs."""
+        """The comparisons made so far, by number of fitted runs."""
         return {
             count: pd.read_csv(self.table(count), index_col="method").fillna({FAILED: ""})
             for count in sorted(self.study.counts)

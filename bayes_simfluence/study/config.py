@@ -1,4 +1,7 @@
-"""The settings of a study: cells (a data set and a tuning each), methods, numbers of runs."""
+"""The settings of a study: its cells, methods and numbers of runs.
+
+A cell is one recording: a data set with a tuning.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -19,13 +22,13 @@ NESTED = ("cells", "counts", "methods", "simulators")
 
 @dataclass(frozen=True)
 class CellConfig:
-    """One recording of a study.
+    """One cell of a study, which is one recording.
 
     Attributes:
-        name: of its folder.
-        runs: a recording that exists: a path, or ``example:trec``; recorded when empty.
-        record: settings of the recording; without them an existing one has no task, so that no
-            method can attribute.
+        name: also that of its folder.
+        runs: an existing recording: a path, or ``example:trec``; when empty, it is recorded.
+        record: settings of the recording; without them an existing recording has no task, and
+            attributions cannot be computed.
     """
 
     name: str
@@ -33,20 +36,20 @@ class CellConfig:
     record: RecordConfig | None = None
 
     def continues(self, earlier: "CellConfig") -> bool:
-        """Whether results of ``earlier`` are results of this one; settings may have joined."""
+        """Whether results of ``earlier`` remain valid; settings may have been added since."""
         known = earlier.record is None or earlier.record == self.record
         return known and earlier.runs == self.runs
 
 
 @dataclass(frozen=True)
 class StudyProtocol:
-    """What all cells, methods and numbers of runs have in common."""
+    """Settings that all cells, methods and numbers of runs share."""
 
-    validate: int = say("runs after the fitted ones that choose penalties (ridge)", 2)
-    held_out: int = say("runs after those that everything is judged on", 5)
-    pilot: int = say("number of the run whose weights methods see", 0)
-    checkpoints: int | str = say("weights saved of the pilot run, or 'all' steps", 10)
-    draws: int = say("simulated draws a run", 200)
+    validate: int = say("runs after the fitted ones, to choose penalties (ridge)", 2)
+    held_out: int = say("runs after those, on which all methods are tested", 5)
+    pilot: int = say("number of the run whose weights attributions use", 0)
+    checkpoints: int | str = say("checkpoints saved of the pilot run, or 'all' steps", 10)
+    draws: int = say("simulated draws per run", 200)
     resamples: int = say("bootstrap resamples over runs", 1000)
     seed: int = say("decides fits, projections and draws", 0)
 
@@ -57,10 +60,10 @@ class StudyConfig:
 
     Attributes:
         cells: recordings.
-        counts: numbers of runs that simulators are fitted to: the first ones of each recording.
-        methods: attributions whose scores become simulators; all that there are when ``None``.
-        simulators: what is fitted to runs without scores; all that there are when ``None``.
-        protocol: the rest.
+        counts: numbers of runs that simulators are fitted to, the first runs of each recording.
+        methods: attributions whose scores become simulators; all known ones when ``None``.
+        simulators: simulators fitted to runs without scores; all known ones when ``None``.
+        protocol: all other settings.
     """
 
     cells: tuple[CellConfig, ...]
@@ -70,10 +73,10 @@ class StudyConfig:
     protocol: StudyProtocol = StudyProtocol()
 
     def checked(self) -> "StudyConfig":
-        """The settings themselves when each is possible.
+        """The settings themselves when all of them are valid.
 
         Raises:
-            Misuse: the first one that is not.
+            Misuse: the first setting that is not valid.
         """
         protocol = self.protocol
         for name in ("held_out", "draws", "resamples"):
@@ -84,15 +87,15 @@ class StudyConfig:
             positive_integer(
                 "checkpoints", protocol.checkpoints, do=f"pass a whole number or {ALL}"
             )
-        for one in self.counts:
-            positive_integer("counts", one)
-        names = [one.name for one in self.cells]
+        for count in self.counts:
+            positive_integer("counts", count)
+        names = [cell.name for cell in self.cells]
         for what, values in (("counts", self.counts), ("cells", tuple(names))):
             if not values or len(set(values)) < len(values):
                 raise Misuse(
                     what,
                     got=shorten(values) or "none",
-                    expected="at least one, each once",
+                    expected="at least one, none twice",
                     do=f"correct the list of {what}",
                 )
         for cell in self.cells:
@@ -108,29 +111,31 @@ class StudyConfig:
         """The settings as plain values, for YAML."""
         listed = {name: getattr(self, name) for name in ("counts", "methods", "simulators")}
         return {
-            **{name: None if one is None else list(one) for name, one in listed.items()},
+            **{name: None if items is None else list(items) for name, items in listed.items()},
             **asdict(self.protocol),
-            "cells": [asdict(one) for one in self.cells],
+            "cells": [asdict(cell) for cell in self.cells],
         }
 
     def continues(self, earlier: "StudyConfig", where: str) -> None:
         """Raise when results of ``earlier`` would be mixed with results of other settings."""
         other = [
-            one.name
-            for one in fields(StudyProtocol)
-            if getattr(self.protocol, one.name) != getattr(earlier.protocol, one.name)
+            field.name
+            for field in fields(StudyProtocol)
+            if getattr(self.protocol, field.name) != getattr(earlier.protocol, field.name)
         ]
         if max(self.counts) != max(earlier.counts):
-            # Then other runs would be held out.
+            # Other runs would be held out.
             other.append("largest of counts")
-        before = {one.name: one for one in earlier.cells}
-        other += [one.name for one in self.cells if not one.continues(before.get(one.name, one))]
+        before = {cell.name: cell for cell in earlier.cells}
+        other += [
+            cell.name for cell in self.cells if not cell.continues(before.get(cell.name, cell))
+        ]
         if other:
             raise Misuse(
                 where,
-                got=f"a study with other {shorten(other)}",
-                expected="the settings that it was begun with; only cells, methods and smaller "
-                "counts may join",
+                got=f"a study whose {shorten(other)} differ",
+                expected="the settings of its first call; only cells, methods and smaller counts "
+                "may be added",
                 do="restore them, or choose another folder",
             )
 
@@ -138,37 +143,37 @@ class StudyConfig:
         what = f"cell {cell.name!r}"
         if not cell.name or set(cell.name) & set("/\\:") or cell.name.startswith("."):
             raise Misuse(
-                what, got="a name that is no folder's", expected="a word", do="rename the cell"
+                what, got="a name that no folder can have", expected="a word", do="rename the cell"
             )
         if not cell.runs and cell.record is None:
             raise Misuse(
                 what,
                 got="neither runs nor record",
-                expected="a recording that exists, or settings to record with",
+                expected="an existing recording, or settings to record with",
                 do=f"give runs: FILE, runs: {EXAMPLE}trec, or record: {{...}}",
             )
         if cell.record is None:
             return
-        said = self.protocol
+        protocol = self.protocol
         if cell.record.runs < self.needed:
             raise Misuse(
                 f"{what}: runs",
                 got=cell.record.runs,
                 expected=f"at least {self.needed}: {max(self.counts)} fitted, "
-                f"{said.validate} to validate, {said.held_out} held out",
+                f"{protocol.validate} to validate, {protocol.held_out} held out",
                 do="record more, or lower counts",
             )
-        if said.pilot >= cell.record.runs:
+        if protocol.pilot >= cell.record.runs:
             raise Misuse(
                 "pilot",
-                got=said.pilot,
+                got=protocol.pilot,
                 expected=f"a run among 0..{cell.record.runs - 1}",
                 do="choose a fitted run",
             )
-        if said.checkpoints != ALL and int(said.checkpoints) > cell.record.steps:
+        if protocol.checkpoints != ALL and int(protocol.checkpoints) > cell.record.steps:
             raise Misuse(
                 "checkpoints",
-                got=said.checkpoints,
+                got=protocol.checkpoints,
                 expected=f"at most the {cell.record.steps} steps of a run of {what}",
                 do=f"ask for fewer, or for {ALL}",
             )
@@ -177,7 +182,7 @@ class StudyConfig:
 def study_of(settings: Mapping[str, Any]) -> StudyConfig:
     """A study from plain values, as in its YAML file; checked.
 
-    ``common`` holds settings of recording that all cells share; a cell's own ``record`` overrules
+    ``common`` holds settings of recording that all cells share; a cell's own ``record`` overrides
     them.
 
     >>> study = study_of({"counts": [5], "cells": [{"name": "a", "runs": "example:trec"}]})
@@ -185,25 +190,25 @@ def study_of(settings: Mapping[str, Any]) -> StudyConfig:
     ('example:trec', 12)
 
     Raises:
-        Misuse: unknown names, values of another type, impossible settings.
+        Misuse: unknown names, values of another type, invalid settings.
     """
     common = _mapping("common", settings.get("common") or {})
-    plain = {name: one for name, one in settings.items() if name not in (*NESTED, "common")}
+    plain = {name: value for name, value in settings.items() if name not in (*NESTED, "common")}
     listed: dict[str, Any] = {
         name: tuple(_items(name, settings, kind))
         for name, kind in (("counts", int), ("methods", str), ("simulators", str))
         if settings.get(name) is not None
     }
-    said = (_mapping("cells", one) for one in _items("cells", settings, dict))
-    cells = tuple(_cell(one, common) for one in said)
+    listed_cells = _items("cells", settings, dict)
+    cells = tuple(_cell(_mapping("cells", cell), common) for cell in listed_cells)
     protocol = layered(StudyProtocol, plain)
     return StudyConfig(cells=cells, protocol=protocol, **listed).checked()
 
 
-def _cell(said: Mapping[str, Any], common: Mapping[str, Any]) -> CellConfig:
-    known = [one.name for one in fields(CellConfig)]
-    unknown = [name for name in said if name not in known]
-    name, runs = said.get("name", ""), said.get("runs") or ""
+def _cell(settings: Mapping[str, Any], common: Mapping[str, Any]) -> CellConfig:
+    known = [field.name for field in fields(CellConfig)]
+    unknown = [name for name in settings if name not in known]
+    name, runs = settings.get("name", ""), settings.get("runs") or ""
     if unknown or not isinstance(name, str) or not isinstance(runs, str):
         raise Misuse(
             f"cell {name!r}",
@@ -211,9 +216,9 @@ def _cell(said: Mapping[str, Any], common: Mapping[str, Any]) -> CellConfig:
             expected=f"{', '.join(known)}: text, text and settings of a recording",
             do="correct the cell",
         )
-    if said.get("record") is None and (runs or not common):
+    if settings.get("record") is None and (runs or not common):
         return CellConfig(name, runs)
-    own = _mapping(f"cell {name!r}: record", said.get("record") or {})
+    own = _mapping(f"cell {name!r}: record", settings.get("record") or {})
     return CellConfig(name, runs, layered(RecordConfig, common, own).validate())
 
 
@@ -226,12 +231,12 @@ def _mapping(what: str, value: Any) -> Mapping[str, Any]:
 
 
 def _items(name: str, settings: Mapping[str, Any], kind: type) -> list[Any]:
-    found = settings.get(name)
-    found = [] if found is None else found
-    choice_of(f"{name}: type", type(found).__name__, ("list", "tuple"))
-    for one in found:
-        if type(one) is not kind:
+    items = settings.get(name)
+    items = [] if items is None else items
+    choice_of(f"{name}: type", type(items).__name__, ("list", "tuple"))
+    for item in items:
+        if type(item) is not kind:
             raise Misuse(
-                name, got=repr(one), expected=f"a list of {kind.__name__}", do="correct the list"
+                name, got=repr(item), expected=f"a list of {kind.__name__}", do="correct the list"
             )
-    return list(found)
+    return list(items)

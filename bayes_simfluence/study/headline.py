@@ -1,4 +1,4 @@
-"""What a study is read for first: how far the simulator is ahead of the best scores."""
+"""The main result of a study: how far the simulator is ahead of the best scores."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from bayes_simfluence.evaluation.compare import ENDS, RATIO
-from bayes_simfluence.report.tables import cell_text
+from bayes_simfluence.report.tables import with_interval
 
 __all__ = ["headline_of", "headline_rows"]
 
@@ -25,16 +25,16 @@ COLUMNS = (
 
 
 def headline_of(table: pd.DataFrame, reference: str, scored: Sequence[str]) -> list[str] | None:
-    """The reference against the best of other methods, as cells of a row.
+    """The reference against the best of other methods, as the texts of a row.
 
-    The methods with the lowest MSE, and the correlation of whichever has the highest.
+    The best method is that with the lowest MSE; the correlation is the highest of any of them.
 
     Args:
         table: as made by ``compare`` with this reference.
-        scored: names of the methods that it is measured against.
+        scored: names of the methods that it is compared with.
 
     >>> ends = {"": 4.0, "_low": 2.0, "_high": 8.0}
-    >>> row = {"mse": 1.0} | {f"mse_ratio{end}": one for end, one in ends.items()}
+    >>> row = {"mse": 1.0} | {f"mse_ratio{end}": value for end, value in ends.items()}
     >>> table = pd.DataFrame({"mine": {"mse": 0.25}, "theirs": row}).T
     >>> headline_of(table, "mine", ["theirs"])[:2]
     ['theirs', '0.25 [0.125, 0.5]']
@@ -46,25 +46,25 @@ def headline_of(table: pd.DataFrame, reference: str, scored: Sequence[str]) -> l
     if not others:
         return None
     best = min(others, key=lambda name: others[name][RATIO])
-    # Of theirs over that of the reference, turned round.
+    # The column holds theirs over that of the reference.
     value, high, low = (1.0 / others[best][RATIO + end] for end in ENDS)
-    ranked = [cell_text(one, CHANGE) for one in sorted(others.values(), key=_rank)]
+    ranked = [with_interval(row, CHANGE) for row in sorted(others.values(), key=_rank)]
     return [
         best,
         f"{value:.3g} [{low:.3g}, {high:.3g}]",
-        cell_text(rows[reference], CHANGE),
+        with_interval(rows[reference], CHANGE),
         ranked[-1],
-        cell_text(rows[reference], "coverage_90"),
+        with_interval(rows[reference], "coverage_90"),
     ]
 
 
 def headline_rows(
     tables: Mapping[str, Mapping[int, pd.DataFrame]], reference: str, scored: Sequence[str]
 ) -> str:
-    """A Markdown table with a row for each cell and number of runs; empty when there is none.
+    """A Markdown table with a row for each cell and number of runs; empty without tables.
 
     Args:
-        tables: of each cell by number of fitted runs; the smallest and the largest are shown.
+        tables: for each cell by number of fitted runs; the smallest and largest number are shown.
     """
     lines = []
     for cell, by_runs in tables.items():
@@ -78,6 +78,6 @@ def headline_rows(
 
 
 def _rank(row: Row) -> float:
-    """For an order in which methods without a correlation come first."""
-    found = row.get(CHANGE, np.nan)
-    return found if np.isfinite(found) else -np.inf
+    """The correlation of the change; the lowest rank where a method has none."""
+    change = row.get(CHANGE, np.nan)
+    return change if np.isfinite(change) else -np.inf

@@ -1,4 +1,4 @@
-"""Work that is done once: its result in a file, what it took, or why it failed, beside it."""
+"""Jobs that are done once: the result in a file; its cost, or why it failed, in one beside it."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,18 +15,18 @@ __all__ = ["Outcome", "outcome_of", "run_job"]
 
 STATM = Path("/proc/self/statm")
 EVERY = 0.02
-"""Seconds between two looks at the memory."""
+"""Seconds between two readings of the memory."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a piece of work went.
+    """The cost of a job and whether it failed.
 
     Attributes:
-        seconds: by the wall clock, compilation included.
-        peak_bytes: most memory that the process held meanwhile; None where it cannot be seen.
-        start_bytes: what it held when the work began.
-        failed: why there is no result; empty when there is one.
+        seconds: wall clock, compilation included.
+        peak_bytes: peak memory of the process during the job; None where it cannot be read.
+        start_bytes: memory of the process when the job began.
+        failed: why there is no result; empty when there is a result.
     """
 
     seconds: float
@@ -36,13 +36,13 @@ class Outcome:
 
 
 def outcome_of(path: Path) -> Outcome | None:
-    """How the work that writes ``path`` went; None while it has not been done."""
+    """The outcome of the job that writes ``path``; None while it has not been done."""
     beside = config_path(path)
     if not beside.is_file():
         return None
-    found = Outcome(**config_from_yaml(beside))
-    # A result that somebody removed is to be made again.
-    return found if found.failed or path.exists() else None
+    outcome = Outcome(**config_from_yaml(beside))
+    # A result that somebody removed is made again.
+    return outcome if outcome.failed or path.exists() else None
 
 
 def run_job(path: Path, work: Callable[[], Any], *, retry: bool = False) -> Outcome:
@@ -50,8 +50,8 @@ def run_job(path: Path, work: Callable[[], Any], *, retry: bool = False) -> Outc
 
     Args:
         path: of the result.
-        work: takes nothing; whatever it raises is kept as the reason of its failure.
-        retry: do again what failed.
+        work: takes no arguments; the error that it raises is kept as the reason of its failure.
+        retry: repeat a job that failed.
     """
     known = outcome_of(path)
     if known is not None and not (retry and known.failed):
@@ -63,16 +63,16 @@ def run_job(path: Path, work: Callable[[], Any], *, retry: bool = False) -> Outc
         # The failure of one method must not stop a study of many.
         except Exception as error:
             reason = first_line(error)
-    found = Outcome(time.perf_counter() - start, memory.peak, memory.start, reason)
-    save_config(asdict(found), config_path(path))
-    return found
+    outcome = Outcome(time.perf_counter() - start, memory.peak, memory.start, reason)
+    save_config(asdict(outcome), config_path(path))
+    return outcome
 
 
 class _Memory:
     def __init__(self) -> None:
         self.start = self.peak = _held()
 
-    def look(self) -> None:
+    def read(self) -> None:
         now = _held()
         if now is not None and self.peak is not None:
             self.peak = max(self.peak, now)
@@ -80,12 +80,12 @@ class _Memory:
 
 @contextmanager
 def _watched() -> Iterator[_Memory]:
-    """Looks at the memory of this process from time to time."""
+    """Reads the memory of this process at regular intervals."""
     memory, over = _Memory(), Event()
 
     def watch() -> None:
         while not over.wait(EVERY):
-            memory.look()
+            memory.read()
 
     thread = Thread(target=watch, daemon=True)
     thread.start()
@@ -94,11 +94,11 @@ def _watched() -> Iterator[_Memory]:
     finally:
         over.set()
         thread.join()
-        memory.look()
+        memory.read()
 
 
 def _held() -> int | None:
-    """Bytes of memory that this process holds, where the system tells."""
+    """Bytes of memory that this process holds; None where the system does not say."""
     with suppress(OSError, ValueError, IndexError):
         import resource
 

@@ -48,7 +48,7 @@ __all__ = ["ATTRIBUTIONS", "BAYES", "SIMULATORS", "Fitting", "Pilot"]
 
 
 BAYES = "bayes"
-"""The simulator that others are measured by."""
+"""The reference that all others are compared with."""
 
 MEMORY = 4 * 2**30
 """Bytes of gradients held at once where that saves passes through the network."""
@@ -56,10 +56,10 @@ MEMORY = 4 * 2**30
 
 @dataclass(frozen=True)
 class Pilot:
-    """A run whose weights were saved, for methods that look into the network.
+    """A run whose weights were saved, for methods that need gradients of the network.
 
     Attributes:
-        task: what was trained and measured.
+        task: the task that was trained and evaluated.
         store: the recording that holds the weights.
         steps: of the run.
         batch_size: examples in a step of it.
@@ -75,13 +75,13 @@ class Pilot:
     progress: Progress
 
     def checkpoints(self, count: int | None = None) -> list[SavedWeights]:
-        """The saved weights, or ``count`` of them that stand for equal parts of the run."""
+        """The saved weights, or ``count`` of them that represent equal parts of the run."""
         saved = open_checkpoints(self.store, 0)
         if count is None or count >= len(saved):
             return saved
         if len(saved) == self.steps:
             wanted = set(checkpoint_steps(self.steps, count))
-            return [one for one in saved if one.step in wanted]
+            return [weights for weights in saved if weights.step in wanted]
         middles = (np.arange(count) + 0.5) * len(saved) / count
         return [saved[int(place)] for place in middles]
 
@@ -92,18 +92,18 @@ class Pilot:
 
     @cached_property
     def span(self) -> Span:
-        """Of the gradients at the end: the first solver that asks for it pays."""
+        """Gram matrix of the gradients at the end; the first solver that needs it computes it."""
         return span_of(self.task, self.final(), memory=MEMORY, progress=self.progress)
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """What a simulator may be fitted to.
+    """What a simulator is fitted to.
 
     Attributes:
         runs: the fitted runs.
-        validation: further ones that choose settings, or None.
-        key: decides whatever a method draws.
+        validation: further runs on which settings are chosen, or None.
+        key: decides all random numbers of a method.
         progress: told of long work.
     """
 
@@ -150,14 +150,14 @@ def _influence(solver: Solver, pilot: Pilot, damping: float | None = None) -> xr
     )
 
 
-def _ridge(kind: Literal["linear", "additive", "multiplicative"], some: Fitting) -> Posterior:
+def _ridge(kind: Literal["linear", "additive", "multiplicative"], fitting: Fitting) -> Posterior:
     return fit(
-        some.runs,
+        fitting.runs,
         model=Simfluence(kind=kind),
         method=Ridge(band=True),
-        validation=some.validation,
-        key=some.key,
-        progress=some.progress,
+        validation=fitting.validation,
+        key=fitting.key,
+        progress=fitting.progress,
     )
 
 
@@ -185,11 +185,11 @@ ATTRIBUTIONS: Mapping[str, Callable[[Pilot], xr.DataArray]] = {
 """Name -> scores of a pilot run; negative = lowers the query's loss."""
 
 SIMULATORS: Mapping[str, Callable[[Fitting], Any]] = {
-    "persistence": lambda some: persistence(some.runs),
-    "mean-trajectory": lambda some: mean_trajectory(some.runs),
-    "ridge-linear": lambda some: _ridge("linear", some),
-    "ridge-additive": lambda some: _ridge("additive", some),
-    "ridge-multiplicative": lambda some: _ridge("multiplicative", some),
-    BAYES: lambda some: fit(some.runs, key=some.key, progress=some.progress),
+    "persistence": lambda fitting: persistence(fitting.runs),
+    "mean-trajectory": lambda fitting: mean_trajectory(fitting.runs),
+    "ridge-linear": lambda fitting: _ridge("linear", fitting),
+    "ridge-additive": lambda fitting: _ridge("additive", fitting),
+    "ridge-multiplicative": lambda fitting: _ridge("multiplicative", fitting),
+    BAYES: lambda fitting: fit(fitting.runs, key=fitting.key, progress=fitting.progress),
 }
-"""Name -> a simulator of fitted runs."""
+"""Name -> a simulator fitted to runs."""

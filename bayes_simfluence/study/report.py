@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bayes_simfluence.evaluation.compare import FAILED, INTERVAL
+from bayes_simfluence.evaluation.compare import FAILED
+from bayes_simfluence.evaluation.metrics import INTERVAL
 from bayes_simfluence.files import atomically
 from bayes_simfluence.report.attribution import plot_by_runs
 from bayes_simfluence.report.plots import save_figure
@@ -19,7 +20,7 @@ from bayes_simfluence.study.methods import BAYES
 __all__ = ["write_report"]
 
 BY_RUNS = ("mse", "spearman_change")
-"""Metrics that are shown against the number of runs."""
+"""Metrics plotted against the number of runs."""
 SHOWN = [
     "mse",
     "mse_ratio",
@@ -29,20 +30,20 @@ SHOWN = [
     "coverage_90",
     "final_coverage_90",
 ]
-"""Metrics on the page; the files have all."""
+"""Metrics on the page; the files have all metrics."""
 GIBIBYTE = 2.0**30
 
 
 def write_report(cells: Sequence[Cell], folder: Path) -> Path:
     """Write ``index.md``, ``metrics.csv``, ``costs.csv``, a LaTeX table and pictures for each cell.
 
-    Cells without a comparison yet are named as such.
+    For cells that were not compared yet, the page says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts, known = [_title(cells)], {cell.config.name: cell.tables() for cell in cells}
     headline = headline_rows(known, BAYES, cells[0].attributions)
     if headline:
-        parts.append(f"{BAYES} beside what is best among scores:\n\n{headline}")
+        parts.append(f"{BAYES} beside the best scores:\n\n{headline}")
     metrics, costs = [], []
     for cell in cells:
         tables, spent = known[cell.config.name], _costs(cell)
@@ -52,7 +53,7 @@ def write_report(cells: Sequence[Cell], folder: Path) -> Path:
             for count, table in tables.items()
         ]
         parts.append(_section(cell, tables, spent, folder))
-    # Rows of many cells: the columns that say whose they are come first.
+    # The columns that identify a row come first.
     if metrics:
         every = pd.concat(metrics)
         first = ["cell", "runs", "method"]
@@ -67,11 +68,11 @@ def _title(cells: Sequence[Cell]) -> str:
     held_out = cells[0].study.protocol.held_out
     return (
         "# Study\n\n"
-        f"Every method sees the first runs of a recording and is judged on {held_out} others that "
-        f"none has seen. Intervals: {INTERVAL:.0%}, bootstrap over these runs. The scale of "
-        "scores is fitted on the fitted runs. The best of each column is bold. Seconds include "
-        "compilation; memory is the most that the process held; the first influence function of a "
-        f"cell pays for what the others share. Reference: {BAYES}. All metrics: `metrics.csv`."
+        f"Every method is fitted to the first runs of a recording and tested on {held_out} others. "
+        f"Intervals: {INTERVAL:.0%}, bootstrap over these. The scale of scores is fitted on the "
+        "fitted runs. The best of each column is bold. Seconds include compilation; memory is the "
+        "peak of the process; the first influence function of a cell also computes what the others "
+        f"share. Reference: {BAYES}. All metrics: `metrics.csv`."
     )
 
 
@@ -96,20 +97,20 @@ def _section(
 
 
 def _by_runs(tables: Mapping[int, pd.DataFrame]) -> str:
-    found = pd.DataFrame({count: table["mse"] for count, table in tables.items()})
+    mse = pd.DataFrame({count: table["mse"] for count, table in tables.items()})
     lines = [
-        "| method | " + " | ".join(f"{one} runs" for one in found) + " |",
-        "|---|" + "---|" * found.shape[1],
+        "| method | " + " | ".join(f"{count} runs" for count in mse) + " |",
+        "|---|" + "---|" * mse.shape[1],
     ]
     order = list(dict.fromkeys(name for table in tables.values() for name in table.index))
     for method in order:
-        cells = ["" if np.isnan(one) else f"{one:.3g}" for one in found.loc[method]]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        texts = ["" if np.isnan(value) else f"{value:.3g}" for value in mse.loc[method]]
+        lines.append(f"| {method} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
 def _costs(cell: Cell) -> pd.DataFrame:
-    """What each piece of work of a cell took."""
+    """The cost of every job of a cell."""
     jobs = [(name, "attribute", 0, cell.scores(name)) for name in cell.attributions]
     jobs += [
         (name, "fit", count, cell.fit(name, count))
@@ -127,7 +128,7 @@ def _costs(cell: Cell) -> pd.DataFrame:
 
 
 def _costs_text(spent: pd.DataFrame, most: int) -> str:
-    """Seconds and memory of each method; of scores, the memory is that of computing them."""
+    """Seconds and memory of each method; the memory is that of its first job (the scores)."""
     lines = [
         f"| method | scores (s) | fit to {most} runs (s) | peak memory (GiB) | at its start |",
         "|---|---|---|---|---|",
@@ -137,16 +138,16 @@ def _costs_text(spent: pd.DataFrame, most: int) -> str:
         own = done[done["method"] == method]
         scored, fitted = own[own["stage"] == "attribute"], own[own["runs"] == most]
         first = pd.concat([scored, fitted]).iloc[:1]
-        cells = [
-            *(_figure(one, "seconds", ".1f") for one in (scored, fitted)),
+        texts = [
+            *(_figure(rows, "seconds", ".1f") for rows in (scored, fitted)),
             *(_figure(first, name, ".2f", GIBIBYTE) for name in ("peak_bytes", "start_bytes")),
         ]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        lines.append(f"| {method} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
 def _figure(rows: pd.DataFrame, name: str, form: str, unit: float = 1.0) -> str:
-    """Of the first row; empty where there is none, or no number."""
+    """The first row's number as text; empty without one."""
     values = rows[name].dropna()
     return f"{float(values.iloc[0]) / unit:{form}}" if len(values) else ""
 

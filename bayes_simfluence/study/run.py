@@ -30,38 +30,38 @@ def run_study(
     retry: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Record, attribute, fit, compare and report; a second call goes on where the first stopped.
+    """Record, attribute, fit, compare and report; a second call continues where the first stopped.
 
-    Results are files in ``out``, a folder for each cell: ``runs.zarr``, ``pilot.zarr``,
-    ``scores/METHOD.nc``, ``fits/RUNS/METHOD.nc``, ``tables/RUNS.csv``; what each piece of work took
-    or why it failed lies beside it (``.yaml``). Remove a file to have it made again.
+    Results are files in ``out``, in a folder for each cell: ``runs.zarr``, ``pilot.zarr``,
+    ``scores/METHOD.nc``, ``fits/RUNS/METHOD.nc``, ``tables/RUNS.csv``. A ``.yaml`` file beside each
+    holds its cost, or why it failed. Remove a result to have it made again.
 
     Args:
         config: as made by ``study_of``.
         out: the study's folder.
         stages: some of ``record``, ``checkpoints``, ``attribute``, ``fit``, ``compare``,
             ``report``; all when omitted.
-        cells: names of some cells; all when omitted. The report is always of all.
-        retry: do again what failed.
+        cells: names of some cells; all when omitted. The report always covers all cells.
+        retry: repeat jobs that failed.
         progress: told of long work; silent when omitted.
 
     Returns:
         The folder.
 
     Raises:
-        Misuse: unknown stages, cells or methods, another study in the folder, recordings that do
-            not fit; a stage before the one that it needs.
+        Misuse: unknown stages, cells or methods; another study in the folder; recordings that do
+            not match their settings; a stage whose earlier stage was not run.
     """
     folder = new_path(out, overwrite=True)
     config = _checked(config, folder)
-    names = [one.name for one in config.cells]
+    names = [cell.name for cell in config.cells]
     for name in cells or ():
         choice_of("cell", name, names)
     for name in stages or ():
         choice_of("stage", name, (*STAGES, REPORT))
-    wanted = [one for one in (*STAGES, REPORT) if stages is None or one in stages]
-    every = [Cell(one, config, folder / one.name) for one in config.cells]
-    chosen = [one for one in every if cells is None or one.config.name in cells]
+    wanted = [stage for stage in (*STAGES, REPORT) if stages is None or stage in stages]
+    every = [Cell(cell, config, folder / cell.name) for cell in config.cells]
+    chosen = [cell for cell in every if cells is None or cell.config.name in cells]
     save_config(config.as_dict(), folder / SETTINGS)
     for name in wanted:
         if name == REPORT:
@@ -70,18 +70,18 @@ def run_study(
         for cell in chosen:
             STAGES[name](cell, retry, progress or Silent())
             if len(chosen) > 1:
-                # Programs for one cell are of no use for another; a process may hold only so many.
+                # Compiled programs of one cell are of no use to another, and memory maps are limited.
                 jax.clear_caches()  # type: ignore[no-untyped-call]
     return folder
 
 
 def _checked(config: StudyConfig, folder: Path) -> StudyConfig:
     config = config.checked()
-    for what, given, known in (
+    for what, names, known in (
         ("methods", config.methods, ATTRIBUTIONS),
         ("simulators", config.simulators, SIMULATORS),
     ):
-        for name in given or ():
+        for name in names or ():
             choice_of(what, name, list(known))
     if (folder / SETTINGS).is_file():
         config.continues(study_of(config_from_yaml(folder / SETTINGS)), str(folder))

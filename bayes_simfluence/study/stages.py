@@ -1,6 +1,6 @@
-"""The stages of a cell. Each does what is not done yet and leaves files behind."""
+"""The stages of a cell. Each does the jobs that are not done yet; results are files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -27,20 +27,20 @@ from bayes_simfluence.study.methods import ATTRIBUTIONS, BAYES, SIMULATORS, Fitt
 __all__ = ["STAGES", "Stage"]
 
 Stage = Callable[[Cell, bool, Progress], None]
-"""Takes a cell, whether to do again what failed, and whom to tell."""
+"""Takes a cell, whether to repeat failed jobs, and a progress."""
 
 
 def _record(cell: Cell, retry: bool, progress: Progress) -> None:
-    """Every run of the cell, unless it takes those of another recording."""
+    """Record every run of the cell, unless it uses an existing recording."""
     if not cell.config.runs and cell.config.record and not cell.recorded(cell.store):
         record_from_config(cell.config.record, cell.store, resume=True, progress=progress)
     cell.split(max(cell.study.counts))
 
 
 def _checkpoints(cell: Cell, retry: bool, progress: Progress) -> None:
-    """The pilot run once more, now with its weights on the way.
+    """Train the pilot run once more and save its checkpoints.
 
-    Training is deterministic, so that this is the run whose losses are recorded.
+    Training is deterministic, so this is the run whose losses are recorded.
     """
     config = cell.config.record
     if config is None or not cell.attributions or cell.recorded(cell.pilot):
@@ -49,8 +49,8 @@ def _checkpoints(cell: Cell, retry: bool, progress: Progress) -> None:
     runs = cell.runs
     same = (
         np.array_equal(runs["batch"].values[cell.study.protocol.pilot], batch[0])
-        and [str(one) for one in runs["train"].values] == [str(one) for one in task.train_ids]
-        and [str(one) for one in runs["query"].values] == [str(one) for one in task.query_ids]
+        and _as_text(runs["train"].values) == _as_text(task.train_ids)
+        and _as_text(runs["query"].values) == _as_text(task.query_ids)
     )
     if not same:
         raise Misuse(
@@ -74,9 +74,9 @@ def _checkpoints(cell: Cell, retry: bool, progress: Progress) -> None:
 
 
 def _attribute(cell: Cell, retry: bool, progress: Progress) -> None:
-    """The scores of every attribution."""
+    """Compute the scores of every attribution."""
     known = {name: outcome_of(cell.scores(name)) for name in cell.attributions}
-    todo = [name for name, one in known.items() if one is None or (retry and one.failed)]
+    todo = [name for name, job in known.items() if job is None or (retry and job.failed)]
     config = cell.config.record
     pilot = _pilot(cell, config, progress) if todo and config else None
     with progress.work(f"{cell.config.name}: attribute", len(todo)) as meter:
@@ -86,12 +86,12 @@ def _attribute(cell: Cell, retry: bool, progress: Progress) -> None:
 
 
 def _fit(cell: Cell, retry: bool, progress: Progress) -> None:
-    """Every simulator at every number of runs, those of scores among them."""
+    """Fit every simulator, those made of scores included, to every number of runs."""
     names = [*cell.simulators, *cell.attributions]
     total = len(names) * len(cell.study.counts)
     with progress.work(f"{cell.config.name}: fit", total) as meter:
         for count in cell.study.counts:
-            # Outside of the jobs: runs that are not there are no failure of a method.
+            # Outside the jobs: missing runs are not the failure of a method.
             split = cell.split(count)
             for name in names:
                 if not _unscored(cell, name):
@@ -101,17 +101,20 @@ def _fit(cell: Cell, retry: bool, progress: Progress) -> None:
 
 
 def _compare(cell: Cell, retry: bool, progress: Progress) -> None:
-    """A table for every number of runs, with a row also for what failed."""
+    """Compare at every number of runs; methods that failed have a row too."""
     known = cell.tables()
     for count in cell.study.counts:
-        methods = {
-            name: _method(cell, name, count) for name in (*cell.simulators, *cell.attributions)
+        reasons = {
+            name: _unfitted(cell, name, count) for name in (*cell.simulators, *cell.attributions)
         }
-        failed = {name for name, one in methods.items() if isinstance(one, Failed)}
         table = known.get(count)
-        if table is not None and _up_to_date(table, list(methods), failed):
+        if table is not None and _up_to_date(table, reasons):
             continue
-        found = compare(
+        methods: dict[str, Compared] = {
+            name: Failed(reason) if reason else partial(load_posterior, cell.fit(name, count))
+            for name, reason in reasons.items()
+        }
+        table = compare(
             methods,
             cell.split(count).held_out,
             key=cell.key("compare"),
@@ -120,7 +123,7 @@ def _compare(cell: Cell, retry: bool, progress: Progress) -> None:
             reference=BAYES if BAYES in methods else None,
             progress=progress,
         )
-        save_table(found, cell.table(count), overwrite=True)
+        save_table(table, cell.table(count), overwrite=True)
 
 
 STAGES: dict[str, Stage] = {
@@ -130,12 +133,16 @@ STAGES: dict[str, Stage] = {
     "fit": _fit,
     "compare": _compare,
 }
-"""In order; a report of the whole study follows."""
+"""In their order; the report of the whole study follows."""
 
 
 def _count(cell: Cell, config: RecordConfig) -> int:
-    said = cell.study.protocol.checkpoints
-    return config.steps if said == ALL else int(said)
+    checkpoints = cell.study.protocol.checkpoints
+    return config.steps if checkpoints == ALL else int(checkpoints)
+
+
+def _as_text(ids: Iterable[object]) -> list[str]:
+    return [str(name) for name in ids]
 
 
 def _pilot(cell: Cell, config: RecordConfig, progress: Progress) -> Pilot:
@@ -155,37 +162,38 @@ def _scored(cell: Cell, name: str, pilot: Pilot | None) -> Path:
         raise Misuse(
             f"cell {cell.config.name!r}",
             got="runs without the settings that recorded them",
-            expected="record: {...}, to make their task of",
-            do="add these settings and say --retry, or leave the methods out (methods: [])",
+            expected="record: {...}, from which their task is made",
+            do="add these settings and pass --retry, or leave the methods out (methods: [])",
         )
     return save_scores(ATTRIBUTIONS[name](pilot), cell.scores(name), overwrite=True)
 
 
 def _fitted(cell: Cell, name: str, count: int, split: Split, progress: Progress) -> Path:
     if name in SIMULATORS:
-        some = Fitting(split.fitted, split.validation, cell.key(f"{name}/{count}"), progress)
-        posterior: Posterior = SIMULATORS[name](some)
+        fitting = Fitting(split.fitted, split.validation, cell.key(f"{name}/{count}"), progress)
+        posterior: Posterior = SIMULATORS[name](fitting)
     else:
         posterior = additive_simulator(load_scores(cell.scores(name)), split.fitted)
     return posterior.save(cell.fit(name, count), overwrite=True)
 
 
 def _unscored(cell: Cell, name: str) -> str:
-    """Why a method has no scores; empty when it has, or needs none."""
+    """Why a method has no scores; empty when it has scores or needs none."""
     if name in SIMULATORS:
         return ""
     outcome = outcome_of(cell.scores(name))
     return "its scores were not computed" if outcome is None else outcome.failed
 
 
-def _up_to_date(table: pd.DataFrame, methods: list[str], failed: set[str]) -> bool:
-    """Whether a table has these methods, and a reason for these and no others."""
-    said = {str(name) for name, one in table.iterrows() if one.get(FAILED, "")}
-    return list(table.index) == methods and said == failed
+def _unfitted(cell: Cell, name: str, count: int) -> str:
+    """Why a method has no fit to ``count`` runs; empty when it has one."""
+    outcome = outcome_of(cell.fit(name, count))
+    return _unscored(cell, name) or ("it was not fitted" if outcome is None else outcome.failed)
 
 
-def _method(cell: Cell, name: str, count: int) -> Compared:
-    path = cell.fit(name, count)
-    outcome = outcome_of(path)
-    reason = _unscored(cell, name) or ("it was not fitted" if outcome is None else outcome.failed)
-    return Failed(reason) if reason else partial(load_posterior, path)
+def _up_to_date(table: pd.DataFrame, reasons: Mapping[str, str]) -> bool:
+    """Whether a table has these methods, and failures of just those that have a reason."""
+    failed = {str(name) for name, row in table.iterrows() if row.get(FAILED, "")}
+    return list(table.index) == list(reasons) and failed == {
+        name for name, reason in reasons.items() if reason
+    }

@@ -6,7 +6,7 @@ import pytest
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.evaluation.compare import METRICS, Failed, elpd_over_runs
+from bayes_simfluence.evaluation.compare import METRICS, Failed
 from bayes_simfluence.evaluation.metrics import spearman_across_runs
 from bayes_simfluence.evaluation.synthetic import linear_runs
 
@@ -186,49 +186,6 @@ def test_something_is_compared_with_counts_above_zero(posteriors, runs, key):
         bs.compare(posteriors, runs, key=key, draws=0)
     with pytest.raises(Misuse, match=r"resamples: got 0"):
         bs.compare({"mean": posteriors["mean"]}, runs, key=key, resamples=0)
-
-
-@pytest.fixture(scope="module")
-def recording():
-    return linear_runs(key=jax.random.key(4), runs=7, query=2, epochs=2)[0]
-
-
-@pytest.mark.parametrize("folds", [3, 50])
-def test_every_run_is_scored_by_a_fit_without_it(recording, key, folds):
-    method = bs.Ridge(penalty=0.01, objective="centred")
-    found = elpd_over_runs(recording, key=key, method=method, folds=folds)
-    assert found.index.tolist() == recording["run"].values.tolist() and found.index.name == "run"
-    assert found.columns.tolist() == ["elpd", "mse"]
-    count = min(folds, recording.sizes["run"])
-    for run in range(recording.sizes["run"]):
-        rest = [one for one in range(recording.sizes["run"]) if one % count != run % count]
-        posterior = bs.fit(recording.isel(run=rest), method=method, key=key)
-        one = recording.isel(run=[run])
-        error = posterior.simulate(one, key=key)["mean_loss"][0, 0] - one["loss"]
-        expected = float((error.isel(time=slice(1, None)) ** 2).mean())
-        np.testing.assert_allclose(found.loc[run, "mse"], expected, rtol=1e-3)
-    assert found["elpd"].isna().all()
-
-
-def test_a_band_has_a_density(recording, key):
-    found = elpd_over_runs(
-        recording, key=key, model=bs.Simfluence(kind="linear"), folds=2, draws=50
-    )
-    assert np.isfinite(found.to_numpy()).all() and len(found) == 7
-
-
-def test_folds_are_counted(recording, key):
-    with pytest.raises(Misuse, match=r"folds: got 0"):
-        elpd_over_runs(recording, key=key, folds=0)
-
-
-@pytest.mark.filterwarnings("ignore::bayes_simfluence.checks.FitWarning")
-def test_refits_score_what_was_recorded(runs, key):
-    thinned = runs.isel(run=slice(0, 6)).copy(deep=True)
-    thinned["loss"].values[1::2, 3:6] = np.nan
-    method = bs.Exact(times=2)
-    found = elpd_over_runs(thinned, key=key, method=method, folds=2, draws=20)
-    assert np.isfinite(found.to_numpy()).all()
 
 
 def test_a_method_that_fails_keeps_its_row_and_the_others_go_on(posteriors, runs, key, caplog):

@@ -66,14 +66,14 @@ def test_settings_that_do_not_fit_are_refused(settings, match):
 def test_a_study_may_grow_but_not_change():
     study = study_of({"cells": [CELL], "counts": [5]})
     study_of({"cells": [CELL, RECORDED], "counts": [3, 5]}).continues(study, "here")
-    with pytest.raises(Misuse, match="other largest of counts"):
+    with pytest.raises(Misuse, match="whose largest of counts differ"):
         study_of({"cells": [CELL], "counts": [5, 10]}).continues(study, "here")
-    with pytest.raises(Misuse, match="here: got a study with other draws, seed"):
+    with pytest.raises(Misuse, match="here: got a study whose draws, seed differ"):
         study_of({"cells": [CELL], "seed": 1, "draws": 3, "counts": [5]}).continues(study, "here")
     made = study_of({"cells": [{**CELL, "record": {}}], "counts": [5]})
     made.continues(study, "here")
-    with pytest.raises(Misuse, match="other a;"):
+    with pytest.raises(Misuse, match="whose a differ;"):
         study.continues(made, "here")
-    with pytest.raises(Misuse, match="other a;"):
+    with pytest.raises(Misuse, match="whose a differ;"):
         changed = {"name": "a", "runs": "example:sst2"}
         study_of({"cells": [changed], "counts": [5]}).continues(study, "here")

@@ -248,7 +248,7 @@ def test_misuse_is_one_line_before_any_work(command, settings, tmp_path, changed
 
 def test_another_study_and_other_recordings_are_refused(studied, settings, tmp_path):
     folder, _ = studied
-    with pytest.raises(Misuse, match="a study with other draws"):
+    with pytest.raises(Misuse, match="a study whose draws differ"):
         run_study(study_of({**settings, "draws": 9}), folder)
     other = {**settings["common"], "seed": 1}
     wrong = study_of(
