@@ -45,7 +45,7 @@ BANDED = "ridge, paper's objective, residual band"
 
 def methods(fit: xr.Dataset, validation: xr.Dataset, test: xr.Dataset, key: jax.Array, times: int):
     """Every method of the table, fitted."""
-    path, exact = bs.Simfluence(), bs.Exact(times=times)
+    exact = bs.Exact(times=times)
     yield "initial loss kept", bs.persistence(fit)
     yield MEAN, bs.mean_trajectory(fit)
     yield BANDED, bs.fit(fit, method=bs.Ridge(band=True), validation=validation, key=key)
@@ -60,7 +60,7 @@ def methods(fit: xr.Dataset, validation: xr.Dataset, test: xr.Dataset, key: jax.
         bs.fit(fit, model=literal, method=exact, key=key),
     )
     by_evidence = bs.Exact("evidence", times)
-    yield "two-timescale, by evidence", bs.fit(fit, model=path, method=by_evidence, key=key)
+    yield "two-timescale, by evidence", bs.fit(fit, method=by_evidence, key=key)
     identity = bs.Simfluence(link="identity")
     yield "two-timescale, identity link", bs.fit(fit, model=identity, method=exact, key=key)
     plain = bs.Simfluence(prior=Normal(features=False))
@@ -73,10 +73,10 @@ def methods(fit: xr.Dataset, validation: xr.Dataset, test: xr.Dataset, key: jax.
 
 def best_in_hindsight(fit: xr.Dataset, test: xr.Dataset, key: jax.Array) -> bs.Posterior:
     """The paper's ridge at the penalty that is best on the held-out runs themselves."""
-    fits = [bs.fit(fit, method=bs.Ridge(penalty=one), key=key) for one in PENALTIES]
+    fits = [bs.fit(fit, method=bs.Ridge(penalty=penalty), key=key) for penalty in PENALTIES]
     errors = [
-        float(((one.simulate(test, key=key)["mean_loss"] - test["loss"]) ** 2).mean())
-        for one in fits
+        float(((ridge.simulate(test, key=key)["mean_loss"] - test["loss"]) ** 2).mean())
+        for ridge in fits
     ]
     return fits[int(np.nanargmin(errors))]
 
@@ -103,27 +103,29 @@ def study(seeds: list[int], limit: int | None, draws: int, times: int) -> tuple[
                 started = time.perf_counter()
             pictures.setdefault("recorded", test)
             meter.advance(1, f"seed {seed}")
-    rows = {name: pooled(found) for name, found in scores.items()}
+    rows = {name: pooled(appearances) for name, appearances in scores.items()}
     table = pd.DataFrame.from_dict(rows, orient="index")
-    table["seconds"] = {name: float(np.median(each)) for name, each in seconds.items()}
+    table["seconds"] = {name: float(np.median(times)) for name, times in seconds.items()}
     return table, pictures
 
 
-def pooled(found: list[tuple[np.ndarray, RunScores]]) -> dict[str, float]:
+def pooled(appearances: list[tuple[np.ndarray, RunScores]]) -> dict[str, float]:
     """Means over all held-out appearances, with intervals from resampled recorded runs."""
-    ids = np.concatenate([which for which, _ in found])
+    ids = np.concatenate([runs for runs, _ in appearances])
     distinct = np.unique(ids)
     rng = np.random.default_rng(0)
     counts = rng.multinomial(len(distinct), np.full(len(distinct), 1 / len(distinct)), RESAMPLES)
     weights = counts[:, np.searchsorted(distinct, ids)]
-    across = np.array([spearman_across_runs(one.final_mean, one.final_truth) for _, one in found])
+    across = np.array(
+        [spearman_across_runs(scores.final_mean, scores.final_truth) for _, scores in appearances]
+    )
     row = {}
     for name in METRICS:
         if name == "spearman_run":
             again = rng.choice(across, (RESAMPLES, len(across))).mean(axis=1)
             row[name] = float(across.mean())
         else:
-            values = np.concatenate([one[name] for _, one in found])
+            values = np.concatenate([scores[name] for _, scores in appearances])
             row[name] = float(values.mean())
             again = weights @ values / np.maximum(weights.sum(axis=1), 1)
         row[f"{name}_low"], row[f"{name}_high"] = np.quantile(again, [0.05, 0.95])
@@ -150,7 +152,7 @@ def page(table: pd.DataFrame, seeds: list[int]) -> str:
             "",
             markdown(table.drop(columns="seconds"), SHOWN, bold=False),
             "",
-            "| ratio | found | goal |",
+            "| ratio | measured | goal |",
             "|---|---|---|",
             *lines,
             f"| 90% band covers, all steps | {main.coverage_90:.3f} | .87 to .93 |",
@@ -185,8 +187,8 @@ def main() -> None:
     body = f"<!-- table -->\n{page(table, seeds)}\n<!-- end of table -->"
     target.write_text(head + body + (tail if mark else "\n"), "utf-8")
     recorded = pictures.pop("recorded")
-    simulated = {name.strip("*"): one for name, (one, _) in pictures.items() if name != MEAN}
-    horizons = {name.strip("*"): one for name, (_, one) in pictures.items()}
+    simulated = {name.strip("*"): draws for name, (draws, _) in pictures.items() if name != MEAN}
+    horizons = {name.strip("*"): horizon for name, (_, horizon) in pictures.items()}
     save_figure(plot_curves(simulated, recorded), options.out / "curves.png", overwrite=True)
     save_figure(plot_coverage(horizons), options.out / "coverage.png", overwrite=True)
     print(json.dumps({"written": str(target)}))

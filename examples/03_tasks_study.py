@@ -4,9 +4,9 @@
 
 Bands: the default fitted on 25, 15, 8 and 5 runs of each recording, several splits, 5 held-out runs
 each, beside the mean trajectory and the paper's ridge. Parts: errors, exposures, coefficients, time
-effects, links and priors one by one, chosen between by the score of left-out runs; held-out figures
-stand beside it. Intervals are bootstrapped over recorded runs. About 20 minutes on two cores; what
-was measured is kept in tasks.csv, and a second call goes on from there.
+effects, links and priors one by one, to choose by the score of left-out runs; held-out figures
+stand beside it. Intervals are bootstrapped over recorded runs. An hour or more on two cores;
+measurements are kept in tasks.csv, and a second call continues from there.
 """
 
 import argparse
@@ -75,23 +75,23 @@ FEW_QUERIES = 10
 """Of each recording, where priors are compared."""
 
 
-class Cells:
-    """Scores of each held-out run, kept in a file so that a study can go on."""
+class Measurements:
+    """Scores of each held-out run, kept in a file so that a study can be continued."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.table = pd.read_csv(path) if path.exists() else pd.DataFrame()
 
-    def has(self, **cell: object) -> bool:
-        """Whether a cell was measured."""
-        found = self.table
-        for name, value in cell.items():
-            found = found[found[name] == value] if len(found) else found
-        return len(found) > 0
+    def has(self, **columns: object) -> bool:
+        """Whether there are rows with these values."""
+        rows = self.table
+        for name, value in columns.items():
+            rows = rows[rows[name] == value] if len(rows) else rows
+        return len(rows) > 0
 
-    def add(self, scores: dict[str, np.ndarray], **cell: object) -> None:
-        """Keep a cell."""
-        self.table = pd.concat([self.table, pd.DataFrame({**cell, **scores})], ignore_index=True)
+    def add(self, scores: dict[str, np.ndarray], **columns: object) -> None:
+        """Keep the scores of a fit, with the values that identify it."""
+        self.table = pd.concat([self.table, pd.DataFrame({**columns, **scores})], ignore_index=True)
         self.table.to_csv(self.path, index=False, float_format="%.6g")
 
 
@@ -117,16 +117,16 @@ def methods(
 
 def best_in_hindsight(fit: xr.Dataset, test: xr.Dataset, key: jax.Array) -> bs.Posterior:
     """The paper's ridge at the penalty that is best on the held-out runs themselves."""
-    fits = [bs.fit(fit, method=bs.Ridge(penalty=one), key=key) for one in PENALTIES]
+    fits = [bs.fit(fit, method=bs.Ridge(penalty=penalty), key=key) for penalty in PENALTIES]
     errors = [
-        float(((one.simulate(test, key=key)["mean_loss"] - test["loss"]) ** 2).mean())
-        for one in fits
+        float(((ridge.simulate(test, key=key)["mean_loss"] - test["loss"]) ** 2).mean())
+        for ridge in fits
     ]
     return fits[int(np.nanargmin(errors))]
 
 
 def in_nats(posterior: bs.Posterior) -> float:
-    """What a score on the scale of the link gains as a density of losses in nats, per point."""
+    """Mean log derivative of the link: turns a score on its scale into one in nats, per point."""
     if not isinstance(posterior.simulator, PathSimulator):
         return 0.0
     seen = posterior.runs["loss"].values[:, 1:][:, posterior.simulator.rows]
@@ -142,8 +142,8 @@ def measured(
     if validation is None:
         left_out = posterior.verdict.numbers.get("left_out_score", np.nan) + in_nats(posterior)
     else:
-        found = scores_by_run(posterior, validation, key=jax.random.key(1), draws=draws)
-        left_out = float(np.mean(found["elpd"]))
+        validated = scores_by_run(posterior, validation, key=jax.random.key(1), draws=draws)
+        left_out = float(np.mean(validated["elpd"]))
     return {
         "run": test["run"].values,
         **kept,
@@ -151,14 +151,14 @@ def measured(
     }
 
 
-def study(cells: Cells, options: argparse.Namespace) -> None:
-    """Every cell that is not there yet: bands of all recordings first, then parts."""
+def study(measurements: Measurements, options: argparse.Namespace) -> None:
+    """Make the fits that are missing: bands of all recordings first, then parts and priors."""
     recordings = {
         name: bs.example_runs(name).isel(query=slice(0, options.queries))
         for name in options.recordings
     }
     parts = dict(list(PARTS.items())[: options.parts])
-    parts_on = [one for one in PARTS_ON if one in recordings]
+    parts_on = [name for name in PARTS_ON if name in recordings]
     priors = dict(list(PRIORS.items())[: options.priors])
     compared = len(parts) + len(priors)
     total = len(recordings) * options.splits * (3 + len(COUNTS)) + len(parts_on) * compared
@@ -168,11 +168,13 @@ def study(cells: Cells, options: argparse.Namespace) -> None:
             make: Callable[[], bs.Posterior],
             test: xr.Dataset,
             validation: xr.Dataset | None = None,
-            **cell: object,
+            **columns: object,
         ) -> None:
-            if not cells.has(**cell):
-                cells.add(measured(make(), test, options.draws, validation), **cell)
-            meter.advance(1, f"{cell['recording']}: {cell['method']}, {cell['fitted']} runs")
+            if not measurements.has(**columns):
+                scores = measured(make(), test, options.draws, validation)
+                measurements.add(scores, **columns)
+            name = f"{columns['recording']}: {columns['method']}, {columns['fitted']} runs"
+            meter.advance(1, name)
 
         for recording, runs in recordings.items():
             for seed in range(options.splits):
@@ -217,7 +219,8 @@ def with_interval(rows: pd.DataFrame, metric: str) -> tuple[float, float, float]
     return float(values.mean()), float(low), float(high)
 
 
-def cell_text(rows: pd.DataFrame, metric: str) -> str:
+def as_text(rows: pd.DataFrame, metric: str) -> str:
+    """``value [low, high]``."""
     value, low, high = with_interval(rows, metric)
     return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
@@ -231,13 +234,14 @@ def bands_table(table: pd.DataFrame) -> str:
     order = [MEAN, RIDGE, ORACLE, DEFAULT]
     bands = table[table["study"] == "bands"]
     for recording in bands["recording"].unique():
-        of_one = bands[bands["recording"] == recording]
+        of_recording = bands[bands["recording"] == recording]
         for name in order:
-            for count in sorted(of_one.loc[of_one["method"] == name, "fitted"].unique())[::-1]:
-                rows = of_one[(of_one["method"] == name) & (of_one["fitted"] == count)]
+            of_method = of_recording[of_recording["method"] == name]
+            for count in sorted(of_method["fitted"].unique())[::-1]:
+                rows = of_method[of_method["fitted"] == count]
                 point = name == ORACLE
                 texts = [
-                    "" if point and "coverage" in metric else cell_text(rows, metric)
+                    "" if point and "coverage" in metric else as_text(rows, metric)
                     for metric in METRICS
                 ]
                 lines.append(f"| {recording} | {name} | {count} | " + " | ".join(texts) + " |")
@@ -261,29 +265,29 @@ def goals_table(table: pd.DataFrame) -> str:
             ours["crps"] / mean.loc[(RIDGE, FITTED)]["crps"],
             mean.loc[(DEFAULT, 8)]["mse"] / oracle["mse"],
         ]
-        lines.append(f"| {recording} | " + " | ".join(f"{one:.2f}" for one in ratios) + " |")
+        lines.append(f"| {recording} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
     return "\n".join(lines)
 
 
 def parts_table(table: pd.DataFrame, study: str = "parts", base: str = "default") -> str:
-    """Score of left-out runs of each part on each recording, and what held-out runs say."""
+    """Score of left-out runs for each part and recording, and scores of the held-out runs."""
     parts = table[table["study"] == study]
     recordings = list(parts["recording"].unique())
     score = parts.groupby(["method", "recording"], sort=False)["left_out_score"].first().unstack()
     score = score[recordings]
     gain = score - score.loc[base]
-    head = "".join(f" {one}: score | {one}: CRPS | {one}: covers |" for one in recordings)
+    head = "".join(f" {name}: score | {name}: CRPS | {name}: covers |" for name in recordings)
     lines = [f"| {study[:-1]} |{head} mean score |", "|---|" + "---|" * (3 * len(recordings) + 1)]
     for name in gain.mean(axis=1).sort_values(ascending=False).index:
-        cells = []
+        texts = []
         for recording in recordings:
             rows = parts[(parts["method"] == name) & (parts["recording"] == recording)]
-            cells += [
+            texts += [
                 f"{gain.loc[name, recording]:+.3f}",
-                cell_text(rows, "crps"),
-                cell_text(rows, "coverage_90"),
+                as_text(rows, "crps"),
+                as_text(rows, "coverage_90"),
             ]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {gain.loc[name].mean():+.3f} |")
+        lines.append(f"| {name} | " + " | ".join(texts) + f" | {gain.loc[name].mean():+.3f} |")
     return "\n".join(lines)
 
 
@@ -312,8 +316,8 @@ def picture(table: pd.DataFrame) -> plt.Figure:
         recordings = bands["recording"].unique()
         for shift, recording in enumerate(recordings):
             rows = bands[bands["recording"] == recording]
-            found = [with_interval(rows[rows["fitted"] == one], metric) for one in COUNTS]
-            value, low, high = np.array(found).T
+            by_count = [with_interval(rows[rows["fitted"] == count], metric) for count in COUNTS]
+            value, low, high = np.array(by_count).T
             place = np.array(COUNTS) + 0.22 * (shift - (len(recordings) - 1) / 2)
             reach = [value - low, high - value]
             axes.errorbar(place, value, yerr=reach, marker="o", markersize=4, label=recording)
@@ -337,8 +341,9 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore", bs.FitWarning)
-    cells = Cells(options.out / "tasks.csv")
-    study(cells, options)
+    measurements = Measurements(options.out / "tasks.csv")
+    study(measurements, options)
+    table = measurements.table
     target = options.out / "tasks.md"
     text = target.read_text("utf-8") if target.exists() else "# Tasks\n\n<!-- tables -->\n"
     head, _, rest = text.partition("<!-- tables -->")
@@ -348,20 +353,20 @@ def main() -> None:
             "<!-- tables -->",
             f"{options.splits} splits of each recording; in brackets 90% bootstrap intervals over "
             "runs. Losses in nats.",
-            goals_table(cells.table),
-            bands_table(cells.table),
+            goals_table(table),
+            bands_table(table),
             "## Parts",
             "Score: log density (of losses in nats) of a left-out run per point under fits to the "
             "25 runs of the first split at 12 times of each run, minus the default's (higher is "
             "better; this chooses). "
             "CRPS and coverage: the 5 held-out runs.",
-            parts_table(cells.table),
-            *priors_section(cells.table),
+            parts_table(table),
+            *priors_section(table),
             "<!-- end of tables -->",
         ]
     )
     target.write_text(head + body + (tail if mark else "\n"), "utf-8")
-    save_figure(picture(cells.table), options.out / "tasks.png", overwrite=True)
+    save_figure(picture(table), options.out / "tasks.png", overwrite=True)
     print(f"written: {target}")
 
 

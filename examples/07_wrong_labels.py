@@ -1,13 +1,12 @@
-"""Finding wrong labels: a fifth of them is flipped, and methods say which examples to look at.
+"""Finding wrong labels: a fifth of them is flipped, and methods rank the examples by suspicion.
 
     python examples/07_wrong_labels.py --train sst2/train.jsonl --query sst2/test.jsonl --out FOLDER
 
-Random subsets of the examples, wrong labels among them, train a checkpoint in 24 recorded runs;
-queries keep their own labels. Examples are ranked by the posterior probability that they do harm,
-by their scores (TracIn over five checkpoints of one run, summed over queries), and by
-self-influence, which sees no query. Writes precision and recall as a picture and a table. Without
-files the example makes a small checkpoint, and texts that ship with the package are learned: under
-a minute or two.
+Random subsets of the examples, wrong labels included, train a checkpoint in 24 recorded runs; the
+labels of queries are right. Examples are ranked by the posterior probability that they do harm, by
+their scores (TracIn over five checkpoints of one run, summed over queries), and by self-influence,
+which uses no query. Writes precision and recall as a picture and a table. Without files the example
+makes a small checkpoint and trains it on texts that ship with the package: a minute or two.
 """
 
 import argparse
@@ -34,10 +33,10 @@ from bayes_simfluence.report.plots import save_figure
 SHARE = 0.2
 """Of the labels that are flipped."""
 POINTS = 5
-"""Checkpoints that TracIn and self-influence see."""
+"""Checkpoints that TracIn and self-influence use."""
 SIZE = {"examples": 200, "queries": 100, "per_run": 100, "epochs": 2, "runs": 24}
 SMALL = {"examples": 24, "queries": 8, "per_run": 12, "epochs": 2, "runs": 5, "learning_rate": 5e-4}
-"""Where no files are given."""
+"""Sizes without files."""
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -46,13 +45,13 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def with_wrong_labels(path: Path, count: int, out: Path) -> set[str]:
-    """Write the first ``count`` examples, some with another label; the ids of these."""
+    """Write the first ``count`` examples, some with another label; return the ids of these."""
     rows = rows_of(path)[:count]
-    given = flip_labels([one["label"] for one in rows], SHARE, key=jax.random.key(0))
+    noisy = flip_labels([row["label"] for row in rows], SHARE, key=jax.random.key(0))
     wrong = set()
     with out.open("w", encoding="utf-8") as file:
         for place, (row, label, flipped) in enumerate(
-            zip(rows, given.labels, given.flipped, strict=True)
+            zip(rows, noisy.labels, noisy.flipped, strict=True)
         ):
             name = str(row.get("id", place))
             file.write(json.dumps({**row, "id": name, "label": label}) + "\n")
@@ -61,7 +60,7 @@ def with_wrong_labels(path: Path, count: int, out: Path) -> set[str]:
 
 
 def record_all(config: RecordConfig, out: Path) -> tuple:
-    """All runs; and the first of them once more, with its weights on the way."""
+    """Record all runs, and the first of them once more with its checkpoints."""
     runs = record_from_config(config, out / "runs.zarr", progress=Bars())
     task, curricula = task_of(config), curricula_of(config)
     record(
@@ -83,21 +82,21 @@ def main() -> None:
     parser.add_argument("--train", type=Path, help="JSON lines with text and label")
     parser.add_argument("--query", type=Path, help="JSON lines whose labels are right")
     parser.add_argument("--checkpoint", default="minilm")
-    given = parser.parse_args()
-    given.out.mkdir(parents=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True)
     size = SIZE
-    if given.train is None:
+    if options.train is None:
         texts = Path(bs.__file__).parent / "demo"
-        given.train, given.query, size = texts / "train.jsonl", texts / "query.jsonl", SMALL
-        words = [one["text"] for path in (given.train, given.query) for one in rows_of(path)]
-        given.checkpoint = given.out / "checkpoint"
-        pretrained_checkpoint(words, given.checkpoint, key=jax.random.key(2), progress=Bars())
-    wrong = with_wrong_labels(given.train, size["examples"], given.out / "train.jsonl")
+        options.train, options.query, size = texts / "train.jsonl", texts / "query.jsonl", SMALL
+        words = [row["text"] for path in (options.train, options.query) for row in rows_of(path)]
+        options.checkpoint = options.out / "checkpoint"
+        pretrained_checkpoint(words, options.checkpoint, key=jax.random.key(2), progress=Bars())
+    wrong = with_wrong_labels(options.train, size["examples"], options.out / "train.jsonl")
     config = merged(
-        {"checkpoint": str(given.checkpoint), "max_tokens": 32, "evaluate_every": 5, **size},
-        {"train": str(given.out / "train.jsonl"), "query": str(given.query)},
+        {"checkpoint": str(options.checkpoint), "max_tokens": 32, "evaluate_every": 5, **size},
+        {"train": str(options.out / "train.jsonl"), "query": str(options.query)},
     )
-    runs, task, saved = record_all(config, given.out)
+    runs, task, saved = record_all(config, options.out)
     posterior = bs.fit(runs, key=jax.random.key(3), progress=Bars())
     print(posterior.verdict)
     rankings = {
@@ -105,18 +104,21 @@ def main() -> None:
         "TracIn": tracin(task, saved, progress=Bars()).sum("query"),
         "self-influence": self_influence(task, saved, progress=Bars()),
     }
-    flipped = [str(one) in wrong for one in runs["train"].values]
-    found = {name: detection(one, flipped, key=jax.random.key(5)) for name, one in rankings.items()}
-    save_figure(plot_detection(found), given.out / "wrong-labels.png")
+    flipped = [str(name) in wrong for name in runs["train"].values]
+    detections = {
+        name: detection(suspicion, flipped, key=jax.random.key(5))
+        for name, suspicion in rankings.items()
+    }
+    save_figure(plot_detection(detections), options.out / "wrong-labels.png")
     lines = ["| ranked by | average precision | found in the first 20% |", "|---|---|---|"]
-    for name, one in found.items():
-        precision = [float(one[f"average_precision{end}"]) for end in ("", "_low", "_high")]
-        first = one.sel(examined=SHARE, method="nearest")
+    for name, curves in detections.items():
+        precision = [float(curves[f"average_precision{end}"]) for end in ("", "_low", "_high")]
+        first = curves.sel(examined=SHARE, method="nearest")
         recall = [float(first[f"recall{end}"]) for end in ("", "_low", "_high")]
-        cells = ("{:.2f} [{:.2f}, {:.2f}]".format(*three) for three in (precision, recall))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        texts = ("{:.2f} [{:.2f}, {:.2f}]".format(*three) for three in (precision, recall))
+        lines.append(f"| {name} | {' | '.join(texts)} |")
     lines.append(f"| nothing | {np.mean(flipped):.2f} | {SHARE:.2f} |")
-    (given.out / "wrong-labels.md").write_text("\n".join(lines) + "\n", "utf-8")
+    (options.out / "wrong-labels.md").write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines))
 
 

@@ -70,7 +70,7 @@ def run_study(
         for cell in chosen:
             STAGES[name](cell, retry, progress or Silent())
             if len(chosen) > 1:
-                # Compiled programs of one cell are of no use to another, and memory maps are limited.
+                # Other cells cannot use what was compiled for this one, and memory maps are limited.
                 jax.clear_caches()  # type: ignore[no-untyped-call]
     return folder
 
