@@ -70,7 +70,7 @@ def run_study(
         for cell in chosen:
             STAGES[name](cell, retry, progress or Silent())
             if len(chosen) > 1:
-                # Other cells cannot use what was compiled for this one, and memory maps are limited.
+                # Other cells cannot use what was compiled for this one; memory maps are limited.
                 jax.clear_caches()  # type: ignore[no-untyped-call]
     return folder
 
