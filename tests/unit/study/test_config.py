@@ -37,7 +37,7 @@ def test_defaults_are_the_protocol():
     ("settings", "match"),
     [
         ({}, "cells: got none; expected at least one"),
-        ({"cells": [CELL, CELL]}, "cells: got a, a; expected at least one, each once"),
+        ({"cells": [CELL, CELL]}, "cells: got a, a; expected at least one, none twice"),
         ({"cells": [CELL], "counts": []}, "counts: got none"),
         ({"cells": [CELL], "counts": [5, 5]}, "counts: got 5, 5"),
         ({"cells": [CELL], "counts": [0]}, "counts: got 0"),
@@ -48,7 +48,7 @@ def test_defaults_are_the_protocol():
         ({"cells": [CELL], "checkpoints": "few"}, "checkpoints: got 'few'"),
         ({"cells": ["a"]}, "cells: got 'a'; expected a list of dict"),
         ({"cells": [{"name": "a"}]}, "cell 'a': got neither runs nor record"),
-        ({"cells": [{"name": "a/b", "runs": "r.nc"}]}, "cell 'a/b': got a name that is no folder"),
+        ({"cells": [{"name": "a/b", "runs": "r.nc"}]}, "cell 'a/b': got a name that no folder"),
         ({"cells": [{**CELL, "run": 1}]}, "cell 'a': got unknown names run; expected name, runs"),
         ({"cells": [{**CELL, "record": [1]}]}, "cell 'a': record: got"),
         ({"cells": [{**CELL, "record": {"rnus": 1}}]}, "unknown names rnus"),
