@@ -1,4 +1,4 @@
-"""Coefficients of any draw rolled out into losses, with errors drawn from the model's noise."""
+"""Draws of coefficients rolled out into losses, with errors drawn from the model's."""
 
 from functools import partial
 from typing import NamedTuple
@@ -35,24 +35,24 @@ def simulated(
 ) -> tuple[Array, Array]:
     """Losses after each step, without and with error: (draw, run, step, query)."""
 
-    def one(inputs: tuple[Sites, Array]) -> tuple[Array, Array]:
+    def of_draw(inputs: tuple[Sites, Array]) -> tuple[Array, Array]:
         sites, key = inputs
         knot_key, error_key = jax.random.split(key)
         longer = _extended(model, sites, knots, key=knot_key)
-        found = of_queries(coefficients_of(model, longer, units, features), query)
+        coefficients = of_queries(coefficients_of(model, longer, units, features), query)
         noise = noise_of(model, sites)[query]
         progress = paths.progress[0]
         runs = jnp.arange(len(start))
 
         def of_run(run: Array, path: Path, at: Array) -> tuple[Array, Array]:
             own = jax.random.fold_in(error_key, run)
-            return _rolled(model, sites, found, path, at, noise, progress, key=own)
+            return _rolled(model, sites, coefficients, path, at, noise, progress, key=own)
 
-        done: tuple[Array, Array] = jax.vmap(of_run)(runs, paths, start)
-        return done
+        losses: tuple[Array, Array] = jax.vmap(of_run)(runs, paths, start)
+        return losses
 
-    found: tuple[Array, Array] = jax.lax.map(one, (draws, keys), batch_size=AT_ONCE)
-    return found
+    losses: tuple[Array, Array] = jax.lax.map(of_draw, (draws, keys), batch_size=AT_ONCE)
+    return losses
 
 
 def _extended(model: Simfluence, sites: Sites, knots: int, *, key: jax.Array) -> Sites:
@@ -73,10 +73,10 @@ def _extended(model: Simfluence, sites: Sites, knots: int, *, key: jax.Array) ->
     return longer
 
 
-def of_queries(found: Coefficients, query: Array) -> Coefficients:
+def of_queries(coefficients: Coefficients, query: Array) -> Coefficients:
     """The coefficients of some queries alone."""
-    taken: Coefficients = jax.tree.map(lambda whole: whole[query], found)
-    return taken
+    chosen: Coefficients = jax.tree.map(lambda every: every[query], coefficients)
+    return chosen
 
 
 def _rolled(
@@ -162,6 +162,5 @@ def _scanned(
     nothing = {part: jnp.zeros_like(error) for part in model.parts}
     zero = {part: jnp.zeros_like(start) for part in model.parts}
     begin = _State(nothing, zero, jnp.zeros_like(start), start)
-    _, losses = jax.lax.scan(step, begin, jnp.arange(steps))
-    found: Array = losses
-    return found
+    losses: Array = jax.lax.scan(step, begin, jnp.arange(steps))[1]
+    return losses
