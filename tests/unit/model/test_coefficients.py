@@ -29,12 +29,12 @@ def test_interpolation_is_straight_lines_between_knots(rng, knots, reach):
     part, progress = Varying(knots), np.arange(1, int(20 * reach) + 1) / 20
     count = part.count(reach)
     with double_precision():
-        found = np.asarray(part.interpolation(jnp.asarray(progress), count))
-    np.testing.assert_allclose(found.sum(axis=1), 1.0, rtol=1e-12)
+        weights = np.asarray(part.interpolation(jnp.asarray(progress), count))
+    np.testing.assert_allclose(weights.sum(axis=1), 1.0, rtol=1e-12)
     heights = rng.normal(size=count)
     at = np.arange(count) / max(knots - 1, 1)
     expected = np.interp(progress, at, heights) if knots > 1 else np.full(len(progress), heights[0])
-    np.testing.assert_allclose(found @ heights, expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(weights @ heights, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_the_root_is_that_of_the_stated_covariance():

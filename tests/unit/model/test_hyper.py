@@ -39,16 +39,16 @@ def test_the_law_is_the_normal_carried_over(scale):
         for free in (-1.5, 0.2, 1.1):
             up, down = (float(SCALES[scale](free + step)) for step in (1e-5, -1e-5))
             expected = norm.logpdf(free, hyper.free_centre, 0.7) - np.log((up - down) / 2e-5)
-            found = hyper.law().log_prob(jnp.asarray(float(SCALES[scale](free))))
-            np.testing.assert_allclose(found, expected, rtol=1e-7)
+            density = hyper.law().log_prob(jnp.asarray(float(SCALES[scale](free))))
+            np.testing.assert_allclose(density, expected, rtol=1e-7)
 
 
 def test_a_vector_has_the_order_of_the_names():
     with double_precision():
         values = natural_values(HYPERS, jnp.asarray(start(HYPERS)))
-        found = {name: float(value) for name, value in values.items()}
-    assert list(found) == ["slope", "length", "part"]
-    np.testing.assert_allclose(list(found.values()), [-0.4, 0.2, 0.9], rtol=1e-12)
+        values = {name: float(value) for name, value in values.items()}
+    assert list(values) == ["slope", "length", "part"]
+    np.testing.assert_allclose(list(values.values()), [-0.4, 0.2, 0.9], rtol=1e-12)
 
 
 def test_the_prior_is_normal_on_the_unconstrained_scale(rng):
@@ -56,8 +56,8 @@ def test_the_prior_is_normal_on_the_unconstrained_scale(rng):
     points = start(HYPERS) + rng.normal(size=(2, 3))
     expected = norm.logpdf(points, start(HYPERS), spreads).sum(axis=1)
     with double_precision():
-        found = [float(log_prior(HYPERS, jnp.asarray(point))) for point in points]
-    np.testing.assert_allclose(found[0] - found[1], expected[0] - expected[1], rtol=1e-10)
+        densities = [float(log_prior(HYPERS, jnp.asarray(point))) for point in points]
+    np.testing.assert_allclose(densities[0] - densities[1], expected[0] - expected[1], rtol=1e-10)
 
 
 def test_features_bring_their_hyperparameters():

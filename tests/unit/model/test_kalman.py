@@ -30,7 +30,7 @@ def dense(alpha, beta, initial, process):
 
 def filtered(*arguments):
     with double_precision():
-        return np.asarray(log_density(*(jnp.asarray(one, float) for one in arguments)))
+        return np.asarray(log_density(*(jnp.asarray(argument, float) for argument in arguments)))
 
 
 @pytest.mark.parametrize("observation", [0.0, 0.4])
@@ -40,7 +40,7 @@ def test_the_filter_is_the_dense_normal(rng, lost, observation):
     mean, covariance = dense(alpha, beta, initial, 0.3)
     seen = rng.multivariate_normal(mean, covariance)
     seen[list(lost)] = np.nan
-    found = filtered(alpha, beta, initial, seen, 0.3, observation)
+    density = filtered(alpha, beta, initial, seen, 0.3, observation)
     covariance = covariance + observation * np.eye(STEPS)
     known = [step for step in range(STEPS) if step not in lost]
     total = 0.0
@@ -48,9 +48,9 @@ def test_the_filter_is_the_dense_normal(rng, lost, observation):
         rows = known[:count]
         law = multivariate_normal(mean[rows], covariance[np.ix_(rows, rows)])
         now = law.logpdf(seen[rows])
-        np.testing.assert_allclose(found[step], now - total, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(density[step], now - total, rtol=1e-8, atol=1e-10)
         total = now
-    np.testing.assert_array_equal(found[list(lost)], 0.0)
+    np.testing.assert_array_equal(density[list(lost)], 0.0)
 
 
 @pytest.mark.parametrize("observation", [0.0, 0.4])
@@ -58,24 +58,24 @@ def test_derivatives_are_those_of_differences_where_losses_are_missing(rng, obse
     alpha, beta, initial = recurrence(rng)
     seen = rng.normal(size=STEPS)
     seen[[0, 3, 4]] = np.nan
-    given = (alpha, beta, initial, np.asarray(0.3), np.asarray(observation + 1e-3))
+    values = (alpha, beta, initial, np.asarray(0.3), np.asarray(observation + 1e-3))
 
     def total(alpha, beta, initial, process, observation):
         return log_density(alpha, beta, initial, jnp.asarray(seen), process, observation).sum()
 
     with double_precision():
-        arguments = tuple(map(jnp.asarray, map(np.asarray, given)))
+        arguments = tuple(map(jnp.asarray, map(np.asarray, values)))
         gradients = jax.grad(total, argnums=tuple(range(5)))(*arguments)
         for at, gradient in enumerate(gradients):
-            direction = rng.normal(size=np.shape(given[at]))
+            direction = rng.normal(size=np.shape(values[at]))
             up, down = (
                 float(
                     total(*arguments[:at], arguments[at] + sign * direction, *arguments[at + 1 :])
                 )
                 for sign in (1e-6, -1e-6)
             )
-            found = float((np.asarray(gradient) * direction).sum())
-            np.testing.assert_allclose(found, (up - down) / 2e-6, rtol=1e-5, atol=1e-6)
+            slope = float((np.asarray(gradient) * direction).sum())
+            np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-5, atol=1e-6)
 
 
 def test_without_noise_of_observation_the_gradient_is_finite(rng):
@@ -84,6 +84,6 @@ def test_without_noise_of_observation_the_gradient_is_finite(rng):
     seen[2:4] = np.nan
     with double_precision():
         gradient = jax.grad(lambda x: log_density(*x[:3], jnp.asarray(seen), *x[3:]).sum())(
-            tuple(jnp.asarray(one, float) for one in (alpha, beta, initial, 0.3, 0.0))
+            tuple(jnp.asarray(value, float) for value in (alpha, beta, initial, 0.3, 0.0))
         )
-    assert all(np.isfinite(np.asarray(one)).all() for one in gradient)
+    assert all(np.isfinite(np.asarray(part)).all() for part in gradient)

@@ -29,18 +29,18 @@ VALUES = {
 
 def covariance(progress, **changes):
     with double_precision():
-        values = {name: jnp.asarray(float(one)) for name, one in {**VALUES, **changes}.items()}
+        values = {name: jnp.asarray(float(value)) for name, value in {**VALUES, **changes}.items()}
         return np.asarray(Smooth().covariance(values, jnp.asarray(progress)))
 
 
 def walk_by_recurrence(steps, dt, growth, drift):
     """Covariance of ``w_t = exp(growth dt) w_{t-1} + drift sqrt(dt) xi_t``, entry by entry."""
-    found = np.zeros((steps + 1, steps + 1))
+    walk = np.zeros((steps + 1, steps + 1))
     for t in range(1, steps + 1):
         for s in range(t):
-            found[t, s] = found[s, t] = np.exp(growth * dt) * found[t - 1, s]
-        found[t, t] = np.exp(2 * growth * dt) * found[t - 1, t - 1] + drift**2 * dt
-    return found[1:, 1:]
+            walk[t, s] = walk[s, t] = np.exp(growth * dt) * walk[t - 1, s]
+        walk[t, t] = np.exp(2 * growth * dt) * walk[t - 1, t - 1] + drift**2 * dt
+    return walk[1:, 1:]
 
 
 def smooth_by_conditioning(progress, wobble, length, trend):
@@ -60,10 +60,10 @@ def test_the_covariance_is_a_walk_plus_a_conditioned_curve(growth, steps):
     expected = walk_by_recurrence(steps, 0.1, growth, VALUES["drift"]) + smooth_by_conditioning(
         progress, VALUES["wobble"], VALUES["wobble_length"], VALUES["wobble_trend"]
     )
-    found = covariance(progress, growth=growth)
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(found, found.T, atol=1e-14)
-    assert np.linalg.eigvalsh(found).min() > -1e-12
+    smooth = covariance(progress, growth=growth)
+    np.testing.assert_allclose(smooth, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(smooth, smooth.T, atol=1e-14)
+    assert np.linalg.eigvalsh(smooth).min() > -1e-12
 
 
 def test_a_run_starts_without_error():
@@ -73,8 +73,8 @@ def test_a_run_starts_without_error():
 
 
 def test_the_walk_has_its_sd_after_a_recorded_length():
-    found = covariance(np.arange(1, 51) / 50, wobble=0.0, growth=0.0)
-    np.testing.assert_allclose(np.diag(found)[-1], VALUES["drift"] ** 2, rtol=1e-10)
+    walk = covariance(np.arange(1, 51) / 50, wobble=0.0, growth=0.0)
+    np.testing.assert_allclose(np.diag(walk)[-1], VALUES["drift"] ** 2, rtol=1e-10)
 
 
 def test_longer_runs_begin_like_shorter_ones():
@@ -85,35 +85,39 @@ def test_longer_runs_begin_like_shorter_ones():
 WALK = {"error_correlation": 0.6, "observation": 0.7, "run_slope": 0.4}
 
 
-def path_covariance(error, steps=5, **values):
+def trajectory_covariance(error, steps=5, **values):
     with double_precision():
-        given = {name: jnp.asarray(float(one)) for name, one in {**WALK, **values}.items()}
-        return np.asarray(error.covariance(given, jnp.arange(1, steps + 1) / 5.0))
+        known = {name: jnp.asarray(float(value)) for name, value in {**WALK, **values}.items()}
+        return np.asarray(error.covariance(known, jnp.arange(1, steps + 1) / 5.0))
 
 
 def summed(steps):
-    """Covariance of a path from that of its steps, entry by entry."""
+    """Covariance of a trajectory from that of its steps, entry by entry."""
     size = len(steps)
-    found = np.zeros((size, size))
+    total = np.zeros((size, size))
     for t in range(size):
         for s in range(size):
-            found[t, s] = sum(steps[i, j] for i in range(t + 1) for j in range(s + 1))
-    return found
+            total[t, s] = sum(steps[i, j] for i in range(t + 1) for j in range(s + 1))
+    return total
 
 
 @pytest.mark.parametrize("size", [5, 8])
 def test_gaussian_errors_are_a_random_walk(size):
-    np.testing.assert_allclose(path_covariance(Gaussian(), size), summed(np.eye(size)), rtol=1e-12)
+    np.testing.assert_allclose(
+        trajectory_covariance(Gaussian(), size), summed(np.eye(size)), rtol=1e-12
+    )
 
 
 def test_noise_of_observation_does_not_stay():
-    found = path_covariance(Gaussian(observation=True))
-    np.testing.assert_allclose(found, summed(np.eye(5)) + 0.7**2 * np.eye(5), rtol=1e-12)
+    observed = trajectory_covariance(Gaussian(observation=True))
+    np.testing.assert_allclose(observed, summed(np.eye(5)) + 0.7**2 * np.eye(5), rtol=1e-12)
 
 
 @pytest.mark.parametrize("size", [5, 8])
 def test_a_run_effect_is_a_slope_that_after_a_recorded_length_has_its_share(size):
-    extra = path_covariance(Gaussian(run_effect=True), size) - path_covariance(Gaussian(), size)
+    extra = trajectory_covariance(Gaussian(run_effect=True), size) - trajectory_covariance(
+        Gaussian(), size
+    )
     progress = np.arange(1, size + 1) / 5
     for t in range(size):
         for s in range(size):
@@ -131,11 +135,11 @@ def test_correlated_steps_are_those_of_the_recurrence(rho):
         for s in range(t):
             steps[t, s] = steps[s, t] = rho * steps[t - 1, s]
         steps[t, t] = rho**2 * steps[t - 1, t - 1] + 1 - rho**2
-    found = path_covariance(AR1(), 6, error_correlation=rho)
-    np.testing.assert_allclose(found, summed(steps), rtol=1e-12, atol=1e-14)
-    with_slope = path_covariance(AR1(run_effect=True), 6, error_correlation=rho)
+    correlated = trajectory_covariance(AR1(), 6, error_correlation=rho)
+    np.testing.assert_allclose(correlated, summed(steps), rtol=1e-12, atol=1e-14)
+    with_slope = trajectory_covariance(AR1(run_effect=True), 6, error_correlation=rho)
     slope = 0.4**2 * 5 * np.outer(np.arange(1, 7), np.arange(1, 7)) / 25
-    np.testing.assert_allclose(with_slope, found + slope, rtol=1e-10)
+    np.testing.assert_allclose(with_slope, correlated + slope, rtol=1e-10)
 
 
 @pytest.mark.parametrize("rho", [0.6, 0.0])
@@ -144,9 +148,9 @@ def test_the_derivative_by_the_correlation_is_that_of_differences(rho):
         return AR1().covariance({"error_correlation": rho}, jnp.arange(1, 5) / 4.0).sum()
 
     with double_precision():
-        found = float(jax.grad(total)(jnp.asarray(rho)))
+        slope = float(jax.grad(total)(jnp.asarray(rho)))
         up, down = (float(total(jnp.asarray(rho + step))) for step in (1e-6, -1e-6))
-    np.testing.assert_allclose(found, (up - down) / 2e-6, rtol=1e-6)
+    np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("df", [2.5, 4.0, 30.0])
@@ -205,8 +209,8 @@ def test_trajectories_have_the_density_that_is_said_of_them(name):
         drawn = error.trajectory(values, progress, draws, key=jax.random.key(0))
 
         def density(scale):
-            found = error.log_density(values, drawn / scale, progress, np.arange(5)).sum(axis=0)
-            return np.asarray(found) - 5 * np.log(scale)
+            unit = error.log_density(values, drawn / scale, progress, np.arange(5)).sum(axis=0)
+            return np.asarray(unit) - 5 * np.log(scale)
 
         right, wide, narrow = (density(scale) for scale in (1.0, 1.2, 1 / 1.2))
     if error.gaussian:
@@ -223,10 +227,10 @@ def test_observation_is_what_hides_the_state():
     with double_precision():
         values = {"observation": jnp.asarray(0.7)}
         assert float(Gaussian(observation=True).observation_sd(values)) == 0.7
-        assert [float(one.observation_sd(values)) for one in (Gaussian(), AR1())] == [0.0, 0.0]
+        assert [float(error.observation_sd(values)) for error in (Gaussian(), AR1())] == [0.0, 0.0]
     hidden = Gaussian(0.0, run_effect=True, observation=True)
     assert hidden.hides_state and hidden.of_state == Gaussian(run_effect=True)
-    assert not any(one.hides_state for one in (Gaussian(), AR1(), StudentT(), Smooth()))
+    assert not any(error.hides_state for error in (Gaussian(), AR1(), StudentT(), Smooth()))
     assert AR1().of_state == AR1()
 
 
@@ -291,7 +295,7 @@ def test_sizes_are_powers_of_the_loss_before(kind):
         (StudentT(loss_power=None, df=3.0), {"loss_power"}),
         (Smooth(), {"drift", "wobble", "wobble_length", "wobble_trend"}),
     ],
-    ids=lambda one: "-".join(sorted(one)) if isinstance(one, set) else repr(one),
+    ids=lambda case: "-".join(sorted(case)) if isinstance(case, set) else repr(case),
 )
 def test_only_what_is_not_given_is_inferred(error, names):
     assert set(error.hypers()) == names

@@ -30,12 +30,12 @@ def effects(prior, values=(), shape=SHAPE, features=None, seed=0):
     """Effects of one draw, (query, train, knot), and the names of its sites."""
     features = no_features(shape[1], shape[0]) if features is None else features
     with double_precision():
-        given = {name: jnp.asarray(float(one)) for name, one in dict(values).items()}
+        hypers = {name: jnp.asarray(float(value)) for name, value in dict(values).items()}
         seeded = handlers.seed(prior.effects, jax.random.key(seed))
         traced = handlers.trace(seeded)
-        trace = traced.get_trace("staying", shape, given, features)
+        trace = traced.get_trace("staying", shape, hypers, features)
         again = handlers.substitute(prior.effects, {n: s["value"] for n, s in trace.items()})
-        return np.asarray(again("staying", shape, given, features)), set(trace)
+        return np.asarray(again("staying", shape, hypers, features)), set(trace)
 
 
 def follows(draws, law):
@@ -94,11 +94,11 @@ def test_the_horseshoe_is_sparse_and_has_its_slab():
     expected = size * generator.standard_normal((400, 50))
     # Effects of one query share scales, so that the quantiles of whole queries are compared.
     for quantile in (0.25, 0.5, 0.9, 1.0):
-        found, wanted = (
-            np.quantile(np.abs(one), quantile, axis=1) for one in (drawn[..., 0], expected)
+        drawn_sizes, expected_sizes = (
+            np.quantile(np.abs(sizes), quantile, axis=1) for sizes in (drawn[..., 0], expected)
         )
-        assert stats.ks_2samp(found, wanted).pvalue > FALSE_ALARMS
-        assert stats.ks_2samp(2.0 * found, wanted).pvalue < FALSE_ALARMS
+        assert stats.ks_2samp(drawn_sizes, expected_sizes).pvalue > FALSE_ALARMS
+        assert stats.ks_2samp(2.0 * drawn_sizes, expected_sizes).pvalue < FALSE_ALARMS
     # Nothing is larger than a Student-t with the slab's scale would be.
     assert np.abs(drawn).max() < slab * stats.t(4).isf(1e-3 / drawn.size)
 
@@ -108,7 +108,7 @@ def test_the_global_scale_has_its_median():
     with double_precision():
         law = handlers.seed(priors.Horseshoe(share=0.1, slab_scale=1e6).law, jax.random.key(0))
         trace = handlers.trace(law).get_trace("staying", "staying", (400, 1, 1), {})
-    tau, local = (np.asarray(trace[f"staying_{one}"]["value"]) for one in ("global", "local"))
+    tau, local = (np.asarray(trace[f"staying_{site}"]["value"]) for site in ("global", "local"))
     own = np.asarray(trace["staying_own"]["value"])[..., 0]
     drawn, _ = effects(priors.Horseshoe(share=0.1, slab_scale=1e6), shape=(400, 1, 1))
     np.testing.assert_allclose(drawn[..., 0], own * local * tau / 9, rtol=1e-6)
@@ -127,17 +127,17 @@ def between(first, second, examples=4000):
 )
 def test_pooled_effects_correlate_between_queries_by_their_share(prior, share):
     drawn, names = effects(prior, {"staying_pooled": share}, shape=(2, 4000, 1))
-    found, error = between(*drawn[..., 0])
+    correlation, error = between(*drawn[..., 0])
     # Heavier tails widen the estimate: at most by the kurtosis of the common part, 6.
-    assert abs(found - share) < stats.norm.isf(FALSE_ALARMS / 2) * error * np.sqrt(4)
-    assert abs(found - share) < 0.1
+    assert abs(correlation - share) < stats.norm.isf(FALSE_ALARMS / 2) * error * np.sqrt(4)
+    assert abs(correlation - share) < 0.1
     np.testing.assert_allclose(drawn.std(axis=1), 1.0, atol=0.1)
     assert "staying_common_to_queries_own" in names
 
 
 def test_effects_that_are_not_pooled_do_not_correlate():
-    found, error = between(*effects(priors.Normal(), shape=(2, 4000, 1))[0][..., 0])
-    assert abs(found) < stats.norm.isf(FALSE_ALARMS / 2) * error
+    correlation, error = between(*effects(priors.Normal(), shape=(2, 4000, 1))[0][..., 0])
+    assert abs(correlation) < stats.norm.isf(FALSE_ALARMS / 2) * error
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -180,7 +180,7 @@ def test_sites_say_what_they_are(name):
         trace = handlers.trace(seeded).get_trace(*arguments)
 
         def scaled(site, factor):
-            drawn = {name: one["value"] for name, one in trace.items()}
+            drawn = {name: record["value"] for name, record in trace.items()}
             drawn[site] = factor * drawn[site]
             return np.asarray(handlers.substitute(EVERY[name].effects, drawn)(*arguments))
 
@@ -201,9 +201,9 @@ def test_effects_go_on_beyond_a_recorded_run():
         same = priors.Custom(dist.Cauchy(0.0, 1.0)).continued(
             jnp.asarray(drawn), 3, key=jax.random.key(0)
         )
-    for found in (longer, same):
-        assert found.shape == (2, 300, 7)
-        np.testing.assert_array_equal(found[..., :4], drawn)
+    for after in (longer, same):
+        assert after.shape == (2, 300, 7)
+        np.testing.assert_array_equal(after[..., :4], drawn)
     np.testing.assert_array_equal(same[..., 4:], np.repeat(drawn[..., -1:], 3, axis=2))
     size = np.sqrt((drawn**2).mean(axis=2, keepdims=True))
     assert follows(longer[..., 4:] / size, stats.norm())
@@ -229,22 +229,24 @@ def test_alike_examples_have_alike_effects():
     drawn, _ = effects(priors.Normal(), {"staying_alike": 1.5}, (800, 3, 1), known)
     features = np.asarray(KNOWN.train)
     expected = np.eye(3) + 1.5**2 * features @ features.T
-    found = drawn[..., 0].T @ drawn[..., 0] / 800
+    covariance = drawn[..., 0].T @ drawn[..., 0] / 800
     error = np.sqrt((expected**2 + np.outer(np.diag(expected), np.diag(expected))) / 800)
-    assert (np.abs(found - expected) < stats.norm.isf(FALSE_ALARMS / 12) * error).all()
-    assert found[0, 1] > 1.0
+    assert (np.abs(covariance - expected) < stats.norm.isf(FALSE_ALARMS / 12) * error).all()
+    assert covariance[0, 1] > 1.0
 
 
 def test_columns_have_the_covariance_of_the_effects(rng):
     exposure = rng.uniform(size=(4, 3))
     values = {"staying_alike": jnp.asarray(0.7)}
     with double_precision():
-        found = np.asarray(priors.Normal().columns(values, "staying", jnp.asarray(exposure), KNOWN))
+        columns = np.asarray(
+            priors.Normal().columns(values, "staying", jnp.asarray(exposure), KNOWN)
+        )
         without = priors.Normal().columns({}, "staying", jnp.asarray(exposure), no_features(3, 2))
         np.testing.assert_array_equal(without, exposure)
     features = np.asarray(KNOWN.train)
     expected = exposure @ (np.eye(3) + 0.7**2 * features @ features.T) @ exposure.T
-    np.testing.assert_allclose(found @ found.T, expected, rtol=1e-6)
+    np.testing.assert_allclose(columns @ columns.T, expected, rtol=1e-6)
 
 
 def test_the_mean_is_against_the_inner_product(rng):
@@ -252,12 +254,12 @@ def test_the_mean_is_against_the_inner_product(rng):
     values = {"staying_dot": jnp.asarray(0.7)}
     with double_precision():
         known = KNOWN._replace(query=jnp.asarray(query))
-        found = priors.Normal().mean(values, "staying", jnp.asarray(exposure), known)
+        mean = priors.Normal().mean(values, "staying", jnp.asarray(exposure), known)
         nothing = priors.Normal().mean({}, "staying", jnp.asarray(exposure), no_features(3, 2))
     for step in range(4):
-        for one in range(2):
-            dots = np.asarray(KNOWN.train) @ query[one]
-            np.testing.assert_allclose(found[step, one], -0.7 * exposure[step] @ dots, rtol=1e-6)
+        for row in range(2):
+            dots = np.asarray(KNOWN.train) @ query[row]
+            np.testing.assert_allclose(mean[step, row], -0.7 * exposure[step] @ dots, rtol=1e-6)
     np.testing.assert_array_equal(nothing, np.zeros((4, 2)))
 
 
@@ -270,20 +272,20 @@ def named(rng, ids, width=4):
 
 def test_embeddings_are_taken_by_id(rng):
     train, query = named(rng, ["c", "x", "a", "b"]), named(rng, ["q", "p"])
-    found = priors.Features(train=train, query=query).resolve(TRAIN_IDS, QUERY_IDS)
+    resolved = priors.Features(train=train, query=query).resolve(TRAIN_IDS, QUERY_IDS)
     rows = train.sel(id=["a", "b", "c"]).values
     unit = np.sqrt((rows**2).sum(axis=1).mean())
-    np.testing.assert_allclose(found.train, rows / unit, rtol=1e-6)
-    np.testing.assert_allclose(found.query, query.sel(id=["p", "q"]).values / unit, rtol=1e-6)
-    np.testing.assert_allclose((np.asarray(found.train) ** 2).sum(axis=1).mean(), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(resolved.train, rows / unit, rtol=1e-6)
+    np.testing.assert_allclose(resolved.query, query.sel(id=["p", "q"]).values / unit, rtol=1e-6)
+    np.testing.assert_allclose((np.asarray(resolved.train) ** 2).sum(axis=1).mean(), 1.0, rtol=1e-6)
 
 
 def test_embeddings_without_ids_are_taken_in_order(rng):
     train = rng.normal(size=(3, 4))
-    found = priors.Features(train=train).resolve(TRAIN_IDS, QUERY_IDS)
-    ratio = np.asarray(found.train) / train
+    resolved = priors.Features(train=train).resolve(TRAIN_IDS, QUERY_IDS)
+    ratio = np.asarray(resolved.train) / train
     np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
-    assert found.query.shape == (2, 0)
+    assert resolved.query.shape == (2, 0)
     empty = priors.Features(train=np.zeros((3, 4))).resolve(TRAIN_IDS, QUERY_IDS)
     np.testing.assert_array_equal(empty.train, np.zeros((3, 4)))
 
@@ -373,10 +375,10 @@ def test_of_a_callers_own_the_settings_survive():
 
 
 def test_a_distribution_becomes_a_prior():
-    given = dist.Laplace(0.0, 0.01)
-    model = Simfluence(kind="linear", prior=given)
+    law = dist.Laplace(0.0, 0.01)
+    model = Simfluence(kind="linear", prior=law)
     assert isinstance(model.prior, priors.Custom)
-    assert model.prior.distribution is given
+    assert model.prior.distribution is law
 
 
 def test_priors_with_other_contents_are_not_equal():
@@ -390,7 +392,7 @@ def test_priors_with_other_contents_are_not_equal():
 
 def test_every_prior_has_its_name():
     assert {kind.name: kind for kind in priors.PRIORS.values()} == priors.PRIORS
-    public = {one for one in map(priors.__dict__.get, priors.__all__) if isinstance(one, type)}
+    public = {kind for kind in map(priors.__dict__.get, priors.__all__) if isinstance(kind, type)}
     assert set(priors.PRIORS.values()) == {
-        one for one in public if issubclass(one, priors.Prior) and one is not priors.Prior
+        kind for kind in public if issubclass(kind, priors.Prior) and kind is not priors.Prior
     }

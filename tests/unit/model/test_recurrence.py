@@ -19,14 +19,14 @@ def test_an_affine_trajectory_is_the_plain_loop(steps, initial):
     for alpha, beta in steps:
         expected.append(alpha * expected[-1] + beta)
     with double_precision():
-        alpha, beta = (jnp.asarray(one) for one in zip(*steps, strict=True))
-        found = np.asarray(affine_trajectory(alpha, beta, jnp.asarray(initial)))
-    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
+        alpha, beta = (jnp.asarray(column) for column in zip(*steps, strict=True))
+        losses = np.asarray(affine_trajectory(alpha, beta, jnp.asarray(initial)))
+    np.testing.assert_allclose(losses, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_trajectory_of_one_step_and_a_long_one():
-    found = affine_trajectory(jnp.array([3.0]), jnp.array([1.0]), jnp.array(2.0))
-    assert found.tolist() == [2.0, 7.0]
+    short = affine_trajectory(jnp.array([3.0]), jnp.array([1.0]), jnp.array(2.0))
+    assert short.tolist() == [2.0, 7.0]
     halved = affine_trajectory(jnp.full(31, 0.5), jnp.ones(31), jnp.array(0.0))
     np.testing.assert_allclose(halved[-1], 2.0, rtol=1e-6)
 
@@ -41,8 +41,8 @@ def test_accumulation_is_the_plain_recurrence(rng, rate, steps):
         expected.append(total)
     with double_precision():
         matrix = accumulation(jnp.asarray(rate), jnp.asarray(progress))
-        found = np.asarray(matrix) @ pushes
-    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+        totals = np.asarray(matrix) @ pushes
+    np.testing.assert_allclose(totals, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_single_precision_loses_no_step():
