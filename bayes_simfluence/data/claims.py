@@ -133,10 +133,10 @@ def _forsaken(path: Path) -> bool:
 
 def _owner(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        owner = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and {"host", "pid", "born"} <= set(found) else {}
+    return owner if isinstance(owner, dict) and {"host", "pid", "born"} <= set(owner) else {}
 
 
 def _lives(process: int) -> bool:
@@ -152,12 +152,12 @@ def _lives(process: int) -> bool:
 
 
 def _born(process: int) -> str:
-    """When a process started, in ticks: its number may have been given to another since."""
+    """When a process started, in ticks: another may have got its number since."""
     return "".join(_stat(process)[19:20])
 
 
 def _stat(process: int) -> list[str]:
-    """The fields of a process after its name, state first; empty where the system tells none."""
+    """The fields of a process after its name, state first; empty where the system has none."""
     try:
         text = Path(f"/proc/{process}/stat").read_text("utf-8", "replace")
     except OSError:

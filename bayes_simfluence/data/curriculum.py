@@ -40,7 +40,7 @@ def shuffled_epochs(
     chosen, size = example_indices(examples), positive_integer("batch_size", batch_size)
     keyed(key)
     keys = jax.random.split(key, positive_integer("epochs", epochs))
-    orders = [np.asarray(jax.random.permutation(one, chosen)) for one in keys]
+    orders = [np.asarray(jax.random.permutation(order_key, chosen)) for order_key in keys]
     return np.concatenate([_batches(order, size) for order in orders])
 
 
@@ -98,8 +98,8 @@ def blocks(
     keyed(key)
     keys = jax.random.split(key, max(len(groups), 1))
     parts = [
-        shuffled_epochs(group, batch_size=batch_size, epochs=epochs, key=one)
-        for group, one in zip(groups, keys, strict=False)
+        shuffled_epochs(group, batch_size=batch_size, epochs=epochs, key=group_key)
+        for group, group_key in zip(groups, keys, strict=False)
     ]
     if not parts:
         raise Misuse("groups", got="none", expected="at least one group", do="pass the groups")

@@ -67,7 +67,7 @@ def read_gptdynamics(
 
     Raises:
         Misuse: files that are missing or cannot be read; gaps and repeats of steps; larger batches
-            than said; runs of different length, queries or first evaluated step.
+            than the batch size; runs of different length, queries or first evaluated step.
     """
     runs = [_read(folder, keep_diverged=keep_diverged) for folder in _folders(path)]
     if not runs:
@@ -92,8 +92,8 @@ def read_gptdynamics(
             for step, value in run.losses[query].items():
                 loss[place, step - first, at] = value
     used = [[run.batches[step] for step in range(first + 1, last + 1)] for run in runs]
-    known = {one for run in runs for ids in run.batches.values() for one in ids}
-    train = sorted_ids(known) if train_ids is None else np.asarray(train_ids)
+    seen = {name for run in runs for ids in run.batches.values() for name in ids}
+    train = sorted_ids(seen) if train_ids is None else np.asarray(train_ids)
     sizes = {run.batch_size for run in runs} - {None}
     return runs_from_arrays(
         batch=_indices(runs, used, train),
@@ -123,7 +123,9 @@ def _folders(path: Path) -> list[Path]:
 
     if is_run(path):
         return [path]
-    return sorted((one for one in path.iterdir() if one.is_dir() and is_run(one)), key=natural)
+    return sorted(
+        (folder for folder in path.iterdir() if folder.is_dir() and is_run(folder)), key=natural
+    )
 
 
 def _read(folder: Path, *, keep_diverged: bool) -> _Run:
@@ -136,8 +138,8 @@ def _read(folder: Path, *, keep_diverged: bool) -> _Run:
                 do="restore it, or move the folder of this run away",
             )
     config = _config(folder)
-    said = re.search(r"(?:^|[_-])bs-(\d+)(?:_|$)", folder.absolute().name)
-    size = config.get("batch_size", int(said[1]) if said else None)
+    in_name = re.search(r"(?:^|[_-])bs-(\d+)(?:_|$)", folder.absolute().name)
+    size = config.get("batch_size", int(in_name[1]) if in_name else None)
     batches = _batches(folder / BATCHES, size)
     losses = _losses(folder / LOSSES, keep_diverged=keep_diverged)
     steps = next(iter(losses.values()))
@@ -149,7 +151,7 @@ def _read(folder: Path, *, keep_diverged: bool) -> _Run:
             expected=f"steps up to {top}, the last one in {BATCHES}",
             do="complete that file, or cut the losses",
         )
-    gaps = [one for one in range(every, top + 1, every) if one not in steps] if every else []
+    gaps = [step for step in range(every, top + 1, every) if step not in steps] if every else []
     if gaps:
         raise Misuse(
             f"{folder / LOSSES}, field 'step'",
@@ -157,7 +159,7 @@ def _read(folder: Path, *, keep_diverged: bool) -> _Run:
             expected=f"losses every {every} steps, as {CONFIG} says in eval_steps",
             do="evaluate these steps, or correct eval_steps or leave it out",
         )
-    diverged = any(not math.isfinite(one) for row in losses.values() for one in row.values())
+    diverged = any(not math.isfinite(loss) for row in losses.values() for loss in row.values())
     return _Run(folder, batches, losses, size, diverged)
 
 
@@ -166,30 +168,30 @@ def _config(folder: Path) -> dict[str, int]:
     for path in (folder / CONFIG, folder.absolute().parent / CONFIG):
         if path.is_file():
             try:
-                said = json.loads(path.read_text("utf-8"))
+                settings = json.loads(path.read_text("utf-8"))
             except ValueError as error:
                 raise _unreadable(str(path), first_line(error), "one JSON object") from error
-            said = said if isinstance(said, dict) else {}
+            settings = settings if isinstance(settings, dict) else {}
             return {
-                name: positive_integer(f"{path}, field {name!r}", said[name], do="correct it")
+                name: positive_integer(f"{path}, field {name!r}", settings[name], do="correct it")
                 for name in SETTINGS
-                if name in said
+                if name in settings
             }
     return {}
 
 
 def _batches(path: Path, size: int | None) -> dict[int, tuple[str, ...]]:
     """Ids of the examples of each step."""
-    found: dict[int, tuple[str, ...]] = {}
+    batches: dict[int, tuple[str, ...]] = {}
     for where, step, ids in _batch_entries(path, size):
-        if isinstance(step, bool) or not isinstance(step, int) or step != len(found) + 1:
+        if isinstance(step, bool) or not isinstance(step, int) or step != len(batches) + 1:
             raise Misuse(
                 f"{where}, field 'step'",
                 got=f"{step!r}",
-                expected=f"{len(found) + 1}, steps in order from 1 without gaps or repeats",
+                expected=f"{len(batches) + 1}, steps in order from 1 without gaps or repeats",
                 do="restore the missing lines and remove repeated ones",
             )
-        if not isinstance(ids, list) or not all(_is_id(one) for one in ids):
+        if not isinstance(ids, list) or not all(map(_is_id, ids)):
             raise Misuse(
                 f"{where}, field 'samples_id'",
                 got=shorten([ids]),
@@ -203,24 +205,24 @@ def _batches(path: Path, size: int | None) -> dict[int, tuple[str, ...]]:
                 expected=f"at most {size}, the batch size by the folder's name or {CONFIG}",
                 do="correct the batch size, or join the updates as they were made",
             )
-        found[step] = tuple(str(one) for one in ids)
-    if not found:
+        batches[step] = tuple(map(str, ids))
+    if not batches:
         raise _unreadable(str(path), "no step", "a line for each update")
-    return found
+    return batches
 
 
 def _batch_entries(path: Path, size: int | None) -> Iterator[tuple[str, Any, Any]]:
     """Place, step and ids of each entry: of JSON lines, or of one JSON list."""
     text = utf8_text(path)
     if not text.lstrip().startswith("["):
-        for line, said in _lines(path, text, ("step", "samples_id")):
-            yield f"{path}, line {line}", said["step"], said["samples_id"]
+        for line, entry in _lines(path, text, ("step", "samples_id")):
+            yield f"{path}, line {line}", entry["step"], entry["samples_id"]
         return
     try:
         listed = json.loads(text)
     except ValueError as error:
         raise _unreadable(str(path), first_line(error), "JSON lines, or one JSON list") from error
-    if all(_is_id(one) for one in listed):
+    if all(map(_is_id, listed)):
         if size is None:
             raise Misuse(
                 str(path),
@@ -235,18 +237,18 @@ def _batch_entries(path: Path, size: int | None) -> Iterator[tuple[str, Any, Any
 
 def _losses(path: Path, *, keep_diverged: bool) -> dict[str, dict[int, float]]:
     """Losses of each query by step; all queries at the same steps."""
-    found: dict[str, dict[int, float]] = {}
+    losses: dict[str, dict[int, float]] = {}
     steps: set[int] = set()
-    for line, said in _lines(path, utf8_text(path), ("id", "loss_trajectory")):
-        where, query = f"{path}, line {line}", str(said["id"])
-        if not _is_id(said["id"]) or query in found:
+    for line, entry in _lines(path, utf8_text(path), ("id", "loss_trajectory")):
+        where, query = f"{path}, line {line}", str(entry["id"])
+        if not _is_id(entry["id"]) or query in losses:
             raise Misuse(
                 f"{where}, field 'id'",
-                got=f"{said['id']!r}" + (" again" if query in found else ""),
+                got=f"{entry['id']!r}" + (" again" if query in losses else ""),
                 expected="a whole number or text, each query on one line",
                 do="remove or correct the line",
             )
-        row = _trajectory(where, said["loss_trajectory"], keep_diverged=keep_diverged)
+        row = _trajectory(where, entry["loss_trajectory"], keep_diverged=keep_diverged)
         steps = steps or set(row)
         if set(row) != steps:
             raise Misuse(
@@ -256,18 +258,18 @@ def _losses(path: Path, *, keep_diverged: bool) -> dict[str, dict[int, float]]:
                 expected="losses of all queries at the same steps",
                 do="complete the losses, or remove the line or the steps",
             )
-        found[query] = row
+        losses[query] = row
     if not steps:
         raise _unreadable(str(path), "no loss", "a line for each query with its losses")
-    return found
+    return losses
 
 
 def _trajectory(where: str, entries: Any, *, keep_diverged: bool) -> dict[int, float]:
     row: dict[int, float] = {}
     where = f"{where}, field 'loss_trajectory'"
     for place, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
-        said = entry if isinstance(entry, dict) else {}
-        step, loss = (None if one is True or one is False else one for one in map(said.get, FIELDS))
+        values = map((entry if isinstance(entry, dict) else {}).get, FIELDS)
+        step, loss = (None if isinstance(value, bool) else value for value in values)
         if not isinstance(step, int) or not isinstance(loss, int | float) or step < 0:
             raise Misuse(
                 f"{where}, entry {place}",
@@ -295,9 +297,9 @@ def _trajectory(where: str, entries: Any, *, keep_diverged: bool) -> dict[int, f
 
 def _common(runs: list[_Run]) -> tuple[int, int]:
     """First evaluated and last step, the same in all runs, as their queries are."""
-    first, last = _span(runs[0])
+    first, last = _ends(runs[0])
     for run in runs:
-        begin, end = _span(run)
+        begin, end = _ends(run)
         other = shorten(sorted(set(run.losses) ^ set(runs[0].losses)))
         for wrong, name, got, expected in (
             (begin != first, LOSSES, f"losses from step {begin}", f"losses from step {first}"),
@@ -321,13 +323,13 @@ def _common(runs: list[_Run]) -> tuple[int, int]:
     return first, last
 
 
-def _span(run: _Run) -> tuple[int, int]:
+def _ends(run: _Run) -> tuple[int, int]:
     """First step with losses, last step."""
     return min(next(iter(run.losses.values()))), max(run.batches)
 
 
 def _indices(runs: list[_Run], used: list[list[tuple[str, ...]]], train: np.ndarray) -> Curricula:
-    width = max(1, *(len(ids) for one in used for ids in one))
+    width = max(1, *(len(ids) for batches in used for ids in batches))
     batch = np.full((len(used), len(used[0]), width), EMPTY_SLOT, np.int32)
     for place, (run, steps) in enumerate(zip(runs, used, strict=True)):
         for at, ids in enumerate(steps):
@@ -343,10 +345,10 @@ def _lines(path: Path, text: str, fields: tuple[str, ...]) -> Iterator[tuple[int
         if not content.strip():
             continue
         try:
-            said = json.loads(content)
+            entry = json.loads(content)
         except ValueError as error:
             raise _unreadable(f"{path}, line {line}", first_line(error), "JSON") from error
-        missing = [one for one in fields if not isinstance(said, dict) or one not in said]
+        missing = [name for name in fields if not isinstance(entry, dict) or name not in entry]
         if missing:
             raise Misuse(
                 f"{path}, line {line}",
@@ -354,12 +356,12 @@ def _lines(path: Path, text: str, fields: tuple[str, ...]) -> Iterator[tuple[int
                 expected=f"an object with {shorten(fields)}",
                 do="correct the line",
             )
-        yield line, said
+        yield line, entry
 
 
 def _unreadable(where: str, got: str, expected: str) -> Misuse:
     return Misuse(where, got=got, expected=expected, do="write the file again")
 
 
-def _is_id(one: Any) -> bool:
-    return isinstance(one, int | str) and not isinstance(one, bool)
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)

@@ -12,9 +12,10 @@ from bayes_simfluence.checks import Misuse, choice_of, shorten
 from bayes_simfluence.conventions import COMPLETE, OPTIONAL
 from bayes_simfluence.data.gptdynamics import is_gptdynamics, read_gptdynamics
 from bayes_simfluence.data.longform import runs_of
-from bayes_simfluence.data.runs import Ids, runs_from_arrays, validate_runs
+from bayes_simfluence.data.runs import Ids, runs_from_arrays
 from bayes_simfluence.data.tables import about_path, read_about, write_table
 from bayes_simfluence.data.tabular import read_csv, read_parquet
+from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path
 
 __all__ = ["FORMATS", "export_runs", "import_runs"]
@@ -59,10 +60,10 @@ def import_runs(
 
     Args:
         path: a file, or a folder of run folders.
-        format: one of these; told by the path when omitted.
+        format: one of these; found from the path when omitted.
         columns: our name of a table's column -> its name.
-        train_ids: ids of all examples in their order, also those in no batch; those found, sorted,
-            when omitted.
+        train_ids: ids of all examples in their order, also those in no batch; those in some
+            batch, sorted, when omitted.
         keep_diverged: mark runs with a loss that is not finite instead of refusing them.
 
     Raises:
@@ -99,7 +100,7 @@ def export_runs(
 
     Args:
         path: new file.
-        format: ``csv``, ``parquet`` or ``npz``; told by the path when omitted.
+        format: ``csv``, ``parquet`` or ``npz``; found from the path when omitted.
 
     Raises:
         Misuse: invalid runs, a file that exists and ``overwrite`` is not set, an unknown format.
@@ -114,21 +115,21 @@ def export_runs(
     return path
 
 
-def _format(path: Path, said: str | None) -> str:
-    if said is not None:
-        return choice_of("format", said, FORMATS)
-    found = "gptdynamics" if is_gptdynamics(path) else SUFFIXES.get(path.suffix.lower())
-    if found is None:
+def _format(path: Path, wanted: str | None) -> str:
+    if wanted is not None:
+        return choice_of("format", wanted, FORMATS)
+    kind = "gptdynamics" if is_gptdynamics(path) else SUFFIXES.get(path.suffix.lower())
+    if kind is None:
         ours = path.suffix in (".zarr", ".nc")
         raise Misuse(
             str(path),
-            got="a store of this package" if ours else "no format that its name or content tells",
+            got="a store of this package" if ours else "a name and content of no known format",
             expected=".csv, .parquet, .npz, or a folder of run folders as in GPTDynamics",
             do="use open_runs, save_runs or export_netcdf"
             if ours
-            else f"say the format: {shorten(FORMATS)}",
+            else f"name the format: {shorten(FORMATS)}",
         )
-    return found
+    return kind
 
 
 def _from_npz(path: Path, *, train_ids: Ids | None, keep_diverged: bool) -> xr.Dataset:
@@ -161,17 +162,17 @@ def _attrs(path: Path, text: np.ndarray | None) -> dict[str, Any]:
     if text is None:
         return {"imported_from": "npz"}
     try:
-        found = json.loads(str(text))
+        attrs = json.loads(str(text))
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        attrs = None
+    if not isinstance(attrs, dict):
         raise Misuse(
             f"{path}, array 'attrs'",
             got="no JSON object",
             expected="attributes as JSON text",
             do="write json.dumps(attrs), or leave it out",
         )
-    return found
+    return attrs
 
 
 def _to_npz(runs: xr.Dataset, path: Path) -> Path:

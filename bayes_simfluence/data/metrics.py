@@ -29,7 +29,9 @@ COORDINATES = ("run", "step", "time", "train", "query", "slot", "feature")
 def metric_names(runs: xr.Dataset) -> list[str]:
     """Names of the metrics that ``runs`` hold, in alphabetical order."""
     return sorted(
-        str(name) for name, one in runs.data_vars.items() if METRIC.items() <= one.attrs.items()
+        str(name)
+        for name, variable in runs.data_vars.items()
+        if METRIC.items() <= variable.attrs.items()
     )
 
 
@@ -41,7 +43,7 @@ def metric_variable(
 
 
 def with_metric(runs: xr.Dataset, name: str, values: Any) -> xr.Dataset:
-    """``runs`` with one metric more; values ``(run, time, query)``, NaN where not recorded.
+    """``runs`` with a further metric; values ``(run, time, query)``, NaN where not recorded.
 
     >>> from bayes_simfluence.data.runs import runs_from_arrays
     >>> runs = runs_from_arrays(batch=[[[0, 1]]], loss=[[[0.7], [0.6]]])
@@ -84,11 +86,11 @@ def validate_metrics(runs: xr.Dataset) -> None:
     """Raise unless every metric of ``runs`` is floating and has the dimensions of the loss."""
     for name in metric_names(runs):
         check_metric_name(name)
-        found = runs[name]
-        if found.dims != METRIC_DIMS or not np.issubdtype(found.dtype, np.floating):
+        metric = runs[name]
+        if metric.dims != METRIC_DIMS or not np.issubdtype(metric.dtype, np.floating):
             raise Misuse(
                 f"runs['{name}']",
-                got=f"{found.dtype} with dimensions {found.dims}",
+                got=f"{metric.dtype} with dimensions {metric.dims}",
                 expected=f"a floating metric with dimensions {METRIC_DIMS}",
                 do="make it with data.metrics.with_metric(runs, name, values)",
             )

@@ -18,7 +18,7 @@ def write_groups(path: Path, groups: dict[str, xr.Dataset]) -> None:
     """Write datasets as groups of one new file; ``"/"`` is the root group."""
     for number, (group, dataset) in enumerate(groups.items()):
         packed: dict[str, Any] = {"zlib": True, "complevel": 9, "shuffle": True}
-        encoding = {name: packed for name, one in dataset.data_vars.items() if one.ndim}
+        encoding = {name: packed for name, variable in dataset.data_vars.items() if variable.ndim}
         mode: Literal["a", "w"] = "a" if number else "w"
         dataset.assign_attrs(_encoded(dataset.attrs)).to_netcdf(
             path, mode=mode, group=group, engine=ENGINE, encoding=encoding
@@ -46,18 +46,18 @@ def plain(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def _encoded(attrs: dict[Any, Any]) -> dict[str, Any]:
-    complex_ones = [
+    as_json = [
         name
         for name, value in attrs.items()
         if isinstance(value, bool) or not isinstance(value, str | int | float | np.generic)
     ]
-    encoded = {name: json.dumps(attrs[name]) for name in complex_ones}
-    return {**attrs, **encoded, AS_JSON: json.dumps(complex_ones)}
+    encoded = {name: json.dumps(attrs[name]) for name in as_json}
+    return {**attrs, **encoded, AS_JSON: json.dumps(as_json)}
 
 
 def _decoded(attrs: dict[Any, Any]) -> dict[str, Any]:
-    complex_ones = json.loads(attrs.get(AS_JSON, "[]"))
-    decoded = {name: json.loads(attrs[name]) for name in complex_ones}
+    as_json = json.loads(attrs.get(AS_JSON, "[]"))
+    decoded = {name: json.loads(attrs[name]) for name in as_json}
     scalars = {
         name: value.item() if isinstance(value, np.generic) else value
         for name, value in attrs.items()

@@ -1,4 +1,4 @@
-"""Recorded runs as one ``xarray.Dataset``: made, checked, and what they cannot tell."""
+"""Runs as one ``xarray.Dataset``: recorded ones, planned ones, and those a fit can use."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,27 +6,23 @@ from warnings import warn
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool
 
 from bayes_simfluence.checks import Misuse, RunsWarning, shorten
 from bayes_simfluence.conventions import (
     COMPLETE,
     DIVERGED,
-    EMPTY_SLOT,
-    OPTIONAL,
     SCHEMA_VERSION,
     UNRECORDED,
     VARIABLES,
 )
-from bayes_simfluence.data.metrics import validate_metrics
-from bayes_simfluence.data.weights import checked_weights, validate_weights
+from bayes_simfluence.data.validation import check_later_losses, refuse_losses, validate_runs
+from bayes_simfluence.data.weights import checked_weights
 
 __all__ = [
     "planned_runs",
     "run_statuses",
     "runs_from_arrays",
     "usable_runs",
-    "validate_runs",
 ]
 
 Ids = Sequence[Any] | np.ndarray
@@ -67,9 +63,9 @@ def runs_from_arrays(
             instead of refusing them.
         missing: NaN means "not recorded at this time", as in a loss recorded every k steps or a
             run that was stopped; then only infinite losses are diverged. Every loss at time 0 is
-            needed, and of every query one later loss in one run.
-        status: how each run ended, ``(run,)``, in the values of ``conventions``, where that is
-            known; otherwise its losses decide.
+            needed, and at least one later loss of every query in some run.
+        status: how each run ended, ``(run,)``, as the values of ``conventions``; when omitted, its
+            losses decide.
 
     Raises:
         Misuse: shapes that do not fit, runs of different length, indices out of range, a weight
@@ -115,7 +111,7 @@ def runs_from_arrays(
         attrs=dict(attrs or {}),
     )
     if not missing:
-        _refuse_losses(
+        refuse_losses(
             dataset,
             np.isnan(loss),
             expected="finite losses",
@@ -123,7 +119,7 @@ def runs_from_arrays(
             "marked with keep_diverged=True",
         )
     validate_runs(dataset)
-    _later_losses(dataset)
+    check_later_losses(dataset)
     return dataset
 
 
@@ -182,52 +178,10 @@ def run_statuses(loss: np.ndarray, *, missing: bool = False) -> np.ndarray:
     return np.where(bad.any(axis=(1, 2)), DIVERGED, COMPLETE).astype(np.int8)
 
 
-def validate_runs(runs: xr.Dataset) -> xr.Dataset:
-    """``runs`` itself when it follows the schema of ``conventions``; checked once, at the door.
-
-    Raises:
-        Misuse: a variable, dimension or id is missing, repeated or out of range; weights that
-            are negative, not finite or sum to 0 in a batch with examples; in a complete run, a
-            loss that is infinite or not recorded at time 0.
-    """
-    if not isinstance(runs, xr.Dataset):
-        raise Misuse(
-            "runs",
-            got=type(runs).__name__,
-            expected="an xarray.Dataset of recorded runs",
-            do="make one with runs_from_arrays(...) or open_runs(...)",
-        )
-    version = runs.attrs.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise Misuse(
-            "runs.attrs['schema_version']",
-            got=version,
-            expected=str(SCHEMA_VERSION),
-            do="record again or rebuild the dataset with runs_from_arrays(...)",
-        )
-    for name in ("batch", "loss", "status", *(one for one in OPTIONAL if one in runs)):
-        _present(runs, name)
-    validate_metrics(runs)
-    for name in ("run", "train", "query", "step", "time"):
-        _coordinate(runs, name)
-    if runs.sizes["time"] != runs.sizes["step"] + 1:
-        raise Misuse(
-            "runs",
-            got=f"{runs.sizes['step']} steps and {runs.sizes['time']} times",
-            expected="one time more than steps",
-            do="slice step and time together",
-        )
-    _indices_in_range(runs)
-    validate_weights(runs)
-    _finite_where_complete(runs)
-    return runs
-
-
 def usable_runs(runs: xr.Dataset) -> xr.Dataset:
     """The complete runs of a valid dataset; warns of those left out.
 
-    Losses that were not recorded are NaN; a run without any after time 0 says nothing and is left
-    out too.
+    Losses that were not recorded are NaN; a run without any after time 0 is left out too.
 
     Raises:
         Misuse: none is usable, or a query has no loss after time 0 in any of them.
@@ -245,7 +199,7 @@ def usable_runs(runs: xr.Dataset) -> xr.Dataset:
     usable = runs.isel(run=np.flatnonzero((status == COMPLETE) & later))
     if usable.sizes["run"] == 0:
         raise Misuse("runs", got="no usable run", expected="at least one", do="record more runs")
-    _later_losses(usable)
+    check_later_losses(usable)
     return usable
 
 
@@ -279,18 +233,18 @@ def _dataset(
 
 def _statuses(loss: np.ndarray, status: Any, *, keep_diverged: bool, missing: bool) -> np.ndarray:
     if status is None:
-        found = run_statuses(loss, missing=missing)
-        return found if keep_diverged else np.full(len(loss), COMPLETE, np.int8)
-    given = np.asarray(status)
+        statuses = run_statuses(loss, missing=missing)
+        return statuses if keep_diverged else np.full(len(loss), COMPLETE, np.int8)
+    statuses = np.asarray(status)
     known = (UNRECORDED, COMPLETE, DIVERGED)
-    if given.shape != (len(loss),) or not np.isin(given, known).all():
+    if statuses.shape != (len(loss),) or not np.isin(statuses, known).all():
         raise Misuse(
             "status",
-            got=f"{shorten(given.ravel())} of shape {given.shape}",
+            got=f"{shorten(statuses.ravel())} of shape {statuses.shape}",
             expected=f"one of {shorten(known)} for each of the {len(loss)} runs",
             do="see conventions, or leave it out",
         )
-    return given.astype(np.int8)
+    return statuses.astype(np.int8)
 
 
 def _rectangular(name: str, value: Any, ndim: int, dtype: Any) -> np.ndarray:
@@ -323,96 +277,3 @@ def _ids(ids: Ids | None, size: int) -> np.ndarray:
     if len(ids) != size:
         raise Misuse("ids", got=f"{len(ids)} ids", expected=f"{size}", do="name every item once")
     return np.asarray(ids)
-
-
-def _present(runs: xr.Dataset, name: str) -> None:
-    dims = VARIABLES[name][0]
-    if name not in runs or runs[name].dims != dims:
-        got = f"dimensions {runs[name].dims}" if name in runs else "no such variable"
-        raise Misuse(
-            f"runs['{name}']", got=got, expected=f"dimensions {dims}", do="see conventions"
-        )
-
-
-def _coordinate(runs: xr.Dataset, name: str) -> None:
-    if name not in runs.coords:
-        raise Misuse(
-            f"runs['{name}']", got="no coordinate", expected="ids as coordinate", do="add the ids"
-        )
-    ids, counts = np.unique(runs[name].values.astype(str), return_counts=True)
-    if (counts > 1).any():
-        raise Misuse(
-            f"runs['{name}']",
-            got=f"repeated ids {shorten(ids[counts > 1])}",
-            expected="each id once",
-            do="rename them, or select each run once",
-        )
-
-
-def _indices_in_range(runs: xr.Dataset) -> None:
-    batch, train = runs["batch"].values, runs.sizes["train"]
-    bad = (batch < EMPTY_SLOT) | (batch >= train)
-    if bad.any():
-        run, step, _ = np.argwhere(bad)[0]
-        raise Misuse(
-            "runs['batch']",
-            got=f"index {batch[bad][0]} in run {runs['run'].values[run]}, step {step + 1}",
-            expected=f"-1 or 0..{train - 1}",
-            do="check the indices and train_ids",
-        )
-
-
-def _finite_where_complete(runs: xr.Dataset) -> None:
-    for name in ("train_feature", "query_feature"):
-        if name in runs and not np.isfinite(runs[name].values).all():
-            raise Misuse(
-                f"runs['{name}']",
-                got="values that are not finite",
-                expected="finite features",
-                do=f"make the features again, or drop them with runs.drop_vars('{name}')",
-            )
-    loss = runs["loss"].values
-    _refuse_losses(
-        runs,
-        np.isinf(loss),
-        expected="finite losses, or NaN where not recorded, in every run of status complete",
-        do="leave the run out, or keep it marked with keep_diverged=True",
-    )
-    complete = runs["status"].values == COMPLETE
-    unknown = np.isnan(loss[complete][:, 0]).any(axis=0)
-    if unknown.any():
-        raise Misuse(
-            "runs['loss'] at time 0",
-            got=f"nothing recorded for queries {shorten(runs['query'].values[unknown])}",
-            expected="every query's loss before the first update in every run of status complete",
-            do="record it, or leave these queries or runs out with runs.isel(...)",
-        )
-
-
-def _refuse_losses(
-    runs: xr.Dataset, bad: Bool[np.ndarray, "run time query"], *, expected: str, do: str
-) -> None:
-    bad = bad & (runs["status"].values == COMPLETE)[:, None, None]
-    if bad.any():
-        run, time, query = np.argwhere(bad)[0]
-        raise Misuse(
-            "runs['loss']",
-            got=f"{runs['loss'].values[bad][0]} in run {runs['run'].values[run]}, time {time}, "
-            f"query {runs['query'].values[query]}",
-            expected=expected,
-            do=do,
-        )
-
-
-def _later_losses(runs: xr.Dataset) -> None:
-    """Raise when a query's loss after time 0 is known in no complete run (and there is one)."""
-    complete = runs["status"].values == COMPLETE
-    unknown = np.isnan(runs["loss"].values[complete][:, 1:]).all(axis=(0, 1))
-    if complete.any() and unknown.any():
-        queries = shorten(runs["query"].values[unknown])
-        raise Misuse(
-            "runs['loss']",
-            got=f"nothing recorded after time 0 for queries {queries}",
-            expected="at least one later loss of every query in at least one run",
-            do="record it, or leave these queries out with runs.isel(query=...)",
-        )

@@ -27,7 +27,8 @@ from bayes_simfluence.conventions import (
 )
 from bayes_simfluence.data.metrics import metric_names, metric_variable
 from bayes_simfluence.data.netcdf import plain, read_group, write_groups
-from bayes_simfluence.data.runs import Ids, run_statuses, validate_runs
+from bayes_simfluence.data.runs import Ids, run_statuses
+from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.data.weights import checked_weights, with_weights
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path, old_path
 
@@ -121,7 +122,7 @@ def open_runs(path: PathLike) -> xr.Dataset:
     Runs that ``record`` has not finished are left out, with a warning that says how many.
 
     Raises:
-        Misuse: no store there, one that cannot be read, or one of another schema version.
+        Misuse: no store there, a store that cannot be read or is of another schema version.
     """
     runs = open_store(path)
     recorded = runs["status"].values != UNRECORDED
@@ -220,7 +221,10 @@ def create_store(
         values["weight"] = checked_weights(weights, values["batch"])
     dataset = xr.Dataset(
         {
-            **{name: (VARIABLES[name][0], one, VARIABLES[name][1]) for name, one in values.items()},
+            **{
+                name: (VARIABLES[name][0], array, VARIABLES[name][1])
+                for name, array in values.items()
+            },
             **{name: metric_variable(name, values["loss"]) for name in metrics},
         },
         coords={

@@ -1,4 +1,4 @@
-"""Subsets of the training examples and what became of training on each: the data of datamodels.
+"""Subsets of the training examples and the outcome of training on each: the data of datamodels.
 
 Only which examples were in is kept, not their order: ``mask[subset, train]`` and
 ``outcome[subset, query]`` (Ilyas et al. 2022, "Datamodels").
@@ -35,8 +35,8 @@ def subsets_from_arrays(
         train_ids, query_ids: numbers from 0 when omitted.
         units: of the outcomes.
 
-    >>> found = subsets_from_arrays([[1, 0], [0, 1]], [[0.5], [0.7]])
-    >>> dict(found.sizes)
+    >>> subsets = subsets_from_arrays([[1, 0], [0, 1]], [[0.5], [0.7]])
+    >>> dict(subsets.sizes)
     {'subset': 2, 'train': 2, 'query': 1}
 
     Raises:
@@ -49,7 +49,7 @@ def subsets_from_arrays(
             "masks and outcomes",
             got=f"shapes {mask.shape} and {outcome.shape}",
             expected="(subset, train) and (subset, query) of the same subsets",
-            do="keep one row of each for each model",
+            do="keep one row of both for each model",
         )
     if not np.isin(mask, (0, 1)).all():
         raise Misuse(
@@ -106,13 +106,13 @@ def subsets_of_runs(runs: xr.Dataset) -> xr.Dataset:
     mask = np.zeros((len(batch), size + 1), bool)
     # The last column takes the empty slots.
     mask[np.arange(len(batch))[:, None, None], np.where(batch == EMPTY_SLOT, size, batch)] = True
-    found = subsets_from_arrays(
+    subsets = subsets_from_arrays(
         mask[:, :-1],
         runs["loss"].values[:, -1],
         train_ids=runs["train"].values,
         query_ids=runs["query"].values,
     )
-    return found.assign_coords(subset=runs["run"].values)
+    return subsets.assign_coords(subset=runs["run"].values)
 
 
 def planned_subsets(
@@ -130,18 +130,18 @@ def planned_subsets(
         Misuse: subsets of different sizes.
     """
     keyed(key)
-    members = [np.flatnonzero(one) for one in mask.sel(train=like["train"].values).values]
-    sizes = sorted({len(one) for one in members})
+    members = [np.flatnonzero(row) for row in mask.sel(train=like["train"].values).values]
+    sizes = sorted(set(map(len, members)))
     if len(sizes) > 1:
         raise Misuse(
             "mask",
             got=f"subsets of {sizes[0]} to {sizes[-1]} examples",
             expected="subsets of one size",
-            do="plan subsets of each size for themselves",
+            do="plan the subsets of one size at a time",
         )
     keys = jax.random.split(key, len(members))
     batch = [
-        shuffled_epochs(one, batch_size=batch_size, epochs=epochs, key=each)
-        for one, each in zip(members, keys, strict=True)
+        shuffled_epochs(examples, batch_size=batch_size, epochs=epochs, key=order_key)
+        for examples, order_key in zip(members, keys, strict=True)
     ]
     return planned_runs(like, np.stack(batch), run_ids=mask["subset"].values)

@@ -13,8 +13,8 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import COMPLETE, SCHEMA_VERSION
 from bayes_simfluence.data.columns import COLUMNS
 from bayes_simfluence.data.longform import rows_of
-from bayes_simfluence.data.runs import validate_runs
 from bayes_simfluence.data.tabular import pyarrow_for
+from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.files import atomically, first_line
 
 __all__ = ["about_path", "read_about", "write_table"]

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.conventions import EFFECT_SIGN
 from bayes_simfluence.data.netcdf import read_group, write_groups
-from bayes_simfluence.data.runs import validate_runs
+from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path
 from bayes_simfluence.inference.recorded import planned_from
 from bayes_simfluence.inference.verdict import Verdict

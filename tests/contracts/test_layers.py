@@ -26,6 +26,7 @@ ROWS = {
         "identify",
         "claims",
         "metrics",
+        "validation",
         "runs",
         "subsets",
         "store",

@@ -205,7 +205,7 @@ MISUSES = {
         ["import", "no.csv", "--column", "loss", "--out", "r.zarr"],
         "--column: got loss; expected OURS=THEIRS",
     ),
-    "no format": (["export", "RUNS", "--out", "r.xls"], "no format.*csv, parquet, npz"),
+    "no format": (["export", "RUNS", "--out", "r.xls"], "no known format.*csv, parquet, npz"),
     "export overwrites": (["export", "RUNS", "--out", "RUNS"], "something that exists"),
     "bad choice": (["record", "--optimizer", "magic", "--out", "r.zarr"], "'magic'.*adamw"),
 }

@@ -325,7 +325,7 @@ def test_paths_and_formats(tmp_path):
     with pytest.raises(Misuse, match=r"got a store of this package.*use open_runs"):
         import_runs(tmp_path / "runs.zarr")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(Misuse, match=r"no format that its name or content tells.*csv, parquet, np"):
+    with pytest.raises(Misuse, match=r"name and content of no known format.*csv, parquet, np"):
         import_runs(tmp_path / "folder")
     for format, said in (
         ("excel", r"'excel'; expected one of csv"),

@@ -8,7 +8,8 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import METRIC, METRIC_DIMS
 from bayes_simfluence.data import store as s
 from bayes_simfluence.data.metrics import metric_names, with_metric
-from bayes_simfluence.data.runs import runs_from_arrays, validate_runs
+from bayes_simfluence.data.runs import runs_from_arrays
+from bayes_simfluence.data.validation import validate_runs
 
 
 def some_runs(rng, names=("a", "b", "c")):

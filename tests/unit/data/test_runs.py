@@ -7,12 +7,8 @@ import xarray as xr
 from bayes_simfluence.checks import Misuse, RunsWarning
 from bayes_simfluence.conventions import COMPLETE, DIVERGED, VARIABLES
 from bayes_simfluence.data.identify import identifiability
-from bayes_simfluence.data.runs import (
-    planned_runs,
-    runs_from_arrays,
-    usable_runs,
-    validate_runs,
-)
+from bayes_simfluence.data.runs import planned_runs, runs_from_arrays, usable_runs
+from bayes_simfluence.data.validation import validate_runs
 
 
 def arrays(rng, runs=3, steps=4, slots=2, queries=5, train=6):

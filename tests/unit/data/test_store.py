@@ -10,7 +10,8 @@ import xarray as xr
 from bayes_simfluence.checks import Misuse, WorkFailed
 from bayes_simfluence.conventions import COMPLETE
 from bayes_simfluence.data import store as s
-from bayes_simfluence.data.runs import runs_from_arrays, validate_runs
+from bayes_simfluence.data.runs import runs_from_arrays
+from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.files import atomically, old_path
 
 

@@ -9,8 +9,9 @@ from bayes_simfluence.conventions import VARIABLES
 from bayes_simfluence.data import store
 from bayes_simfluence.data.identify import identifiability
 from bayes_simfluence.data.importers import import_runs
-from bayes_simfluence.data.runs import planned_runs, runs_from_arrays, validate_runs
+from bayes_simfluence.data.runs import planned_runs, runs_from_arrays
 from bayes_simfluence.data.subsets import subsets_of_runs
+from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.data.weights import weights_of, with_weights
 
 BATCH = [[[0, 1], [2, -1]], [[1, 2], [0, 0]]]
