@@ -15,9 +15,11 @@ from jaxtyping import Float
 
 from bayes_simfluence.attribution.scores import check_scores
 from bayes_simfluence.checks import Misuse, named
-from bayes_simfluence.data.curriculum import exposures
 from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.model.arrays import RunArrays
+from bayes_simfluence.posterior.arrays import recorded_arrays
 from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.simulators.affine import AffineSimulator
 
@@ -55,7 +57,7 @@ def additive_simulator(scores: xr.DataArray, runs: xr.Dataset, *, band: bool = T
     loss = np.asarray(runs["loss"].values, float)
     known = np.isfinite(loss)
     change = np.where(known, loss - loss[:, :1], 0.0)
-    summed = np.where(known, _summed(runs["batch"].values, effects), 0.0)
+    summed = np.where(known, _summed(recorded_arrays(runs), effects), 0.0)
     # Sufficient statistics of each run: a run is left out by subtraction.
     cross, square = ((one * summed).sum(axis=(1, 2)) for one in (change, summed))
     scale = _ratio(cross.sum(), square.sum())
@@ -78,10 +80,11 @@ def additive_simulator(scores: xr.DataArray, runs: xr.Dataset, *, band: bool = T
 
 
 def _summed(
-    batch: np.ndarray, effects: Float[np.ndarray, "train query"]
+    runs: RunArrays, effects: Float[np.ndarray, "train query"]
 ) -> Float[np.ndarray, "run time query"]:
     """What the scores add up to along each run, 0 before the first step."""
-    steps = np.stack([exposures(one, len(effects)) @ effects for one in batch])
+    with double_precision():
+        steps = np.asarray(runs.each(lambda run: run.exposures() @ effects))
     return np.concatenate([np.zeros_like(steps[:, :1]), steps.cumsum(axis=1)], axis=1)
 
 

@@ -1,4 +1,4 @@
-"""What a run trains on: makers of curricula, and how much of each example a batch holds.
+"""What a run trains on: makers of curricula.
 
 A curriculum is an integer array ``(step, slot)`` of indices into ``train``, -1 = empty slot.
 Makers need a PRNG key; edits of curricula are in ``counterfactual.edits``.
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.conventions import EMPTY_SLOT, Curriculum
@@ -16,7 +16,6 @@ from bayes_simfluence.conventions import EMPTY_SLOT, Curriculum
 __all__ = [
     "blocks",
     "example_indices",
-    "exposures",
     "random_subset_epochs",
     "shuffled_epochs",
     "with_replacement",
@@ -104,20 +103,6 @@ def blocks(
     if not parts:
         raise Misuse("groups", got="none", expected="at least one group", do="pass the groups")
     return np.concatenate(parts)
-
-
-def exposures(batch: Curriculum, train: int) -> Float[np.ndarray, "step train"]:
-    """Occurrences of each example in a batch over the examples in it; an empty batch is all zero.
-
-    This is the weight of an example's gradient under mean reduction.
-
-    >>> exposures(np.array([[0, 0, 1, -1], [-1, -1, -1, -1]]), 2).round(2).tolist()
-    [[0.67, 0.33], [0.0, 0.0]]
-    """
-    counts = np.zeros((len(batch), train))
-    steps, slots = np.nonzero(batch != EMPTY_SLOT)
-    np.add.at(counts, (steps, batch[steps, slots]), 1.0)
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
 
 
 def example_indices(examples: int | Sequence[int] | Examples) -> Examples:

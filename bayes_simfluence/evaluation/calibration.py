@@ -16,8 +16,8 @@ from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.evaluation.metrics import COVERAGES, coverage, pit
 from bayes_simfluence.evaluation.ranks import even_bins, rank_among
 from bayes_simfluence.inference.method import Method
-from bayes_simfluence.inference.recorded import features_of, recorded_from
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
+from bayes_simfluence.posterior.arrays import recorded_arrays
 from bayes_simfluence.posterior.fit import fit
 from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.progress import Progress, Silent
@@ -211,7 +211,7 @@ def summaries_of(model: Simfluence, method: Method, runs: xr.Dataset) -> dict[st
     totals = {f"total {name}": _summed(name) for name in effects}
     settings = method.as_dict()
     fixed = settings["method"] == "Exact" and settings["hyperparameters"] != "nuts"
-    features = features_of(recorded_from(runs, model.prior), model)
+    features = recorded_arrays(runs, model.prior).features.where(model.prior.features)
     names = [] if fixed else list(hypers_of(model, features))
     own = [] if fixed else ["scale", *(["noise"] * model.published)]
     return {**totals, **{name: _variable(name) for name in dict.fromkeys([*names, *own])}}

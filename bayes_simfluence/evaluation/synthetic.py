@@ -1,15 +1,14 @@
 """Simulated runs whose coefficients are known, for tests and for trials."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
 from bayes_simfluence.checks import keyed
 from bayes_simfluence.data.curriculum import random_subset_epochs
 from bayes_simfluence.data.runs import runs_from_arrays
+from bayes_simfluence.posterior.arrays import planned_arrays
 from bayes_simfluence.simulators.affine import AffineSimulator
-from bayes_simfluence.simulators.base import Planned
 
 __all__ = ["linear_runs"]
 
@@ -58,7 +57,12 @@ def linear_runs(
             for run_key in jax.random.split(batch_key, runs)
         ]
     )
-    initial = np.asarray(jnp.broadcast_to(jnp.linspace(0.5, 1.0, query)[None], (runs, query)))
-    planned = Planned(batch, None, initial.astype(float), np.arange(query))
-    simulated = truth.simulate(planned, key=noise_key, draws=1)
-    return runs_from_arrays(batch=batch, loss=simulated.loss[0, 0], train_ids=range(train)), truth
+    initial = np.broadcast_to(np.linspace(0.5, 1.0, query, dtype=np.float32), (runs, query))
+    planned = runs_from_arrays(
+        batch=batch,
+        loss=np.repeat(initial[:, None], batch.shape[1] + 1, axis=1),
+        train_ids=range(train),
+    )
+    arrays = planned_arrays(planned, planned["train"].values, planned["query"].values)
+    simulated = truth.simulate(arrays, key=noise_key, draws=1)
+    return planned.assign(loss=planned["loss"].copy(data=simulated.loss[0, 0])), truth

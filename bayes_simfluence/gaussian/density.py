@@ -32,13 +32,18 @@ def whitening(
     flat = np.moveaxis(recorded, 1, 2).reshape(-1, steps)
     patterns, place = np.unique(flat, axis=0, return_inverse=True)
 
-    def root(pattern: Array) -> Array:
-        # Cutting the ties of what is not recorded integrates it out.
-        kept = covariance * pattern[:, None] * pattern[None, :] + jnp.diag(1.0 - pattern)
-        return solve_lower(cholesky(kept), jnp.eye(steps, dtype=covariance.dtype))
+    return _roots(covariance, patterns), place.reshape(runs, queries)
 
-    roots = jax.vmap(root)(jnp.asarray(patterns, covariance.dtype))
-    return roots, place.reshape(runs, queries)
+
+@jax.jit
+@partial(jax.vmap, in_axes=(None, 0))
+def _roots(
+    covariance: Float[Array, "step step"], recorded: Bool[Array, " step"]
+) -> Float[Array, "step step"]:
+    pattern = recorded.astype(covariance.dtype)
+    # Cutting the ties of what is not recorded integrates it out.
+    kept = covariance * pattern[:, None] * pattern[None, :] + jnp.diag(1.0 - pattern)
+    return solve_lower(cholesky(kept), jnp.eye(len(pattern), dtype=covariance.dtype))
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""Draws of the two-timescale model: of weights by perturb-and-solve, and of the paths they make.
+"""Draws of a conditioned linear-Gaussian object, and of the trajectories that they make.
 
 A draw belongs to the key and the query alone, so that simulations of any curricula, effects of
 examples and densities of recorded runs meet the same coefficients.
@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-__all__ = ["DrawnWeights", "drawn_paths", "drawn_weights"]
+from bayes_simfluence.gaussian.linear_gaussian import Conditioned
+
+__all__ = ["DrawnWeights", "drawn_trajectories", "drawn_weights"]
 
 
 class DrawnWeights(NamedTuple):
@@ -45,59 +47,62 @@ def _normal_weights(
 
 @partial(jax.jit, static_argnames=("draws", "knots", "parts"))
 def drawn_weights(
-    solved: tuple[Array, Array, Array],
+    conditioned: Conditioned,
     query: Int[Array, ""],
     key: jax.Array,
-    freedom: Float[Array, ""],
+    df: Float[Array, ""],
     *,
     draws: int,
     knots: int,
     parts: int,
 ) -> DrawnWeights:
     """The key's draws for one query, whatever is made of them."""
-    train, gain, fitted_error = solved
-    weights = train.shape[1]
-    mine = jax.random.fold_in(key, query)
-    weight_key, fitted_key, error_key, scale_key = jax.random.split(mine, 4)
+    points, weights = conditioned.designs.shape
+    rows = len(conditioned.error_factor)
+    own = jax.random.fold_in(key, query)
+    weight_key, fitted_key, error_key, scale_key = jax.random.split(own, 4)
     prior = _normal_weights(weight_key, draws, parts, knots, weights // parts // knots)
-    errors = jax.random.normal(
-        fitted_key, (draws, len(train) // len(fitted_error), len(fitted_error))
-    )
-    errors = (errors @ fitted_error.T).reshape(draws, -1)
+    errors = jax.random.normal(fitted_key, (draws, points // rows, rows))
     # Scaled inverse chi-square scales.
-    chi_square = 2.0 * jax.random.gamma(scale_key, 0.5 * freedom, (draws,))
-    deviation = prior - (prior @ train.T + errors) @ gain
-    return DrawnWeights(deviation, jnp.sqrt(freedom / chi_square), error_key)
+    chi_square = 2.0 * jax.random.gamma(scale_key, 0.5 * df, (draws,))
+    return DrawnWeights(conditioned.deviations(prior, errors), jnp.sqrt(df / chi_square), error_key)
 
 
 @partial(jax.jit, static_argnames=("draws", "knots", "parts"))
-def drawn_paths(
-    solved: tuple[Array, Array, Array],
+def drawn_trajectories(
+    conditioned: Conditioned,
     designs: Float[Array, "run step weight"],
-    new_error: Float[Array, "step step"],
+    error_factor: Float[Array, "step step"],
     spread: Float[Array, "query step"],
     query: Int[Array, " query"],
     key: jax.Array,
-    freedom: Float[Array, ""],
+    df: Float[Array, ""],
     *,
     draws: int,
     knots: int,
     parts: int,
 ) -> tuple[Float[Array, "query draw run step"], Float[Array, "query draw run step"]]:
-    """Deviations from the posterior mean path: of the coefficients alone, and with the error."""
+    """Deviations from the posterior mean: of the coefficients alone, and with the run's error.
+
+    Args:
+        conditioned: the weights' posterior.
+        designs, error_factor: of the runs to be drawn; factor of their errors' covariance.
+        spread: sd of each query's effects at each step, link units.
+        query, key: decide the draws.
+        df: degrees of freedom of the scales.
+        draws, knots, parts: how many.
+    """
     runs, steps, weights = designs.shape
     flat = designs.reshape(-1, weights)
 
-    def one(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        number, wide = inputs
-        deviation, factor, new_key = drawn_weights(
-            solved, number, key, freedom, draws=draws, knots=knots, parts=parts
-        )
-        scale = factor[:, None, None] * wide[None, None]
-        mean = (deviation @ flat.T).reshape(draws, runs, steps) * scale
-        run_keys = jax.vmap(lambda run: jax.random.fold_in(new_key, run))(jnp.arange(runs))
+    def of_query(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        number, sd = inputs
+        drawn = drawn_weights(conditioned, number, key, df, draws=draws, knots=knots, parts=parts)
+        scale = drawn.scale[:, None, None] * sd[None, None]
+        mean = (drawn.deviation @ flat.T).reshape(draws, runs, steps) * scale
+        run_keys = jax.vmap(lambda run: jax.random.fold_in(drawn.error_key, run))(jnp.arange(runs))
         white = jax.vmap(lambda run: jax.random.normal(run, (draws, steps)))(run_keys)
-        return mean, mean + jnp.moveaxis(white @ new_error.T, 0, 1) * scale
+        return mean, mean + jnp.moveaxis(white @ error_factor.T, 0, 1) * scale
 
-    drawn: tuple[Array, Array] = jax.lax.map(one, (query, spread))
+    drawn: tuple[Array, Array] = jax.lax.map(of_query, (query, spread))
     return drawn

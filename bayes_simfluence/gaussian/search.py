@@ -11,20 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import minimize
 from scipy.stats import t as student_t
 
-from bayes_simfluence.gaussian.designs import (
-    FittedPaths,
-    designs_and_means,
-    error_covariance,
-    fitted_covariance,
-    interpolated_widening,
-    mean_size,
-)
-from bayes_simfluence.gaussian.leave_out import evidence_score, left_out, left_out_score
+from bayes_simfluence.gaussian.designs import assembled, linked_change
+from bayes_simfluence.gaussian.linear_gaussian import LeftOut, LinearGaussian
 from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.hyper import log_prior, natural_values, start
 from bayes_simfluence.model.link import link_of, loss_of
-from bayes_simfluence.model.priors import ExampleFeatures
-from bayes_simfluence.model.simfluence import Path, Simfluence, hypers_of
+from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 from bayes_simfluence.progress import Progress
 
 __all__ = [
@@ -34,6 +27,7 @@ __all__ = [
     "Searched",
     "band_of",
     "even_rows",
+    "interpolated_inflation",
     "recorded_rows",
     "search",
 ]
@@ -42,7 +36,7 @@ Criterion = Literal["leave-one-run-out", "evidence", "nuts"]
 CRITERIA: tuple[Criterion, ...] = ("leave-one-run-out", "evidence", "nuts")
 COARSE, COARSE_STEPS, FINE_STEPS = 12, 60, 8
 """Times per run and most L-BFGS iterations of the search; iterations of its polish."""
-WIDENING_KNOTS = 5
+INFLATION_KNOTS = 5
 """Fewer follow the error along training less well; more do not help left-out runs."""
 
 
@@ -67,16 +61,17 @@ class Band(NamedTuple):
 
     Attributes:
         scale: sd of each query's effects, link units.
-        widening: log of the factor on the variance, at knots spread evenly over training.
-        freedom: degrees of freedom of the scales.
+        log_inflation: log of the factor on the variance that left-out runs ask for, at knots
+            spread evenly over training.
+        df: degrees of freedom of the scales.
         predicted: medians of left-out runs, nats, at the fitted times; NaN where not recorded.
-        low, high: their 90% band after widening.
-        raw_coverage: share of points in the 90% band without widening.
+        low, high: their 90% band after variance inflation.
+        raw_coverage: share of points in the 90% band without it.
     """
 
     scale: Float[np.ndarray, " query"]
-    widening: Float[np.ndarray, " knot"]
-    freedom: float
+    log_inflation: Float[np.ndarray, " knot"]
+    df: float
     predicted: Float[np.ndarray, "run row query"]
     low: Float[np.ndarray, "run row query"]
     high: Float[np.ndarray, "run row query"]
@@ -119,7 +114,7 @@ def recorded_rows(known: Bool[np.ndarray, "run step"], count: int) -> Int[np.nda
 
 def search(
     model: Simfluence,
-    fitted: FittedPaths,
+    runs: RunArrays,
     rows: Int[np.ndarray, " row"],
     criterion: Criterion,
     progress: Progress,
@@ -127,40 +122,44 @@ def search(
     """The hyperparameters that maximize the criterion plus a weak prior, by L-BFGS.
 
     A search on a few times per run is followed by a polish on the times ``rows``.
+
+    Args:
+        model: whose hyperparameters.
+        runs: the fitted ones, in units.
+        rows: positions of the steps whose losses are looked at.
+        criterion: what is maximized.
+        progress: told of the work.
     """
-    hypers = hypers_of(model, fitted.features)
-    free, iterations, converged = start(hypers), 0, True
-    coarse = recorded_rows(fitted.known, min(COARSE, len(rows)))
-    stages = [(coarse, COARSE_STEPS), (rows, FINE_STEPS)]
+    free, iterations, converged = start(hypers_of(model, runs.features)), 0, True
+    coarse = recorded_rows(runs.known_steps, min(COARSE, len(rows)))
     best = np.inf
     with double_precision(), progress.work("hyperparameters", None) as meter:
-        for at, limit in stages:
-            score = _objective(model, fitted, at, criterion)
+        for stage, limit in ((coarse, COARSE_STEPS), (rows, FINE_STEPS)):
 
-            def told(intermediate_result: object) -> None:
+            def report(intermediate_result: object) -> None:
                 meter.advance(1, f"score {-intermediate_result.fun:.4f}")  # type: ignore[attr-defined]
 
             result = minimize(
-                score, free, jac=True, method="L-BFGS-B", callback=told, options={"maxiter": limit}
+                _objective(model, runs, stage, criterion),
+                free,
+                jac=True,
+                method="L-BFGS-B",
+                callback=report,
+                options={"maxiter": limit},
             )
             free, best, iterations = result.x, float(result.fun), iterations + result.nit
-            if at is coarse:
+            if stage is coarse:
                 converged = bool(result.success) or result.nit >= limit
     return Searched(free, -best, iterations, converged)
 
 
 def _objective(
-    model: Simfluence, fitted: FittedPaths, rows: Int[np.ndarray, " row"], criterion: Criterion
+    model: Simfluence, runs: RunArrays, rows: Int[np.ndarray, " row"], criterion: Criterion
 ) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
-    paths = fitted.paths()
-    change = _change(model, fitted, rows)
-    points = (~jnp.isnan(change)).any(axis=1).sum().astype(float)
-
     def score(free: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = _negative_score(
-            jnp.asarray(free), paths, fitted.features, change, jnp.asarray(rows), points,
-            model=model, criterion=criterion,
-        )  # fmt: skip
+            jnp.asarray(free), runs, jnp.asarray(rows), model=model, criterion=criterion
+        )
         if not np.isfinite(value):
             # Beyond where the covariance can be factored: turn the line search back.
             return 1e6, np.zeros_like(free)
@@ -173,89 +172,71 @@ def _objective(
 @jax.value_and_grad
 def _negative_score(
     free: Float[Array, " hyper"],
-    paths: Path,
-    features: ExampleFeatures,
-    change: Float[Array, "run row query"],
+    runs: RunArrays,
     rows: Int[Array, " row"],
-    points: Float[Array, ""],
     *,
     model: Simfluence,
     criterion: Criterion,
 ) -> Float[Array, ""]:
-    known = ~jnp.isnan(change[..., 0])
-    covariance, mean = _covariance_and_mean(model, free, paths, features, rows, known)
-    kept = left_out_score if criterion == "leave-one-run-out" else evidence_score
-    prior = log_prior(hypers_of(model, features), free)
-    return -(kept(covariance, change - mean) + prior / points)
+    gaussian, mean = _at(model, free, runs, rows)
+    change = linked_change(model, runs, rows) - mean
+    by_runs = criterion == "leave-one-run-out"
+    score = gaussian.left_out_score if by_runs else gaussian.evidence_score
+    recorded = jnp.isfinite(change).any(axis=1).sum()
+    return -(score(change) + log_prior(hypers_of(model, runs.features), free) / recorded)
 
 
-def _covariance_and_mean(
-    model: Simfluence,
-    free: Float[Array, " hyper"],
-    paths: Path,
-    features: ExampleFeatures,
-    rows: Int[Array, " row"],
-    known: Bool[Array, "run row"],
-) -> tuple[Float[Array, "point point"], Float[Array, "run row query"]]:
-    values = natural_values(hypers_of(model, features), free)
-    knots = model.coefficients.count(1.0)
-    designs, mean = designs_and_means(model, values, paths, features, rows, knots=knots)
-    error = error_covariance(model, values, paths.progress[0])[rows][:, rows]
-    return fitted_covariance(designs / mean_size(designs, known), error, known), mean
+@partial(jax.jit, static_argnames="model")
+def _left_out(
+    model: Simfluence, free: Float[Array, " hyper"], runs: RunArrays, rows: Int[Array, " row"]
+) -> LeftOut:
+    gaussian, mean = _at(model, free, runs, rows)
+    return gaussian.left_out(linked_change(model, runs, rows) - mean)
 
 
-def _change(
-    model: Simfluence, fitted: FittedPaths, rows: Int[np.ndarray, " row"]
-) -> Float[Array, "run row query"]:
-    """Change since time 0 on the scale of the link; NaN where not recorded."""
-    linked = link_of(model.link, jnp.asarray(fitted.loss, float))
-    return linked[:, 1:][:, rows] - linked[:, :1]
+def _at(
+    model: Simfluence, free: Float[Array, " hyper"], runs: RunArrays, rows: Int[Array, " row"]
+) -> tuple[LinearGaussian, Float[Array, "run row query"]]:
+    """Runs at given hyperparameters, and their prior mean."""
+    values = natural_values(hypers_of(model, runs.features), free)
+    made = assembled(model, values, runs, rows, knots=model.coefficients.count(1.0))
+    return made.gaussian, made.mean
 
 
 def band_of(
     model: Simfluence,
-    fitted: FittedPaths,
+    runs: RunArrays,
     rows: Int[np.ndarray, " row"],
     free: Float[np.ndarray, " hyper"],
 ) -> Band:
-    """Scales, widening and left-out predictions at given hyperparameters.
+    """Scales, variance inflation and left-out predictions at given hyperparameters.
 
-    A query's scale is the root mean square of its standardized left-out errors; the widening is
-    straight lines between knots in training progress, fitted to the log of their mean square over
-    runs and queries, by as many runs as were recorded at a time.
+    A query's scale is the root mean square of its standardized left-out errors; the log variance
+    inflation is straight lines between knots in training progress, fitted to the log of their mean
+    square over runs and queries, by as many runs as were recorded at a time.
     """
-    known = fitted.known[:, rows]
+    known = runs.known_steps[:, rows]
     with double_precision():
-        change = _change(model, fitted, rows)
-        covariance, mean = _covariance_and_mean(
-            model,
-            jnp.asarray(free),
-            fitted.paths(),
-            fitted.features,
-            jnp.asarray(rows),
-            jnp.asarray(known),
-        )
-        found = jax.jit(left_out)(covariance, change - mean)
-        error, variance = np.asarray(found.error), np.asarray(found.variance)[..., None]
-        linked = np.asarray(link_of(model.link, jnp.asarray(fitted.loss, float)))
-        truth = linked[:, 1:][:, rows]
+        left_out = _left_out(model, jnp.asarray(free), runs, jnp.asarray(rows))
+        error, variance = np.asarray(left_out.error), np.asarray(left_out.variance)[..., None]
+        truth = np.asarray(link_of(model.link, jnp.asarray(runs.loss, float)))[:, 1:][:, rows]
     counted = np.broadcast_to(known[..., None], error.shape)
     scale = np.sqrt(np.square(error / np.sqrt(variance)).mean(axis=(0, 1), where=counted) + 1e-12)
     z = error / (np.sqrt(variance) * scale)
-    progress = (rows + 1) / fitted.steps
+    progress = (rows + 1) / runs.steps
     by_time = np.log(np.square(z).mean(axis=(0, 2), where=counted) + 1e-12)
-    lines, widening = _widening(progress, by_time, known.sum(axis=0))
-    freedom = float(max(known.any(axis=1).sum() - 1, 3))
-    sd = scale * np.sqrt(variance * np.exp(lines @ widening)[None, :, None])
-    quantile = student_t.ppf(0.95, freedom)
+    lines, log_inflation = _log_inflation(progress, by_time, known.sum(axis=0))
+    df = float(max(known.any(axis=1).sum() - 1, 3))
+    sd = scale * np.sqrt(variance * np.exp(lines @ log_inflation)[None, :, None])
+    quantile = student_t.ppf(0.95, df)
 
     def nats(value: np.ndarray) -> np.ndarray:
         return np.asarray(loss_of(model.link, jnp.asarray(value)))
 
     return Band(
         scale=scale,
-        widening=widening,
-        freedom=freedom,
+        log_inflation=log_inflation,
+        df=df,
         predicted=nats(truth - error),
         low=nats(truth - error - quantile * sd),
         high=nats(truth - error + quantile * sd),
@@ -263,14 +244,22 @@ def band_of(
     )
 
 
-def _widening(
+def interpolated_inflation(
+    progress: Float[np.ndarray, " step"], log_inflation: Float[np.ndarray, " knot"]
+) -> Float[np.ndarray, " step"]:
+    """Log factor on the variance at each step; constant beyond the recorded length."""
+    knots = np.linspace(0.0, 1.0, len(log_inflation))
+    return np.asarray(np.interp(progress, knots, log_inflation))
+
+
+def _log_inflation(
     progress: Float[np.ndarray, " row"],
     log_square: Float[np.ndarray, " row"],
     runs: Int[np.ndarray, " row"],
 ) -> tuple[Float[np.ndarray, "row knot"], Float[np.ndarray, " knot"]]:
     """Straight lines between knots through ``log_square``, rows weighted by their ``runs``."""
-    knots = min(WIDENING_KNOTS, len(progress))
-    lines = np.stack([interpolated_widening(progress, unit) for unit in np.eye(knots)], axis=1)
+    knots = min(INFLATION_KNOTS, len(progress))
+    lines = np.stack([interpolated_inflation(progress, unit) for unit in np.eye(knots)], axis=1)
     weight = np.sqrt(runs / runs.max())
     # Knots without a recorded time nearby follow their neighbours.
     level = 1e-6 * np.diff(np.eye(knots), axis=0)

@@ -1,4 +1,4 @@
-"""The joint program without its data: what is compiled for one recording serves the next."""
+"""The model in NumPyro without its data: what is compiled for one recording serves the next."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,75 +6,71 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array
 from numpyro import handlers
 
-from bayes_simfluence.inference.numpyro_runs import Program
-from bayes_simfluence.model.numpyro_model import Gaps, Observed, joint
+from bayes_simfluence.inference.numpyro_runs import NumpyroRuns
+from bayes_simfluence.model.arrays import RunArrays
+from bayes_simfluence.model.numpyro_model import Gaps, Units, numpyro_model
 from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.model.sites import kept
 
-__all__ = ["JointProgram"]
+__all__ = ["CompiledModel"]
+
+Data = tuple[RunArrays, Units]
 
 
 @dataclass(frozen=True)
-class JointProgram:
-    """A NumPyro program of recorded runs that is compared by value, for caches of compiled code.
+class CompiledModel:
+    """A NumPyro model of recorded runs that is compared by value, for caches of compiled code.
 
     Attributes:
         model: what is inferred.
-        rows, imputed, filtered: ``Gaps``, as tuples.
+        gaps: how losses that were not recorded are dealt with.
         batch: runs in a minibatch; all when None.
     """
 
     model: Simfluence
-    rows: tuple[int, ...]
-    imputed: tuple[tuple[int, ...], ...]
-    filtered: bool
+    gaps: Gaps
     batch: int | None = None
 
     @classmethod
-    def of(cls, program: Program, batch: int | None = None) -> "JointProgram":
-        """What ``program`` is apart from its data, or that of ``batch`` runs at a time."""
-        gaps = program.gaps
-        imputed = tuple(tuple(position) for position in gaps.imputed.tolist())
-        return cls(program.model, tuple(gaps.rows.tolist()), imputed, gaps.filtered, batch)
+    def of(cls, runs: NumpyroRuns, batch: int | None = None) -> "CompiledModel":
+        """The model of ``runs`` apart from their data, or that of ``batch`` runs at a time."""
+        return cls(runs.model, runs.gaps, batch)
 
-    def __call__(self, observed: Observed, *, simulate: bool = False) -> None:
+    def __call__(self, runs: RunArrays, units: Units, *, simulate: bool = False) -> None:
         """The sites and the density; without the density, of the prior, when ``simulate``."""
-        imputed = np.array(self.imputed, int).reshape(-1, 3)
-        gaps = Gaps(np.array(self.rows, int), imputed, self.filtered)
-        joint(self.model, observed, gaps, batch=self.batch, simulate=simulate)
+        numpyro_model(self.model, runs, units, self.gaps, batch=self.batch, simulate=simulate)
 
-    def prior_sites(self, observed: Observed, *, key: Array, draws: int) -> dict[str, Array]:
+    def prior_sites(self, data: Data, *, key: Array, draws: int) -> dict[str, Array]:
         """Draws from the prior of everything needed to simulate, leading axis of draws."""
-        return _prior_sites(self, observed, jax.random.split(key, draws))
+        return _prior_sites(self, data, jax.random.split(key, draws))
 
-    def sites_of(self, observed: Observed, values: Mapping[str, Array]) -> dict[str, Array]:
+    def sites_of(self, data: Data, values: Mapping[str, Array]) -> dict[str, Array]:
         """Everything needed to simulate, from draws of the sample sites (leading axis of draws)."""
-        return _sites(self, observed, dict(values))
+        return _sites(self, data, dict(values))
 
-    def trace(self, observed: Observed, values: Mapping[str, Array]) -> dict[str, Any]:
+    def trace(self, data: Data, values: Mapping[str, Array]) -> dict[str, Any]:
         """NumPyro's trace of all sites, those in ``values`` (one draw) set to them."""
-        run = handlers.substitute(handlers.seed(self, 0), dict(values))
-        trace: dict[str, Any] = handlers.trace(run).get_trace(observed)
+        substituted = handlers.substitute(handlers.seed(self, 0), dict(values))
+        trace: dict[str, Any] = handlers.trace(substituted).get_trace(*data)
         return trace
 
 
 @partial(jax.jit, static_argnums=0)
-def _prior_sites(program: JointProgram, observed: Observed, keys: Array) -> dict[str, Array]:
+def _prior_sites(model: CompiledModel, data: Data, keys: Array) -> dict[str, Array]:
     def of_draw(key: Array) -> dict[str, Array]:
-        run = handlers.seed(partial(program, simulate=True), key)
-        return kept(handlers.trace(run).get_trace(observed))
+        seeded = handlers.seed(partial(model, simulate=True), key)
+        return kept(handlers.trace(seeded).get_trace(*data))
 
     sites: dict[str, Array] = jax.lax.map(of_draw, keys, batch_size=8)
     return sites
 
 
 @partial(jax.jit, static_argnums=0)
-def _sites(program: JointProgram, observed: Observed, values: dict[str, Array]) -> dict[str, Array]:
+def _sites(model: CompiledModel, data: Data, values: dict[str, Array]) -> dict[str, Array]:
     sites: dict[str, Array] = jax.lax.map(
-        lambda draw: kept(program.trace(observed, draw)), values, batch_size=8
+        lambda draw: kept(model.trace(data, draw)), values, batch_size=8
     )
     return sites

@@ -10,8 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Float, Int
 from numpyro.infer.util import potential_energy, unconstrain_fn
 
-from bayes_simfluence.inference.compiled import JointProgram
-from bayes_simfluence.model.numpyro_model import Observed
+from bayes_simfluence.inference.compiled import CompiledModel, Data
 from bayes_simfluence.model.sites import is_coefficient, is_sampled
 
 __all__ = ["dispersion"]
@@ -24,7 +23,7 @@ SMALLEST = 1e-6
 
 
 def dispersion(
-    program: JointProgram, observed: Observed, drawn: dict[str, jax.Array], *, key: jax.Array
+    model: CompiledModel, data: Data, drawn: dict[str, jax.Array], *, key: jax.Array
 ) -> float:
     """Geometric mean ratio of sds of a few coefficients: below one, the guide is too narrow.
 
@@ -34,12 +33,12 @@ def dispersion(
     matrix. NaN where no site is a coefficient, or the curvature is not positive.
 
     Args:
-        program, observed: the whole data, no minibatches.
+        model, data: of all runs, no minibatches.
         drawn: draws of the guide by site, leading axis of draws.
         key: decides which coefficients are measured.
     """
     # A guide's draws may hold what follows from its sites; put in, that would cut them off.
-    trace = program.trace(observed, {name: draws[0] for name, draws in drawn.items()})
+    trace = model.trace(data, {name: draws[0] for name, draws in drawn.items()})
     sampled = [name for name in drawn if name in trace and is_sampled(trace[name])]
     medians = {name: jnp.median(drawn[name], axis=0) for name in sampled}
     # In these the log posterior is (nearly) quadratic.
@@ -49,7 +48,7 @@ def dispersion(
     spread, _ = ravel_pytree({name: jnp.std(drawn[name], axis=0) for name in free})
     measured = min(MEASURED, len(spread))
     chosen = jax.random.choice(key, len(spread), (measured,), replace=False)
-    implied = np.asarray(_variances(program, observed, free, medians, chosen))
+    implied = np.asarray(_variances(model, data, free, medians, chosen))
     known = implied > 0
     ratios = np.asarray(spread)[np.asarray(chosen)][known] / np.sqrt(implied[known])
     if not known.any():
@@ -59,18 +58,18 @@ def dispersion(
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _variances(
-    program: JointProgram,
-    observed: Observed,
+    model: CompiledModel,
+    data: Data,
     free: tuple[str, ...],
     medians: dict[str, jax.Array],
     chosen: Int[jax.Array, " chosen"],
 ) -> Float[jax.Array, " chosen"]:
     """Entries of the diagonal of the inverse Hessian over the coefficients."""
-    centre = unconstrain_fn(program, (observed,), {}, medians)
+    centre = unconstrain_fn(model, data, {}, medians)
     flat, unravel = ravel_pytree({name: centre[name] for name in free})
 
     def energy(vector: jax.Array) -> Any:
-        return potential_energy(program, (observed,), {}, {**centre, **unravel(vector)})
+        return potential_energy(model, data, {}, {**centre, **unravel(vector)})
 
     def curvature(vector: jax.Array) -> jax.Array:
         # Backward twice: the factorizations have no forward derivative.

@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse, choice_of, positive_integer
-from bayes_simfluence.gaussian.designs import FittedPaths
 from bayes_simfluence.gaussian.search import (
     CRITERIA,
     Band,
@@ -18,17 +17,17 @@ from bayes_simfluence.gaussian.search import (
     recorded_rows,
     search,
 )
-from bayes_simfluence.inference.collapsed import collapsed_paths, collapsed_regression
+from bayes_simfluence.inference.collapsed import collapsed_gaussian, collapsed_regression
 from bayes_simfluence.inference.evidence import scales_of
 from bayes_simfluence.inference.method import Fitted, LeftOutRuns
 from bayes_simfluence.inference.nuts import NUTS
-from bayes_simfluence.inference.recorded import Recorded, features_of
 from bayes_simfluence.inference.regression import Form, coefficients, eigen, moments
 from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.progress import Progress
 from bayes_simfluence.simulators.affine import AffineSimulator
-from bayes_simfluence.simulators.gaussian import PathSimulator
+from bayes_simfluence.simulators.gaussian import GaussianSimulator
 
 __all__ = ["Exact"]
 
@@ -81,46 +80,42 @@ class Exact:
 
     def fit(
         self,
-        runs: Recorded,
+        runs: RunArrays,
         model: Simfluence,
         *,
         key: jax.Array,
-        validation: Recorded | None,
+        validation: RunArrays | None,
         progress: Progress,
     ) -> Fitted:
         """The posterior of ``model`` given ``runs``."""
         sampler = self.sampler or NUTS()
         form = _form_of(model)
         if form is None:
-            _check_paths(runs, model)
+            _check_gaussian(runs, model)
             if self.hyperparameters != "nuts":
-                return self._paths(runs, model, progress)
+                return self._gaussian(runs, model, progress)
             rows = recorded_rows(np.asarray(runs.known.any(axis=2)), self.times)
-            return collapsed_paths(runs, model, rows, sampler, key=key, progress=progress)
+            return collapsed_gaussian(runs, model, rows, sampler, key=key, progress=progress)
         if self.hyperparameters != "nuts":
             return _regression(runs, form, progress)
         return collapsed_regression(runs, model, form, sampler, key=key, progress=progress)
 
-    def _paths(self, runs: Recorded, model: Simfluence, progress: Progress) -> Fitted:
-        step_size, largest = runs.relative_step_size()
-        fitted = FittedPaths(
-            batch=runs.batch,
-            step_size=step_size,
-            loss=runs.loss,
-            features=features_of(runs, model),
-        )
-        rows = recorded_rows(fitted.known, self.times)
+    def _gaussian(self, runs: RunArrays, model: Simfluence, progress: Progress) -> Fitted:
+        largest = runs.largest_step_size
+        features = runs.features.where(model.prior.features)
+        fitted = runs.in_units(runs.steps, largest)._replace(features=features)
+        rows = recorded_rows(fitted.known_steps, self.times)
         found = search(model, fitted, rows, self.hyperparameters, progress)
         band = band_of(model, fitted, rows, found.free)
-        simulator = PathSimulator(
+        simulator = GaussianSimulator(
             model=model,
             free=found.free,
             fitted=fitted,
             rows=rows,
             largest_step_size=largest,
             scale=band.scale,
-            widening=band.widening,
-            freedom=band.freedom,
+            log_inflation=band.log_inflation,
+            df=band.df,
         )
         left_out = LeftOutRuns(rows + 1, band.predicted, band.low, band.high)
         return Fitted(simulator, _verdict(runs, rows, found, band, simulator), left_out)
@@ -142,7 +137,7 @@ def _form_of(model: Simfluence) -> Form | None:
     return Form(form, 1.0, False)
 
 
-def _check_paths(runs: Recorded, model: Simfluence) -> None:
+def _check_gaussian(runs: RunArrays, model: Simfluence) -> None:
     """Raise unless effects and error are Gaussian and all queries share one covariance."""
     error, prior = model.error, model.prior
     wrong = {
@@ -169,7 +164,7 @@ def _check_paths(runs: Recorded, model: Simfluence) -> None:
     _same_times(runs)
 
 
-def _same_times(runs: Recorded) -> None:
+def _same_times(runs: RunArrays) -> None:
     """Raise unless all queries were recorded at the same times: they share one covariance."""
     other = (runs.known != runs.known[..., :1]).any(axis=(0, 1))
     if other.any():
@@ -182,16 +177,15 @@ def _same_times(runs: Recorded) -> None:
 
 
 def _verdict(
-    runs: Recorded, rows: np.ndarray, found: Searched, band: Band, simulator: PathSimulator
+    runs: RunArrays, rows: np.ndarray, found: Searched, band: Band, simulator: GaussianSimulator
 ) -> Verdict:
     truth = runs.loss[:, 1:][:, rows]
     known = np.isfinite(truth)
     mse = float(np.square(band.predicted - truth).mean(where=known))
     mse_of_mean = _mse_of_mean(truth - runs.loss[:, :1])
     covered = float(((truth >= band.low) & (truth <= band.high)).mean(where=known))
-    widened = np.exp(
-        0.5 * simulator.log_widening(np.array([rows[0] + 1, rows[-1] + 1]) / len(runs.batch[0]))
-    )
+    ends = np.array([rows[0] + 1, rows[-1] + 1]) / runs.steps
+    inflated = np.exp(0.5 * simulator.log_variance_inflation(ends))
     numbers = {
         "left_out_score": found.score,
         "iterations": float(found.iterations),
@@ -202,8 +196,8 @@ def _verdict(
     }
     notes = [
         f"90% bands cover {covered:.0%} of left-out points after recalibration "
-        f"({band.raw_coverage:.0%} before): sd x {widened[0]:.2f} early, "
-        f"x {widened[1]:.2f} at the end."
+        f"({band.raw_coverage:.0%} before): sd x {inflated[0]:.2f} early, "
+        f"x {inflated[1]:.2f} at the end."
     ]
     if len(truth) < 8:
         notes.append(
@@ -242,7 +236,7 @@ def _mse_of_mean(change: Float[np.ndarray, "run row query"]) -> float:
     return float(np.square(np.clip(factor, 0.0, 1.0) * others - change).mean(where=known))
 
 
-def _regression(runs: Recorded, form: Form, progress: Progress) -> Fitted:
+def _regression(runs: RunArrays, form: Form, progress: Progress) -> Fitted:
     with progress.work("regression", 2) as meter:
         found = moments(runs, form, scaled=True)
         solved = eigen(found)

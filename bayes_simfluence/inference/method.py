@@ -8,8 +8,8 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.progress import Progress
 from bayes_simfluence.simulators.base import Simulator
@@ -61,11 +61,11 @@ class Method(Protocol):
 
     def fit(
         self,
-        runs: Recorded,
+        runs: RunArrays,
         model: Simfluence,
         *,
         key: jax.Array,
-        validation: Recorded | None,
+        validation: RunArrays | None,
         progress: Progress,
     ) -> Fitted:
         """Fit ``model`` to ``runs``; raises ``Misuse`` for a model that it cannot take."""

@@ -14,12 +14,12 @@ from numpyro.infer import hmc
 from numpyro.infer.util import potential_energy
 
 from bayes_simfluence.checks import Misuse, choice_of, count_of, positive_integer
-from bayes_simfluence.inference.compiled import JointProgram
+from bayes_simfluence.inference.compiled import CompiledModel
 from bayes_simfluence.inference.diagnostics import SampleStats, sampler_verdict
 from bayes_simfluence.inference.method import Fitted
-from bayes_simfluence.inference.numpyro_runs import LIMIT, program_of
-from bayes_simfluence.inference.recorded import Recorded
+from bayes_simfluence.inference.numpyro_runs import LIMIT, in_numpyro
 from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.model.sites import kept
 from bayes_simfluence.progress import Meter, Progress
@@ -91,22 +91,21 @@ class NUTS:
 
     def fit(
         self,
-        runs: Recorded,
+        runs: RunArrays,
         model: Simfluence,
         *,
         key: jax.Array,
-        validation: Recorded | None,
+        validation: RunArrays | None,
         progress: Progress,
     ) -> Fitted:
         """Draws of ``model`` given ``runs``."""
         with double_precision():
-            program = program_of(runs, model, "NUTS")
-            thin = -(-self.draws * self.chains * program.bytes_of_a_draw() // LIMIT)
+            fitted = in_numpyro(runs, model, "NUTS")
+            thin = -(-self.draws * self.chains * fitted.bytes_of_a_draw() // LIMIT)
             found = sample(
-                JointProgram.of(program), (program.observed,), self, key=key, thin=thin,
-                progress=progress,
+                CompiledModel.of(fitted), fitted.data, self, key=key, thin=thin, progress=progress,
             )  # fmt: skip
-        simulator = program.simulator(found.sites)
+        simulator = fitted.simulator(found.sites)
         return Fitted(
             simulator,
             sampler_verdict(found.sites, found.stats, thin),

@@ -16,8 +16,8 @@ from scipy.sparse import csr_array
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import EMPTY_SLOT
-from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.linalg import double_precision, symmetric_eigen
+from bayes_simfluence.model.arrays import RunArrays
 
 __all__ = ["Eigen", "Form", "Moments", "coefficients", "eigen", "moments", "ridge_weights"]
 
@@ -73,7 +73,7 @@ class Eigen(NamedTuple):
     cross: Float[np.ndarray, "query column"]
 
 
-def moments(runs: Recorded, form: Form, *, scaled: bool) -> Moments:
+def moments(runs: RunArrays, form: Form, *, scaled: bool) -> Moments:
     """Second moments of all steps of ``runs``; ``scaled`` columns have unit size.
 
     Raises:
@@ -84,7 +84,10 @@ def moments(runs: Recorded, form: Form, *, scaled: bool) -> Moments:
     target = runs.loss[:, 1:].reshape(before.shape) - form.keep * before
     members = runs.batch.reshape(len(before), -1)
     filled = members != EMPTY_SLOT
-    weight = filled / (1.0 if form.counted else np.maximum(filled.sum(axis=1, keepdims=True), 1))
+    weight = np.where(filled, runs.weight.reshape(members.shape), 0.0)
+    if not form.counted:
+        total = weight.sum(axis=1, keepdims=True)
+        weight = weight / np.where(total > 0, total, 1.0)
     size = runs.train
     row = np.arange(len(before))
     # One entry per slot, and one per pair of slots; repeated examples add up.
@@ -129,7 +132,7 @@ def moments(runs: Recorded, form: Form, *, scaled: bool) -> Moments:
     )
 
 
-def _every_time(runs: Recorded, form: Form) -> None:
+def _every_time(runs: RunArrays, form: Form) -> None:
     if not runs.known.all():
         raise Misuse(
             "runs['loss']",

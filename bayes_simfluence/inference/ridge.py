@@ -9,9 +9,9 @@ from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse, choice_of, positive_integer, positive_number
 from bayes_simfluence.inference.method import Fitted, LeftOutRuns
-from bayes_simfluence.inference.recorded import Recorded
 from bayes_simfluence.inference.regression import Form, coefficients, moments, ridge_weights
 from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.progress import Progress
 from bayes_simfluence.simulators.affine import AffineSimulator
@@ -60,11 +60,11 @@ class Ridge:
 
     def fit(
         self,
-        runs: Recorded,
+        runs: RunArrays,
         model: Simfluence,
         *,
         key: jax.Array,
-        validation: Recorded | None,
+        validation: RunArrays | None,
         progress: Progress,
     ) -> Fitted:
         """One chain, one draw: the minimum of the objective."""
@@ -137,14 +137,13 @@ def _simulator(
 
 
 def _simulated(
-    weights: Float[np.ndarray, "penalty query column"], form: Form, runs: Recorded, key: jax.Array
+    weights: Float[np.ndarray, "penalty query column"], form: Form, runs: RunArrays, key: jax.Array
 ) -> Float[np.ndarray, "penalty run time query"]:
-    planned = runs.plan()
-    simulators = [_simulator(one, form) for one in weights]
-    return np.stack([one.simulate(planned, key=key, draws=1).mean_loss[0, 0] for one in simulators])
+    simulated = (_simulator(row, form).simulate(runs, key=key, draws=1) for row in weights)
+    return np.stack([losses.mean_loss[0, 0] for losses in simulated])
 
 
-def _best(simulated: Float[np.ndarray, "penalty run time query"], runs: Recorded) -> int:
+def _best(simulated: Float[np.ndarray, "penalty run time query"], runs: RunArrays) -> int:
     """Position of the lowest free-running MSE; a simulation that blows up counts as infinite."""
     known = np.isfinite(runs.loss)
     with np.errstate(over="ignore", invalid="ignore"):

@@ -14,14 +14,13 @@ from numpyro import infer
 from numpyro.infer import autoguide
 
 from bayes_simfluence.checks import Misuse, positive_integer
-from bayes_simfluence.inference.compiled import JointProgram
+from bayes_simfluence.inference.compiled import CompiledModel, Data
 from bayes_simfluence.inference.dispersion import dispersion
 from bayes_simfluence.inference.method import Fitted
-from bayes_simfluence.inference.numpyro_runs import LIMIT, program_of
-from bayes_simfluence.inference.recorded import Recorded
+from bayes_simfluence.inference.numpyro_runs import LIMIT, in_numpyro
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.model.numpyro_model import Observed
+from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.progress import Progress
 
@@ -108,40 +107,40 @@ class SVI:
 
     def fit(
         self,
-        runs: Recorded,
+        runs: RunArrays,
         model: Simfluence,
         *,
         key: jax.Array,
-        validation: Recorded | None,
+        validation: RunArrays | None,
         progress: Progress,
     ) -> Fitted:
         """Draws of ``model`` given ``runs`` from the fitted guide."""
         fit_key, draw_key, check_key = jax.random.split(key, 3)
         with double_precision():
-            whole = program_of(runs, model, "SVI")
-            program = whole if self.batch is None else whole.by_transition()
-            batch = self.batch if self.batch is None else min(self.batch, program.runs)
+            whole = in_numpyro(runs, model, "SVI")
+            fitted = whole if self.batch is None else whole.by_transition()
+            batch = self.batch if self.batch is None else min(self.batch, len(fitted.runs.batch))
             optimizer = ADAM if self.optimizer is None else self.optimizer
-            descent = _descent(JointProgram.of(program, batch), self.guide, optimizer)
-            state, losses, flat = self._descend(descent, program.observed, fit_key, progress)
+            descent = _descent(CompiledModel.of(fitted, batch), self.guide, optimizer)
+            state, losses, flat = self._descend(descent, fitted.data, fit_key, progress)
             draws = min(self.draws, max(LIMIT // whole.bytes_of_a_draw(), 1))
-            drawn = descent.draw(state, program.observed, draw_key, draws)
-            everything = JointProgram.of(whole)
-            sites = everything.sites_of(whole.observed, drawn)
-            ratio = dispersion(everything, whole.observed, drawn, key=check_key)
+            drawn = descent.draw(state, fitted.data, draw_key, draws)
+            everything = CompiledModel.of(whole)
+            sites = everything.sites_of(whole.data, drawn)
+            ratio = dispersion(everything, whole.data, drawn, key=check_key)
         simulator = whole.simulator({name: np.asarray(one)[None] for name, one in sites.items()})
         return Fitted(simulator, _verdict(losses, flat, ratio, batch), losses=losses)
 
     def _descend(
-        self, descent: "_Descent", observed: Observed, key: jax.Array, progress: Progress
+        self, descent: "_Descent", data: Data, key: jax.Array, progress: Progress
     ) -> tuple[Any, Float[np.ndarray, " step"], bool]:
-        state = descent.start(key, observed)
+        state = descent.start(key, data)
         losses: list[np.ndarray] = []
         flat, done = False, 0
         with progress.work("SVI", self.steps) as meter:
             while done < self.steps and not flat:
                 size = min(WINDOW, self.steps - done)
-                state, found = descent.advance(state, observed, size)
+                state, found = descent.advance(state, data, size)
                 losses.append(np.asarray(found, float)[:size])
                 flat, done = _is_flat(losses), done + size
                 meter.advance(size, f"loss {losses[-1].mean():.6g}")
@@ -163,35 +162,33 @@ class _Descent(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _descent(
-    program: JointProgram, guide: Any, optimizer: optax.GradientTransformation
-) -> _Descent:
+def _descent(model: CompiledModel, guide: Any, optimizer: optax.GradientTransformation) -> _Descent:
     made = GUIDES[guide] if isinstance(guide, str) else guide
 
-    def begin(key: jax.Array, observed: Observed) -> tuple[infer.SVI, Any, Any]:
+    def begin(key: jax.Array, data: Data) -> tuple[infer.SVI, Any, Any]:
         # A guide remembers the data that it first saw: each trace has its own.
-        own = made(program, init_loc_fn=infer.init_to_median(num_samples=5))
-        svi = infer.SVI(program, own, optimizer, infer.Trace_ELBO())
-        return svi, own, svi.init(key, observed)
+        own = made(model, init_loc_fn=infer.init_to_median(num_samples=5))
+        svi = infer.SVI(model, own, optimizer, infer.Trace_ELBO())
+        return svi, own, svi.init(key, *data)
 
-    def start(key: jax.Array, observed: Observed) -> Any:
-        return begin(key, observed)[2]
+    def start(key: jax.Array, data: Data) -> Any:
+        return begin(key, data)[2]
 
-    def advance(state: Any, observed: Observed, size: Any) -> Any:
-        svi, _, _ = begin(state.rng_key, observed)
+    def advance(state: Any, data: Data, size: Any) -> Any:
+        svi, _, _ = begin(state.rng_key, data)
 
         def one(at: Any, carried: Any) -> Any:
             state, losses = carried
-            state, loss = svi.stable_update(state, observed)
+            state, loss = svi.stable_update(state, *data)
             return state, losses.at[at].set(loss)
 
         return jax.lax.fori_loop(0, size, one, (state, jnp.zeros(WINDOW)))
 
-    def draw(state: Any, observed: Observed, key: jax.Array, draws: int) -> Any:
-        svi, own, _ = begin(state.rng_key, observed)
+    def draw(state: Any, data: Data, key: jax.Array, draws: int) -> Any:
+        svi, own, _ = begin(state.rng_key, data)
         params = svi.get_params(state)
         # One at a time inside a ``vmap``: batched by itself NumPyro promotes ranks.
-        return jax.vmap(lambda one: own.sample_posterior(one, params, observed))(
+        return jax.vmap(lambda one: own.sample_posterior(one, params, *data))(
             jax.random.split(key, draws)
         )
 

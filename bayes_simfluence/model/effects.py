@@ -6,7 +6,7 @@ gradient features and pooling over queries can be put on top of every law.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpyro import distributions as dist
 
+from bayes_simfluence.model.arrays import ExampleFeatures
 from bayes_simfluence.model.hyper import Hyper, Values
 from bayes_simfluence.model.sites import latent
 
-__all__ = ["ExampleFeatures", "Prior", "Shape", "no_features", "standard"]
+__all__ = ["Prior", "Shape", "standard"]
 
 Shape = tuple[int, int, int]
 """Queries, examples, knots."""
-
-
-class ExampleFeatures(NamedTuple):
-    """Gradient features of training examples and queries (``recording.features``)."""
-
-    train: Float[Array, "train feature"]
-    query: Float[Array, "query feature"]
-
-
-def no_features(train: int, query: int) -> ExampleFeatures:
-    """Features that say nothing."""
-    return ExampleFeatures(jnp.zeros((train, 0)), jnp.zeros((query, 0)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ import xarray as xr
 from jaxtyping import Array, Float
 
 from bayes_simfluence.checks import Misuse, named
-from bayes_simfluence.model.effects import ExampleFeatures, Prior, Shape, standard
+from bayes_simfluence.model.arrays import ExampleFeatures
+from bayes_simfluence.model.effects import Prior, Shape, standard
 from bayes_simfluence.model.hyper import Values
 
 __all__ = ["Features"]

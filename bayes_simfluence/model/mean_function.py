@@ -1,6 +1,6 @@
-"""What given coefficients explain of a run: the same parts as ``bayesian``, for any prior's draws.
+"""The mean of a run's losses given coefficients: the model's parts for any prior's draws.
 
-``bayesian.design`` is the model as a matrix, for Gaussian priors; this is the model as a function
+``simfluence.design`` is the model as a matrix, for Gaussian priors; this is the model as a function
 of coefficients, for samplers and for simulating with their draws.
 """
 
@@ -10,10 +10,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.hyper import Values
-from bayes_simfluence.model.simfluence import Path, Simfluence, gather
+from bayes_simfluence.model.simfluence import Simfluence, gather
 
-__all__ = ["Coefficients", "batch_effects", "explained", "multipliers"]
+__all__ = ["Coefficients", "batch_effects", "mean_function", "multipliers"]
 
 
 class Coefficients(NamedTuple):
@@ -31,46 +32,46 @@ class Coefficients(NamedTuple):
 
 
 def batch_effects(
-    model: Simfluence, coefficients: Coefficients, part: str, path: Path
+    model: Simfluence, coefficients: Coefficients, part: str, run: RunArrays
 ) -> Float[Array, "step query"]:
     """What each step's batch does by itself, multiplicative terms left out."""
     if part not in coefficients.additive:
         queries = 0 if coefficients.multiplicative is None else len(coefficients.multiplicative)
-        return jnp.zeros((len(path.progress), queries))
+        return jnp.zeros((len(run.progress), queries))
     at_knots = coefficients.additive[part]
     queries, train, knots = at_knots.shape
-    by_knot = path.exposure @ jnp.moveaxis(at_knots, 1, 0).reshape(train, -1)
+    by_knot = run.exposures() @ jnp.moveaxis(at_knots, 1, 0).reshape(train, -1)
     by_knot = by_knot.reshape(-1, queries, knots)
     if part in coefficients.common:
         by_knot = by_knot + coefficients.common[part][None]
     if knots == 1:
         return by_knot[..., 0]
-    weights = model.coefficients.interpolation(path.progress, knots)
+    weights = model.coefficients.interpolation(run.progress, knots)
     return jnp.einsum("sqk,sk->sq", by_knot, weights)
 
 
-def multipliers(coefficients: Coefficients, path: Path) -> Float[Array, "step query"] | None:
+def multipliers(coefficients: Coefficients, run: RunArrays) -> Float[Array, "step query"] | None:
     """``e_s . a``: what multiplies the loss before each step; None without such terms."""
     if coefficients.multiplicative is None:
         return None
-    return path.exposure @ coefficients.multiplicative.T
+    return run.exposures() @ coefficients.multiplicative.T
 
 
-def explained(
+def mean_function(
     model: Simfluence,
     values: Values,
     coefficients: Coefficients,
-    path: Path,
+    run: RunArrays,
     before: Float[Array, "step query"],
 ) -> Float[Array, "step query"]:
     """``u_t + v_t`` of one run for all queries, given the losses before each step (link units)."""
-    steps = len(path.progress)
+    steps = len(run.progress)
     total = jnp.zeros_like(before)
-    factor = multipliers(coefficients, path)
+    factor = multipliers(coefficients, run)
     for part in model.parts:
-        moved = batch_effects(model, coefficients, part, path)
+        moved = batch_effects(model, coefficients, part, run)
         # Multiplicative terms belong to what stays, or to the only part there is.
         if factor is not None and part == model.parts[0]:
             moved = moved + factor * before
-        total = total + gather(model, values, path, part, jnp.arange(steps)) @ moved
+        total = total + gather(model, values, run, part, jnp.arange(steps)) @ moved
     return total

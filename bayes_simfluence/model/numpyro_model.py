@@ -1,4 +1,4 @@
-"""The model as a NumPyro program: every prior, every error, all queries at once.
+"""The model in NumPyro: every prior, every error, all queries at once.
 
 The same function draws from the prior, is sampled by NUTS and fitted by SVI. Given coefficients the
 errors of different runs are independent, and the errors' density is that of the losses: each loss
@@ -17,18 +17,17 @@ from jaxtyping import Array, Float, Int
 from numpyro import distributions as dist
 
 from bayes_simfluence.model import kalman
+from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
 from bayes_simfluence.model.hyper import Hyper, Values
-from bayes_simfluence.model.link import loss_of
+from bayes_simfluence.model.link import link_of, loss_of
 from bayes_simfluence.model.mean_function import (
     Coefficients,
     batch_effects,
-    explained,
+    mean_function,
     multipliers,
 )
-from bayes_simfluence.model.priors import ExampleFeatures, no_features
 from bayes_simfluence.model.simfluence import (
     MULTIPLICATIVE,
-    Path,
     Simfluence,
     hypers_of,
     part_scale,
@@ -38,15 +37,14 @@ from bayes_simfluence.model.sites import latent
 
 __all__ = [
     "Gaps",
-    "Observed",
     "Sites",
     "Units",
     "coefficients_of",
     "density_of",
     "filterable",
     "gaps_of",
-    "joint",
     "noise_of",
+    "numpyro_model",
 ]
 
 SCALE = Hyper(0.05, 1.5, "positive", "sd of the effect of a step on one example, units of the link")
@@ -75,24 +73,10 @@ class Units(NamedTuple):
     spread: Float[Array, ""]
 
 
-class Observed(NamedTuple):
-    """Recorded runs as the program sees them.
-
-    Attributes:
-        paths: exposures, relative step sizes and progress, with a leading axis of runs.
-        linked: losses on the scale of the link, time 0 first; NaN = not recorded.
-        units: of the queries' scales.
-        features: embeddings of examples and queries.
-    """
-
-    paths: Path
-    linked: Float[Array, "run time query"]
-    units: Units
-    features: ExampleFeatures
-
-
 class Gaps(NamedTuple):
     """How losses that were not recorded are dealt with; all three ways are exact.
+
+    Plain numbers, so that what is compiled for one recording serves others with the same gaps.
 
     Attributes:
         rows: steps after which losses enter the density of the error path, the others being
@@ -101,26 +85,35 @@ class Gaps(NamedTuple):
         filtered: a Kalman filter integrates over them, and over what noise hides.
     """
 
-    rows: Int[np.ndarray, " row"]
-    imputed: Int[np.ndarray, "entry axis"]
+    rows: tuple[int, ...]
+    imputed: tuple[tuple[int, ...], ...]
     filtered: bool
+
+    @property
+    def seen(self) -> Int[np.ndarray, " row"]:
+        """``rows`` as an array."""
+        return np.array(self.rows, int)
+
+    @property
+    def positions(self) -> Int[np.ndarray, "entry axis"]:
+        """``imputed`` as an array."""
+        return np.array(self.imputed, int).reshape(-1, 3)
 
 
 def gaps_of(model: Simfluence, linked: Float[np.ndarray, "run time query"]) -> Gaps:
     """The cheapest exact way for a model and a pattern of missing losses."""
-    steps = np.arange(linked.shape[1] - 1)
+    steps = tuple(range(linked.shape[1] - 1))
     lost = ~np.isfinite(linked)
-    nothing = np.zeros((0, 3), int)
     error = model.error
     hidden = model.multiplicative and error.hides_state
     if hidden or (lost.any() and filterable(model)):
-        return Gaps(steps, nothing, True)
+        return Gaps(steps, (), True)
     by_time = lost.any(axis=(0, 2))[1:]
     common = bool((lost[:, 1:] == by_time[None, :, None]).all())
     linear = error.gaussian and not (model.multiplicative or error.follows_loss)
     if common and linear:
-        return Gaps(steps[~by_time], nothing, False)
-    return Gaps(steps, np.argwhere(lost), False)
+        return Gaps(tuple(np.flatnonzero(~by_time).tolist()), (), False)
+    return Gaps(steps, tuple(map(tuple, np.argwhere(lost).tolist())), False)
 
 
 def filterable(model: Simfluence) -> bool:
@@ -128,57 +121,56 @@ def filterable(model: Simfluence) -> bool:
     return model.markov and model.error.random_walk
 
 
-def joint(
+def numpyro_model(
     model: Simfluence,
-    observed: Observed,
+    runs: RunArrays,
+    units: Units,
     gaps: Gaps,
     *,
     batch: int | None = None,
     simulate: bool = False,
 ) -> None:
-    """The program: sites of hyperparameters, coefficients and the runs' ``log_density``.
+    """Sites of hyperparameters and coefficients, and the runs' ``log_density``.
 
     Args:
         model: what to infer.
-        observed: the runs.
+        runs: recorded runs, in units.
+        units: of the queries' scales.
         gaps: how losses that were not recorded are dealt with.
         batch: runs in a minibatch of stochastic inference; all when omitted.
         simulate: leave the losses out: the prior of everything else.
     """
     values = {
         name: numpyro.sample(name, hyper.law())
-        for name, hyper in hypers_of(model, observed.features).items()
+        for name, hyper in hypers_of(model, runs.features).items()
     }
-    queries = observed.linked.shape[2]
+    queries = runs.loss.shape[2]
     sites = dict(values)
     sites["scale"] = _of_query("scale", SCALE if model.published else WIDE_SCALE, model, queries)
     if model.published and model.error.by_step:
         sites["noise"] = _of_query("noise", NOISE, model, queries)
-    sites.update(_coefficient_sites(model, values, observed))
+    sites.update(_coefficient_sites(model, values, runs))
     if simulate:
         return
-    coefficients = coefficients_of(model, sites, observed.units, observed.features)
-    linked = _imputed(observed.linked, gaps)
-    size = len(linked)
-    with numpyro.plate("runs", size, subsample_size=batch) as chosen:
-        paths = (
-            observed.paths if batch is None else jax.tree.map(lambda x: x[chosen], observed.paths)
-        )
-        seen = linked if batch is None else linked[chosen]
-        each = density_of(model, sites, coefficients, paths, seen, gaps)
-        numpyro.factor("log_density", each.sum(axis=(1, 2)))
+    coefficients = coefficients_of(model, sites, units, runs.features)
+    linked = _imputed(link_of(model.link, jnp.asarray(runs.loss)), gaps)
+    with numpyro.plate("runs", len(linked), subsample_size=batch) as chosen:
+        if batch is not None:
+            runs, linked = runs.take(chosen), linked[chosen]
+        density = density_of(model, sites, coefficients, runs, linked, gaps)
+        numpyro.factor("log_density", density.sum(axis=(1, 2)))
 
 
 def _imputed(linked: Float[Array, "run time query"], gaps: Gaps) -> Array:
     """Losses with the missing ones as sites: a flat prior leaves their density to the model."""
     if not len(gaps.imputed):
         return linked
-    runs, _, queries = gaps.imputed.T
+    runs, _, queries = gaps.positions.T
     law = dist.Normal(linked[runs, 0, queries], 1.0).to_event(1)
     missing = numpyro.sample("missing", law)
     # The proposal above only says where a sampler may start.
     numpyro.factor("missing_is_flat", -law.log_prob(missing))
-    return linked.at[tuple(gaps.imputed.T)].set(missing)
+    return linked.at[tuple(gaps.positions.T)].set(missing)
 
 
 def _of_query(name: str, hyper: Hyper, model: Simfluence, queries: int) -> Array:
@@ -190,12 +182,12 @@ def _of_query(name: str, hyper: Hyper, model: Simfluence, queries: int) -> Array
     return numpyro.deterministic(name, centre * jnp.exp(spread * own))
 
 
-def _coefficient_sites(model: Simfluence, values: Values, observed: Observed) -> dict[str, Array]:
-    train, queries = observed.paths.exposure.shape[2], observed.linked.shape[2]
+def _coefficient_sites(model: Simfluence, values: Values, runs: RunArrays) -> dict[str, Array]:
+    train, queries = runs.train, runs.loss.shape[2]
     knots = model.coefficients.count(1.0)
     sites: dict[str, Array] = {}
     for part in model.parts if model.additive else ():
-        effects = model.prior.effects(part, (queries, train, knots), values, observed.features)
+        effects = model.prior.effects(part, (queries, train, knots), values, runs.features)
         sites[f"{part}_unit"] = numpyro.deterministic(f"{part}_unit", effects)
         if model.time_effect != "none":
             shape = (queries, knots if model.time_effect == "smooth" else 1)
@@ -243,11 +235,11 @@ def density_of(
     model: Simfluence,
     sites: Sites,
     coefficients: Coefficients,
-    paths: Path,
+    runs: RunArrays,
     linked: Float[Array, "run time query"],
     gaps: Gaps,
 ) -> Float[Array, "run step query"]:
-    """Log density of each loss (units of the link) given the run's earlier ones.
+    """Log density of each loss (``linked``, units of the link) given the run's earlier ones.
 
     Zero where none was recorded; the sum over steps is the log density of the run.
     """
@@ -255,9 +247,9 @@ def density_of(
         of_run = partial(_filtered_density, model, sites, coefficients)
     else:
         # Runs are equally long: what depends on their times alone is computed once.
-        progress = paths.progress[0]
-        of_run = partial(_direct_density, model, sites, coefficients, gaps.rows, progress)
-    density: Array = jax.vmap(of_run)(paths, linked)
+        progress = jnp.asarray(runs.progress[0])
+        of_run = partial(_direct_density, model, sites, coefficients, gaps.seen, progress)
+    density: Array = runs.each(of_run, linked)
     return density
 
 
@@ -272,11 +264,11 @@ def _filtered_density(
     model: Simfluence,
     sites: Sites,
     coefficients: Coefficients,
-    path: Path,
+    run: RunArrays,
     linked: Float[Array, "time query"],
 ) -> Float[Array, "step query"]:
-    beta = batch_effects(model, coefficients, "staying", path)
-    factor = multipliers(coefficients, path)
+    beta = batch_effects(model, coefficients, "staying", run)
+    factor = multipliers(coefficients, run)
     alpha = jnp.ones_like(beta) if factor is None else 1.0 + factor
     process = jnp.square(noise_of(model, sites))
     observation = jnp.square(model.error.observation_sd(sites)) * process
@@ -291,13 +283,13 @@ def _direct_density(
     coefficients: Coefficients,
     rows: Int[np.ndarray, " row"],
     progress: Float[Array, " step"],
-    path: Path,
+    run: RunArrays,
     linked: Float[Array, "time query"],
 ) -> Float[Array, "step query"]:
     # Times that ``rows`` leaves out must not spoil the gradient of the others.
     linked = jnp.where(jnp.isfinite(linked), linked, linked[:1])
     before = linked[:-1]
-    error = linked[1:] - linked[:1] - explained(model, sites, coefficients, path, before)
+    error = linked[1:] - linked[:1] - mean_function(model, sites, coefficients, run, before)
     noise = noise_of(model, sites)[None]
     sizes = model.error.sizes(sites, loss_of(model.link, before))
     if sizes is not None:

@@ -13,13 +13,8 @@ from jaxtyping import Array, Float
 from numpyro import distributions as dist
 
 from bayes_simfluence.checks import Misuse, positive_integer, positive_number
-from bayes_simfluence.model.effects import (
-    ExampleFeatures,
-    Prior,
-    Shape,
-    no_features,
-    standard,
-)
+from bayes_simfluence.model.arrays import ExampleFeatures
+from bayes_simfluence.model.effects import Prior, Shape, standard
 from bayes_simfluence.model.embeddings import Features
 from bayes_simfluence.model.hyper import Hyper, Values
 from bayes_simfluence.model.sites import latent
@@ -27,7 +22,6 @@ from bayes_simfluence.model.sites import latent
 __all__ = [
     "PRIORS",
     "Custom",
-    "ExampleFeatures",
     "Features",
     "Horseshoe",
     "Laplace",
@@ -35,7 +29,6 @@ __all__ = [
     "Normal",
     "Prior",
     "StudentT",
-    "no_features",
     "prior_from_dict",
 ]
 

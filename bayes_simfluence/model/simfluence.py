@@ -22,13 +22,14 @@ errors of each step, for which the above is
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from numpyro.distributions import Distribution
 
 from bayes_simfluence.checks import Misuse, choice_of
+from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
 from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.exposure import Exposure
 from bayes_simfluence.model.hyper import Hyper, Values
@@ -36,10 +37,8 @@ from bayes_simfluence.model.link import LINKS, Link
 from bayes_simfluence.model.noise import Error, Gaussian, Smooth, error_from_dict
 from bayes_simfluence.model.priors import (
     Custom,
-    ExampleFeatures,
     Normal,
     Prior,
-    no_features,
     prior_from_dict,
 )
 from bayes_simfluence.model.recurrence import accumulation
@@ -51,7 +50,6 @@ __all__ = [
     "TIMESCALES",
     "TIME_EFFECTS",
     "Kind",
-    "Path",
     "Simfluence",
     "curves",
     "design",
@@ -221,20 +219,6 @@ def _instance(name: str, value: Any, kind: Any, expected: str) -> None:
         )
 
 
-class Path(NamedTuple):
-    """What one run trains on, as arrays.
-
-    Attributes:
-        exposure: weight of each example in each step's batch.
-        step_size: relative to the largest step size of the fitted runs.
-        progress: step / steps of the fitted runs.
-    """
-
-    exposure: Float[Array, "step train"]
-    step_size: Float[Array, " step"]
-    progress: Float[Array, " step"]
-
-
 def hypers_of(model: Simfluence, features: ExampleFeatures) -> dict[str, Hyper]:
     """Every hyperparameter that all queries share, by name."""
     free = {**model.exposure.hypers(), **model.error.hypers()}
@@ -269,25 +253,19 @@ def hypers_of(model: Simfluence, features: ExampleFeatures) -> dict[str, Hyper]:
 
 
 def design(
-    model: Simfluence,
-    values: Values,
-    path: Path,
-    features: ExampleFeatures,
-    *,
-    knots: int,
-    rows: Int[Array, " row"],
+    model: Simfluence, values: Values, run: RunArrays, *, knots: int, rows: Int[Array, " row"]
 ) -> Float[Array, "row weight"]:
-    """Path of one run as a linear map of independent standard normal weights.
+    """Trajectory of one run as a linear map of independent standard normal weights.
 
     ``design @ weights`` is ``u + v`` after the steps with positions ``rows``, up to the query's
     scale. Weights are ordered by part, then knot, then source (``Prior.columns``, then the time
     effect). Multiplicative terms are not among them.
     """
-    blocks = []
+    blocks, exposure = [], run.exposures()
     for part in model.parts:
-        over_time = curves(model, values, part, path.progress, knots)
-        sources = model.prior.columns(values, part, path.exposure, features)
-        gathered = gather(model, values, path, part, rows)
+        over_time = curves(model, values, part, run.progress, knots)
+        sources = model.prior.columns(values, part, exposure, run.features)
+        gathered = gather(model, values, run, part, rows)
         each = jnp.einsum("tsk,sn->tkn", gathered[:, :, None] * over_time[None], sources)
         if model.time_effect != "none":
             shared = time_curve(model, over_time)
@@ -334,28 +312,23 @@ def mean_effect(
 
 
 def prior_mean(
-    model: Simfluence,
-    values: Values,
-    path: Path,
-    features: ExampleFeatures,
-    *,
-    rows: Int[Array, " row"],
+    model: Simfluence, values: Values, run: RunArrays, *, rows: Int[Array, " row"]
 ) -> Float[Array, "row query"]:
     """Prior mean of ``u + v`` after the steps ``rows``, link units (zero without features)."""
-    total = jnp.zeros((len(rows), len(features.query)))
+    total, exposure = jnp.zeros((len(rows), len(run.features.query))), run.exposures()
     for part in model.parts:
-        each = model.prior.mean(values, part, path.exposure, features)
-        total = total + gather(model, values, path, part, rows) @ each
+        effect = model.prior.mean(values, part, exposure, run.features)
+        total = total + gather(model, values, run, part, rows) @ effect
     return total
 
 
 def gather(
-    model: Simfluence, values: Values, path: Path, part: str, rows: Int[Array, " row"]
+    model: Simfluence, values: Values, run: RunArrays, part: str, rows: Int[Array, " row"]
 ) -> Float[Array, "row source"]:
     """How much of each step's batch a later time holds: memory of optimizer, then of the loss."""
     rate = rate_of(values, part)
-    summed = accumulation(rate, path.progress)[rows]
-    return summed @ model.exposure.weights(values, path.step_size)
+    summed = accumulation(rate, jnp.asarray(run.progress))[rows]
+    return summed @ model.exposure.weights(values, jnp.asarray(run.step_size))
 
 
 def rate_of(values: Values, part: str) -> Float[Array, ""]:

@@ -12,9 +12,10 @@ from bayes_simfluence.data.identify import identifiability
 from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.inference.exact import Exact
 from bayes_simfluence.inference.method import LeftOutRuns, Method
-from bayes_simfluence.inference.recorded import Recorded, recorded_from
 from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.posterior.arrays import recorded_arrays
 from bayes_simfluence.posterior.arviz import untrusted_runs
 from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.posterior.prior import PriorOf
@@ -75,12 +76,12 @@ def fit(
     runs = usable_runs(runs)
     checked = None if validation is None else _like(usable_runs(validation), runs)
     fit_key, check_key = jax.random.split(key)
-    recorded = recorded_from(runs, model.prior)
+    recorded = recorded_arrays(runs, model.prior)
     found = method.fit(
         recorded,
         model,
         key=fit_key,
-        validation=None if checked is None else recorded_from(checked, model.prior),
+        validation=None if checked is None else recorded_arrays(checked, model.prior),
         progress=progress or Silent(),
     )
     weighed = _weighed(found.simulator, recorded, check_key)
@@ -106,18 +107,20 @@ def fit(
     )
 
 
-def _weighed(simulator: Simulator, runs: Recorded, key: jax.Array) -> dict[str, float]:
+def _weighed(simulator: Simulator, runs: RunArrays, key: jax.Array) -> dict[str, float]:
     """Pareto k of leaving whole runs out by weights, where a simulator holds enough draws."""
     complete = bool(np.isfinite(runs.loss).all())
     if simulator.draws is None or simulator.draws < FEWEST_DRAWS or not complete:
         return {}
     queries = runs.loss.shape[2]
     some = np.unique(np.linspace(0, queries - 1, min(queries, MOST_QUERIES)).astype(int))
-    planned = runs.plan()._replace(initial=runs.loss[:, 0][:, some], query=some)
     # Densities beyond single precision belong to runs that no weights can leave out.
     with np.errstate(over="ignore"):
         density = simulator.log_likelihood(
-            planned, runs.loss[:, :, some], key=key, draws=min(simulator.draws, MOST_DRAWS)
+            runs.of_queries(some),
+            runs.loss[:, :, some],
+            key=key,
+            draws=min(simulator.draws, MOST_DRAWS),
         )
     if density is None:
         return {}

@@ -16,8 +16,8 @@ from bayes_simfluence.conventions import EFFECT_SIGN
 from bayes_simfluence.data.netcdf import read_group, write_groups
 from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path
-from bayes_simfluence.inference.recorded import planned_from
 from bayes_simfluence.inference.verdict import Verdict
+from bayes_simfluence.posterior.arrays import planned_arrays
 from bayes_simfluence.posterior.arviz import (
     LIKELIHOOD,
     LIMIT_BYTES,
@@ -36,7 +36,7 @@ from bayes_simfluence.posterior.prior import prior_from_settings
 from bayes_simfluence.posterior.unseen import simulated_runs
 from bayes_simfluence.simulators.affine import AffineSimulator
 from bayes_simfluence.simulators.base import Simulator
-from bayes_simfluence.simulators.gaussian import PathSimulator
+from bayes_simfluence.simulators.gaussian import GaussianSimulator
 from bayes_simfluence.simulators.mean import MeanSimulator
 from bayes_simfluence.simulators.sampled import SampledSimulator
 
@@ -46,9 +46,11 @@ VERSION = 1
 """Of the file format."""
 
 SIMULATORS: dict[str, type[Simulator]] = {
-    one.name: one for one in (AffineSimulator, MeanSimulator, PathSimulator, SampledSimulator)
+    one.name: one for one in (AffineSimulator, MeanSimulator, GaussianSimulator, SampledSimulator)
 }
 """The simulators that a saved posterior may hold."""
+FORMER_NAMES = {"paths": "gaussian"}
+"""Of simulators in files of version 0.1."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ class Posterior:
         self, loss: Float[np.ndarray, "run time query"], key: jax.Array, draws: int
     ) -> dict[str, xr.Dataset]:
         """Groups of the data, and of their log densities where the simulator has any."""
-        planned = planned_from(self.runs, self.runs["train"].values, self.runs["query"].values)
+        planned = planned_arrays(self.runs, self.runs["train"].values, self.runs["query"].values)
         density = self.simulator.log_likelihood(planned, loss, key=key, draws=draws)
         # Every draw has its density at the same steps.
         known = loss[:, 1:] if density is None else density[0, 0]
@@ -277,7 +279,9 @@ def load_posterior(path: PathLike) -> Posterior:
         sampled, searched = about.get("has_sample_stats", 0), about.get("has_search", 0)
         sample_stats = read_group(path, "sample_stats") if sampled else None
         search_loss = read_group(path, "search")["loss"].values if searched else None
-        simulator = SIMULATORS[about["simulator"]].restore(arrays, about["simulator_settings"])
+        simulator = SIMULATORS[FORMER_NAMES.get(about["simulator"], about["simulator"])].restore(
+            arrays, about["simulator_settings"]
+        )
     except Exception as error:
         raise Misuse(
             str(path),

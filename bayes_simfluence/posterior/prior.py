@@ -10,12 +10,12 @@ import xarray as xr
 
 from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.conventions import EFFECT_SIGN
-from bayes_simfluence.inference.compiled import JointProgram
-from bayes_simfluence.inference.numpyro_runs import program_of
-from bayes_simfluence.inference.recorded import recorded_from
+from bayes_simfluence.inference.compiled import CompiledModel
+from bayes_simfluence.inference.numpyro_runs import in_numpyro
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.priors import Custom
 from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.posterior.arrays import recorded_arrays
 from bayes_simfluence.posterior.arviz import Prior
 
 __all__ = ["PriorOf", "prior_draw", "prior_from_settings"]
@@ -48,15 +48,14 @@ class PriorOf:
         keyed(key)
         positive_integer("draws", draws)
         site_key, loss_key = jax.random.split(key)
-        recorded = recorded_from(runs, self.model.prior)
+        recorded = recorded_arrays(runs, self.model.prior)
         # The prior knows no later losses; what is missing would only become sites of its own.
         known = recorded._replace(loss=np.broadcast_to(recorded.loss[:, :1], recorded.loss.shape))
         with double_precision():
-            program = program_of(known, self.model, "prior")
-            together = JointProgram.of(program)
-            sites = together.prior_sites(program.observed, key=site_key, draws=draws)
-        simulator = program.simulator({name: np.asarray(one)[None] for name, one in sites.items()})
-        simulated = simulator.simulate(recorded.plan(), key=loss_key, draws=draws)
+            model = in_numpyro(known, self.model, "prior")
+            sites = CompiledModel.of(model).prior_sites(model.data, key=site_key, draws=draws)
+        simulator = model.simulator({name: np.asarray(site)[None] for name, site in sites.items()})
+        simulated = simulator.simulate(recorded, key=loss_key, draws=draws)
         coords = {"chain": [0], "draw": np.arange(draws)}
         ids = {name: runs[name].values for name in ("query", "train")}
         parameters = xr.Dataset(

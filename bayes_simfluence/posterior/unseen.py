@@ -6,9 +6,9 @@ import xarray as xr
 from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse, shorten
-from bayes_simfluence.inference.recorded import planned_from
+from bayes_simfluence.posterior.arrays import planned_arrays
 from bayes_simfluence.simulators.base import Simulated, Simulator
-from bayes_simfluence.simulators.gaussian import PathSimulator
+from bayes_simfluence.simulators.gaussian import GaussianSimulator
 from bayes_simfluence.simulators.unseen import for_unseen_queries, with_unseen_examples
 
 __all__ = ["simulated_runs"]
@@ -29,20 +29,20 @@ def simulated_runs(
     new_query = _new(queries, fitted["query"].values)
     train_ids = fitted["train"].values
     if len(new_train):
-        known = _paths(simulator, "examples in the curricula", new_train)
+        known = _gaussian(simulator, "examples in the curricula", new_train)
         features = _features(known, runs, "train", new_train)
         simulator = with_unseen_examples(known, features)
         train_ids = np.concatenate([train_ids.astype(object), new_train.astype(object)])
     if not len(new_query):
-        planned = planned_from(runs, train_ids, fitted["query"].values)
+        planned = planned_arrays(runs, train_ids, fitted["query"].values)
         return simulator.simulate(planned, key=key, draws=draws)
-    known = _paths(simulator, "queries", new_query)
+    known = _gaussian(simulator, "queries", new_query)
     other = for_unseen_queries(known, _features(known, runs, "query", new_query))
     old = ~np.isin(queries.astype(str), new_query.astype(str))
     parts = []
     for which, one, ids in ((old, simulator, fitted["query"].values), (~old, other, new_query)):
         if which.any():
-            planned = planned_from(runs.isel(query=which), train_ids, ids)
+            planned = planned_arrays(runs.isel(query=which), train_ids, ids)
             own = key if one is simulator else jax.random.fold_in(key, 1)
             parts.append((which, one.simulate(planned, key=own, draws=draws)))
     return Simulated(*(_merged(parts, place) for place in range(2)))
@@ -60,8 +60,8 @@ def _new(wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
     return wanted[~np.isin(wanted.astype(str), known.astype(str))]
 
 
-def _paths(simulator: Simulator, what: str, new: np.ndarray) -> PathSimulator:
-    if isinstance(simulator, PathSimulator) and simulator.fitted.features.train.shape[1]:
+def _gaussian(simulator: Simulator, what: str, new: np.ndarray) -> GaussianSimulator:
+    if isinstance(simulator, GaussianSimulator) and simulator.fitted.features.train.shape[1]:
         return simulator
     raise Misuse(
         what,
@@ -73,7 +73,7 @@ def _paths(simulator: Simulator, what: str, new: np.ndarray) -> PathSimulator:
 
 
 def _features(
-    simulator: PathSimulator, runs: xr.Dataset, axis: str, new: np.ndarray
+    simulator: GaussianSimulator, runs: xr.Dataset, axis: str, new: np.ndarray
 ) -> Float[np.ndarray, "new feature"]:
     name, width = f"{axis}_feature", simulator.fitted.features.train.shape[1]
     if axis == "query" and not simulator.fitted.features.query.shape[1]:

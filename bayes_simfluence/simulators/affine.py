@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -9,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from bayes_simfluence.conventions import Curriculum
-from bayes_simfluence.data.curriculum import exposures
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model import kalman
+from bayes_simfluence.model.arrays import RunArrays, example_weights, exposures
 from bayes_simfluence.model.recurrence import affine_trajectory
-from bayes_simfluence.simulators.base import CHUNK, Named, Planned, Simulated, resampled
+from bayes_simfluence.simulators.base import CHUNK, Named, Simulated, resampled
 
 __all__ = ["AffineSimulator"]
 
@@ -52,22 +52,27 @@ class AffineSimulator:
         point = self.factor is None and self.noise is None and self.residual is None
         return 1 if point else None
 
-    def simulate(self, planned: Planned, *, key: jax.Array, draws: int) -> Simulated:
+    def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
         """Draws of coefficients, rolled out from the initial losses."""
         draws = self.draws or draws
-        weights = jnp.asarray(
-            [_weights(batch, self.a.shape[1], self.count) for batch in planned.batch], jnp.float32
-        )
-        initial = jnp.asarray(planned.initial, jnp.float32)
+        weights = jnp.asarray(self._weights(runs), jnp.float32)
+        initial = jnp.asarray(runs.initial, jnp.float32)
         _, noise_key = jax.random.split(key)
         pieces = []
-        for start, a, b in self._chunks(planned.query, key, draws):
-            steps = self._step_noise(planned, jax.random.fold_in(noise_key, start), len(a))
+        for start, a, b in self._chunks(runs.query, key, draws):
+            steps = self._step_noise(runs, jax.random.fold_in(noise_key, start), len(a))
             pieces.append(_rolled_out(weights, a, b, steps, initial, jnp.float32(self.keep)))
         mean, loss = (np.concatenate(parts)[None] for parts in zip(*pieces, strict=True))
         if self.residual is not None:
-            loss = loss + resampled(self.residual, planned, key=noise_key, draws=draws)[None]
+            loss = loss + resampled(self.residual, runs, key=noise_key, draws=draws)[None]
         return Simulated(mean, loss)
+
+    def _weights(self, runs: RunArrays) -> Float[np.ndarray, "run step train"]:
+        with double_precision():
+            weights = _weights(
+                jnp.asarray(runs.batch), jnp.asarray(runs.weight), self.a.shape[1], self.count
+            )
+        return np.asarray(weights)
 
     def _chunks(
         self, query: Int[np.ndarray, " query"], key: jax.Array, draws: int
@@ -95,13 +100,12 @@ class AffineSimulator:
         return a, b
 
     def _step_noise(
-        self, planned: Planned, key: jax.Array, draws: int
+        self, runs: RunArrays, key: jax.Array, draws: int
     ) -> Float[Array, "draw run step query"] | None:
         if self.noise is None:
             return None
-        runs, steps, _ = planned.batch.shape
-        shape = (draws, runs, steps, len(planned.query))
-        return jax.random.normal(key, shape) * self.noise[planned.query][None, None, None]
+        shape = (draws, *runs.batch.shape[:2], len(runs.query))
+        return jax.random.normal(key, shape) * self.noise[runs.query][None, None, None]
 
     def samples(self, *, key: jax.Array, draws: int) -> Named:
         """``a`` (unitless) and ``b`` (nats): one draw of a point, else as many as asked."""
@@ -112,7 +116,7 @@ class AffineSimulator:
 
     def log_likelihood(
         self,
-        planned: Planned,
+        runs: RunArrays,
         loss: Float[np.ndarray, "run time query"],
         *,
         key: jax.Array,
@@ -126,17 +130,16 @@ class AffineSimulator:
             return None
         later = loss[:, 1:]
         found = np.empty((1, draws, *later.shape), np.float32)
-        train = self.a.shape[1]
-        shares = [_weights(batch, train, self.count) for batch in planned.batch]
-        for start, a, b in self._chunks(planned.query, key, draws):
+        shares = self._weights(runs)
+        for start, a, b in self._chunks(runs.query, key, draws):
             # Losses hardly move within a step: differences need double precision.
             with double_precision():
                 found[0, start : start + len(a)] = _log_density(
-                    jnp.asarray(np.stack(shares), float),
+                    jnp.asarray(shares, float),
                     jnp.asarray(a, float),
                     jnp.asarray(b, float),
-                    jnp.asarray(self.noise[planned.query], float),
-                    jnp.asarray(planned.initial, float),
+                    jnp.asarray(self.noise[runs.query], float),
+                    jnp.asarray(runs.initial, float),
                     jnp.asarray(later, float),
                     jnp.asarray(self.keep, float),
                 )
@@ -166,9 +169,16 @@ class AffineSimulator:
         return cls(**{**arrays, **settings})
 
 
-def _weights(batch: Curriculum, train: int, count: bool) -> Float[np.ndarray, "step train"]:
-    shares = exposures(batch, train)
-    return shares * (batch >= 0).sum(axis=1, keepdims=True) if count else shares
+@partial(jax.jit, static_argnames=("train", "count"))
+def _weights(
+    batch: Int[Array, "run step slot"],
+    weight: Float[Array, "run step slot"],
+    train: int,
+    count: bool,
+) -> Float[Array, "run step train"]:
+    of_run = partial(example_weights if count else exposures, train=train)
+    weights: Array = jax.vmap(of_run)(batch, weight)
+    return weights
 
 
 @jax.jit

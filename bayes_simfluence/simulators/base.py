@@ -9,17 +9,15 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from bayes_simfluence.checks import Misuse
+from bayes_simfluence.model.arrays import RunArrays
 
 __all__ = [
     "CHUNK",
     "Named",
-    "Planned",
     "Simulated",
     "Simulator",
-    "relative_step_size",
     "resampled",
 ]
 
@@ -28,40 +26,6 @@ Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
 
 CHUNK = 64
 """Draws rolled out at once, so that memory for intermediate arrays does not grow with draws."""
-
-
-class Planned(NamedTuple):
-    """Runs to be simulated, of equal length.
-
-    Attributes:
-        batch: indices into the fitted runs' ``train``, -1 = empty slot.
-        step_size: learning rates; None when the fitted runs have none.
-        initial: losses before the first update, nats.
-        query: positions of the queries among the fitted ones.
-    """
-
-    batch: Int[np.ndarray, "run step slot"]
-    step_size: Float[np.ndarray, "run step"] | None
-    initial: Float[np.ndarray, "run query"]
-    query: Int[np.ndarray, " query"]
-
-
-def relative_step_size(planned: Planned, largest: float | None) -> Float[np.ndarray, "run step"]:
-    """Step sizes in units of the fitted runs' largest one; ones where those had none.
-
-    Raises:
-        Misuse: no step sizes, where the fitted runs have them.
-    """
-    if largest is None:
-        return np.ones(planned.batch.shape[:2])
-    if planned.step_size is None:
-        raise Misuse(
-            "runs to simulate",
-            got="no step_size",
-            expected="the step sizes that training would use, as the fitted runs have them",
-            do="pass step_size=... to runs_from_arrays or planned_runs",
-        )
-    return planned.step_size / largest
 
 
 class Simulated(NamedTuple):
@@ -88,7 +52,7 @@ class Simulator(Protocol):
     def draws(self) -> int | None:
         """Draws that it holds; None = any number on request."""
 
-    def simulate(self, planned: Planned, *, key: jax.Array, draws: int) -> Simulated:
+    def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
         """Trajectories; the same key gives the same draws of the coefficients to any runs."""
 
     def samples(self, *, key: jax.Array, draws: int) -> Named:
@@ -96,7 +60,7 @@ class Simulator(Protocol):
 
     def log_likelihood(
         self,
-        planned: Planned,
+        runs: RunArrays,
         loss: Float[np.ndarray, "run time query"],
         *,
         key: jax.Array,
@@ -122,13 +86,12 @@ class Simulator(Protocol):
 
 def resampled(
     residual: Float[np.ndarray, "fitted recorded known"],
-    planned: Planned,
+    runs: RunArrays,
     *,
     key: jax.Array,
     draws: int,
 ) -> Float[np.ndarray, "draw run time query"]:
-    """Whole residual paths of fitted runs, drawn with replacement for each draw and run."""
-    runs, steps, _ = planned.batch.shape
-    which = jax.random.randint(key, (draws, runs), 0, len(residual))
-    times = np.minimum(np.arange(steps + 1), residual.shape[1] - 1)
-    return residual[np.asarray(which)][:, :, times][..., planned.query]
+    """Whole residual trajectories of fitted runs, drawn with replacement for each draw and run."""
+    which = jax.random.randint(key, (draws, len(runs.batch)), 0, len(residual))
+    times = np.minimum(np.arange(runs.steps + 1), residual.shape[1] - 1)
+    return residual[np.asarray(which)][:, :, times][..., runs.query]

@@ -1,10 +1,8 @@
-"""The two-timescale model, fitted: Gaussian paths by perturb-and-solve in the space of weights.
+"""The Gaussian model, fitted: its weights conditioned on the fitted runs, rolled out.
 
-On the scale of the link a path is ``m + X w + eta``: prior mean, design times standard normal
-weights, error of the run, the last two times the query's scale ``s``. With the fitted points'
-covariance ``K`` common to all queries, the weights' posterior mean is ``X' K^-1 (y - m)``, and a
-draw of their deviation is ``s (w0 - X' K^-1 (X w0 + eta0))`` with ``w0``, ``eta0`` from the prior
-(Papandreou & Yuille 2010). Draws belong to the key alone: any curriculum meets the same ones.
+On the scale of the link a trajectory is ``m + s (X w + eta)``: prior mean, query's scale, design
+times standard normal weights, error of the run (``gaussian.linear_gaussian``). Draws of weights,
+scales and errors belong to the key alone: any curriculum meets the same ones.
 """
 
 from collections.abc import Mapping
@@ -18,55 +16,48 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.gaussian.density import correlated_log_density, whitening
-from bayes_simfluence.gaussian.designs import (
-    FittedPaths,
-    designs_and_means,
-    error_covariance,
-    fitted_covariance,
-    interpolated_widening,
-    mean_size,
-    stacked_paths,
-)
-from bayes_simfluence.gaussian.draws import drawn_paths, drawn_weights
-from bayes_simfluence.linalg import cholesky, double_precision, solve_lower
-from bayes_simfluence.model import simfluence as bayesian
-from bayes_simfluence.model.hyper import Values, natural_values
+from bayes_simfluence.gaussian.designs import assembled, linked_change
+from bayes_simfluence.gaussian.draws import drawn_trajectories, drawn_weights
+from bayes_simfluence.gaussian.linear_gaussian import Conditioned
+from bayes_simfluence.gaussian.search import interpolated_inflation
+from bayes_simfluence.linalg import cholesky, double_precision
+from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
+from bayes_simfluence.model.hyper import natural_values
 from bayes_simfluence.model.link import link_of, log_slope, loss_of
-from bayes_simfluence.model.priors import ExampleFeatures
-from bayes_simfluence.model.simfluence import Simfluence, hypers_of
-from bayes_simfluence.simulators.base import CHUNK, Named, Planned, Simulated, relative_step_size
+from bayes_simfluence.model.simfluence import Simfluence, hypers_of, mean_effect
+from bayes_simfluence.simulators.base import CHUNK, Named, Simulated
 
-__all__ = ["PathSimulator"]
+__all__ = ["GaussianSimulator"]
 
 
 @dataclass(frozen=True)
-class PathSimulator:
-    """Posterior of the two-timescale model: the fitted runs, hyperparameters and scales.
+class GaussianSimulator:
+    """Posterior of a Gaussian model: the fitted runs, hyperparameters and scales.
 
     Attributes:
         model: the model fitted.
         free: hyperparameters on their unconstrained scale, in the order of ``hypers_of``.
-        fitted: the runs that the weights are conditioned on.
+        fitted: the runs that the weights are conditioned on, in units.
         rows: positions of the steps after which the fitted runs were conditioned on.
         largest_step_size: what the fitted step sizes were divided by; None when they were not
             recorded, and are ignored.
         scale: sd of each query's effects, in units of the link.
-        widening: log of the factor on the variance that left-out runs asked for, at knots spread
-            evenly over a recorded run, straight lines between them.
-        freedom: degrees of freedom of the scales' posterior; the band is Student-t with them.
+        log_inflation: log of the factor on the variance that left-out runs asked for, at knots
+            spread evenly over a recorded run, straight lines between them.
+        df: degrees of freedom of the scales' posterior; the band is Student-t with them.
         unseen: features of queries that were never recorded, which this simulates then instead of
             the fitted ones (``simulators.unseen``).
     """
 
-    name: ClassVar[str] = "paths"
+    name: ClassVar[str] = "gaussian"
     model: Simfluence
     free: Float[np.ndarray, " hyper"]
-    fitted: FittedPaths
+    fitted: RunArrays
     rows: Int[np.ndarray, " row"]
     largest_step_size: float | None
     scale: Float[np.ndarray, " query"]
-    widening: Float[np.ndarray, " knot"]
-    freedom: float
+    log_inflation: Float[np.ndarray, " knot"]
+    df: float
     unseen: ExampleFeatures | None = None
 
     @property
@@ -83,58 +74,36 @@ class PathSimulator:
         """Any number."""
         return None
 
-    def simulate(self, planned: Planned, *, key: jax.Array, draws: int) -> Simulated:
+    def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
         """Draws of weights, scales and run errors, independent between queries."""
-        with double_precision():
-            rows = np.arange(planned.batch.shape[1])
-            solved, designs, centre, covariance, spread = self._centred(planned, rows)
-            error = cholesky(covariance)
+        rows = np.arange(runs.steps)
+        posterior = self._conditioned(runs.steps)
+        planned = self._planned(posterior, runs, rows)
         deviations = self._deviations(
-            solved, designs, error, spread, planned.query, key=key, draws=draws
+            posterior,
+            planned.designs,
+            planned.error_factor,
+            self._spread(runs, rows),
+            runs.query,
+            key=key,
+            draws=draws,
         )
-        start, runs = np.asarray(centre, np.float32)[None], len(planned.batch)
+        centre = np.asarray(planned.centre, np.float32)[None]
 
         def in_nats(deviation: Array) -> np.ndarray:
-            found = np.empty((1, draws, runs, len(rows) + 1, len(planned.query)), np.float32)
-            found[:, :, :, 0] = planned.initial
+            loss = np.empty((1, draws, *centre.shape[1:2], len(rows) + 1, len(runs.query)), "f4")
+            loss[:, :, :, 0] = runs.initial
             for first in range(0, draws, CHUNK):
-                some = slice(first, first + CHUNK)
-                linked = np.moveaxis(np.asarray(deviation)[:, some], 0, -1) + start
-                found[0, some, :, 1:] = loss_of(self.model.link, jnp.asarray(linked))
-            return found
+                chunk = slice(first, first + CHUNK)
+                linked = np.moveaxis(np.asarray(deviation)[:, chunk], 0, -1) + centre
+                loss[0, chunk, :, 1:] = _loss_of(self.model, linked)
+            return loss
 
-        return Simulated(*(in_nats(one) for one in deviations))
-
-    def _centred(self, planned: Planned, rows: Int[np.ndarray, " row"]) -> "_Centred":
-        """Planned runs after the steps ``rows``: where draws deviate from, and by how much."""
-        solved = self._solved(planned.batch.shape[1] / self.fitted.steps)
-        paths = stacked_paths(
-            planned.batch,
-            relative_step_size(planned, self.largest_step_size),
-            self.fitted.train,
-            self.fitted.steps,
-        )
-        designs, mean = designs_and_means(
-            self.model,
-            solved.values,
-            paths,
-            self.unseen or self.fitted.features,
-            jnp.asarray(rows),
-            knots=solved.knots,
-        )
-        designs = designs / solved.size
-        linked = link_of(self.model.link, jnp.asarray(planned.initial, float))
-        known = jnp.einsum("rtw,wq->rtq", designs, solved.weights[:, planned.query])
-        centre = linked[:, None] + mean[..., planned.query] + known
-        progress = paths.progress[0]
-        error = error_covariance(self.model, solved.values, progress)[rows][:, rows]
-        widened = np.exp(0.5 * self.log_widening(np.asarray(progress[rows])))
-        spread = self.scale[planned.query][:, None] * widened[None]
-        return _Centred(solved, designs, centre, error, spread)
+        return Simulated(*(in_nats(deviation) for deviation in deviations))
 
     def log_likelihood(
         self,
-        planned: Planned,
+        runs: RunArrays,
         loss: Float[np.ndarray, "run time query"],
         *,
         key: jax.Array,
@@ -142,65 +111,36 @@ class PathSimulator:
     ) -> Float[np.ndarray, "chain draw run step query"]:
         """Of the steps ``rows``, which the fit conditioned on; NaN at all others.
 
-        The error is smooth: between those times it was never looked at, and a density there would
+        The error is smooth: between those times nobody has measured it, and a density there would
         be that of steps which the model says nothing about. One query at a time, so that beyond
         the result memory holds one query's draws.
         """
-        steps = planned.batch.shape[1]
-        rows = self.rows[self.rows < steps]
-        found = np.full((1, draws, *loss[:, 1:].shape), np.nan, np.float32)
+        rows = self.rows[self.rows < runs.steps]
+        density = np.full((1, draws, *loss[:, 1:].shape), np.nan, np.float32)
+        posterior = self._conditioned(runs.steps)
+        planned = self._planned(posterior, runs, rows)
         with double_precision():
-            solved, designs, centre, error, spread = self._centred(planned, rows)
             seen = jnp.asarray(loss[:, 1:][:, rows], float)
-            change = link_of(self.model.link, seen) - centre
+            change = link_of(self.model.link, seen) - planned.centre
             slope = log_slope(self.model.link, seen)
-            roots, pattern = whitening(error, np.isfinite(np.asarray(change)))
-        small = solved.small()
-        for at, query in enumerate(planned.query):
+            roots, pattern = whitening(planned.error, np.isfinite(np.asarray(change)))
+            spread = jnp.asarray(self._spread(runs, rows))
+        single = posterior.conditioned.single()
+        for at, query in enumerate(runs.query):
             with jax.enable_x64(False):
                 drawn = drawn_weights(
-                    small, jnp.int32(query), key, jnp.float32(self.freedom),
-                    draws=draws, knots=solved.knots, parts=len(self.model.parts),
+                    single, jnp.int32(query), key, jnp.float32(self.df),
+                    draws=draws, knots=posterior.knots, parts=len(self.model.parts),
                 )  # fmt: skip
             with double_precision():
                 sd = jnp.asarray(drawn.scale, float)[:, None] * spread[at][None]
-                path = jnp.einsum("rtw,dw->drt", designs, jnp.asarray(drawn.deviation, float))
-                deviation = change[..., at][None] - path * sd[:, None]
-                density = correlated_log_density(deviation, roots[pattern[:, at]], sd)
-                found[0][:, :, rows, at] = density + slope[..., at][None]
-        return found
-
-    def log_widening(self, progress: Float[np.ndarray, " step"]) -> Float[np.ndarray, " step"]:
-        """Log factor on the variance; constant beyond the recorded length."""
-        return interpolated_widening(progress, self.widening)
-
-    def _solved(self, reach: float) -> "_Solved":
-        """The weights' posterior, once for all queries, with knots up to ``reach`` run lengths."""
-        features, fitted = self.fitted.features, self.fitted
-        values = natural_values(hypers_of(self.model, features), jnp.asarray(self.free))
-        knots = self.model.coefficients.count(max(1.0, reach))
-        paths = fitted.paths()
-        designs, mean = designs_and_means(
-            self.model, values, paths, features, jnp.asarray(self.rows), knots=knots
-        )
-        known = jnp.asarray(fitted.known[:, self.rows])
-        size = mean_size(designs, known)
-        # Without design and change, what was not recorded has no gain.
-        designs = jnp.where(known[..., None], designs / size, 0.0)
-        error = error_covariance(self.model, values, paths.progress[0])[self.rows][:, self.rows]
-        factor = cholesky(fitted_covariance(designs, error, known))
-        flat = designs.reshape(-1, designs.shape[-1])
-        gain = solve_lower(factor, solve_lower(factor, flat), transposed=True)
-        linked = link_of(self.model.link, jnp.asarray(fitted.loss, float))
-        change = linked[:, 1:][:, self.rows] - linked[:, :1] - mean
-        change = jnp.where(known[..., None], change, 0.0)
-        weights = gain.T @ change.reshape(len(flat), -1)
-        if self.unseen is not None:
-            # Nothing was seen of these queries: the others' mean, with the prior around it.
-            mean_weights = weights.mean(axis=1, keepdims=True)
-            weights = jnp.broadcast_to(mean_weights, (len(weights), len(self.scale)))
-            gain = jnp.zeros_like(gain)
-        return _Solved(values, knots, size, flat, gain, weights, cholesky(error))
+                mean = jnp.einsum(
+                    "rtw,dw->drt", planned.designs, jnp.asarray(drawn.deviation, float)
+                )
+                deviation = change[..., at][None] - mean * sd[:, None]
+                of_query = correlated_log_density(deviation, roots[pattern[:, at]], sd)
+                density[0][:, :, rows, at] = of_query + slope[..., at][None]
+        return density
 
     def samples(self, *, key: jax.Array, draws: int) -> Named:
         """Hyperparameters (every draw the same), scales, and effects of examples.
@@ -212,35 +152,72 @@ class PathSimulator:
             name: (("chain", "draw"), np.full((1, draws), value))
             for name, value in self.values.items()
         }
-        query = np.arange(len(self.scale))
-        with double_precision():
-            solved = self._solved(1.0)
-            features = self.fitted.features
-            for part in self.model.parts:
-                functional = bayesian.mean_effect(self.model, solved.values, part, features)
-                functional = functional / solved.size
-                prior = self.model.prior.mean(
-                    solved.values, part, jnp.eye(self.fitted.train), features
+        posterior = self._conditioned(self.fitted.steps)
+        train = self.fitted.train
+        for part in self.model.parts:
+            with double_precision():
+                functional, centre = _effects(
+                    self.model, jnp.asarray(self.free), self.fitted.features, posterior, part=part
                 )
-                centre = np.asarray(functional @ solved.weights + prior)
-                deviation, _ = self._deviations(
-                    solved,
-                    functional[None],
-                    jnp.zeros((len(functional), len(functional))),
-                    self.scale[:, None] * np.ones((1, len(functional))),
-                    query,
-                    key=key,
-                    draws=draws,
-                )
-                each = np.asarray(deviation)[:, :, 0] + centre.T[:, None]
-                named[part] = (("chain", "draw", "query", "train"), np.moveaxis(each, 0, 1)[None])
+            deviation, _ = self._deviations(
+                posterior,
+                functional[None],
+                np.zeros((train, train)),
+                np.broadcast_to(self.scale[:, None], (len(self.scale), train)),
+                np.arange(len(self.scale)),
+                key=key,
+                draws=draws,
+            )
+            effects = np.asarray(deviation)[:, :, 0] + np.asarray(centre).T[:, None]
+            named[part] = (("chain", "draw", "query", "train"), np.moveaxis(effects, 0, 1)[None])
         return named
+
+    def _conditioned(self, steps: int) -> "_Posterior":
+        """The weights' posterior, once for all queries, with knots for runs of this many steps."""
+        knots = self.model.coefficients.count(max(1.0, steps / self.fitted.steps))
+        with double_precision():
+            conditioned, size = _condition(
+                self.model, jnp.asarray(self.free), self.fitted, jnp.asarray(self.rows), knots=knots
+            )
+        if self.unseen is not None:
+            # Nothing was seen of these queries: the others' mean, with the prior around it.
+            mean = np.asarray(conditioned.mean).mean(axis=1, keepdims=True)
+            conditioned = conditioned._replace(
+                mean=np.broadcast_to(mean, (len(mean), len(self.scale))),
+                gain=np.zeros(conditioned.gain.shape),
+            )
+        return _Posterior(conditioned, size, knots)
+
+    def _planned(
+        self, posterior: "_Posterior", runs: RunArrays, rows: Int[np.ndarray, " row"]
+    ) -> "_Planned":
+        """The runs after the steps ``rows``: where draws deviate from, and by how much."""
+        features = self.unseen or self.fitted.features
+        runs = runs.in_units(self.fitted.steps, self.largest_step_size)._replace(features=features)
+        with double_precision():
+            return _plan(
+                self.model, jnp.asarray(self.free), posterior.conditioned.mean, posterior.size,
+                runs, jnp.asarray(rows), knots=posterior.knots,
+            )  # fmt: skip
+
+    def _spread(
+        self, runs: RunArrays, rows: Int[np.ndarray, " row"]
+    ) -> Float[np.ndarray, "query row"]:
+        """Sd of each query's effects after the steps ``rows``, variance inflation included."""
+        inflation = self.log_variance_inflation((rows + 1) / self.fitted.steps)
+        return self.scale[runs.query][:, None] * np.exp(0.5 * inflation)[None]
+
+    def log_variance_inflation(
+        self, progress: Float[np.ndarray, " step"]
+    ) -> Float[np.ndarray, " step"]:
+        """Log factor on the variance; constant beyond the recorded length."""
+        return interpolated_inflation(progress, self.log_inflation)
 
     def _deviations(
         self,
-        solved: "_Solved",
+        posterior: "_Posterior",
         designs: Array,
-        error: Array,
+        error_factor: Array | np.ndarray,
         spread: np.ndarray,
         query: Int[np.ndarray, " query"],
         *,
@@ -248,85 +225,140 @@ class PathSimulator:
         draws: int,
     ) -> tuple[Array, Array]:
         # Single precision is enough for deviations, and twice as fast.
+        single = partial(np.asarray, dtype=np.float32)
         with jax.enable_x64(False):
-            small = partial(jnp.asarray, dtype=jnp.float32)
-            drawn: tuple[Array, Array] = drawn_paths(
-                solved.small(),
-                small(designs),
-                small(error),
-                small(spread),
-                jnp.asarray(query, jnp.int32),
+            drawn: tuple[Array, Array] = drawn_trajectories(
+                posterior.conditioned.single(),
+                single(designs),
+                single(error_factor),
+                single(spread),
+                np.asarray(query, np.int32),
                 key,
-                small(self.freedom),
+                np.float32(self.df),
                 draws=draws,
-                knots=solved.knots,
+                knots=posterior.knots,
                 parts=len(self.model.parts),
             )
         return drawn
 
     def arrays(self) -> Named:
         """The fitted runs and everything inferred."""
+        fitted = self.fitted
         return {
             "free": (("hyper",), self.free),
             "rows": (("row",), self.rows),
             "scale": (("query",), self.scale),
-            "widening": (("knot",), self.widening),
-            "batch": (("run", "step", "slot"), self.fitted.batch),
-            "step_size": (("run", "step"), self.fitted.step_size),
-            "loss": (("run", "time", "query"), self.fitted.loss),
-            "train_feature": (("train", "feature"), np.asarray(self.fitted.features.train)),
-            "query_feature": (("query", "of_query"), np.asarray(self.fitted.features.query)),
+            "log_inflation": (("knot",), self.log_inflation),
+            "batch": (("run", "step", "slot"), fitted.batch),
+            "weight": (("run", "step", "slot"), fitted.weight),
+            "step_size": (("run", "step"), np.asarray(fitted.step_size)),
+            "loss": (("run", "time", "query"), fitted.loss),
+            "train_feature": (("train", "feature"), np.asarray(fitted.features.train)),
+            "query_feature": (("query", "of_query"), np.asarray(fitted.features.query)),
         }
 
     def settings(self) -> dict[str, Any]:
         """The model and the band's degrees of freedom."""
         return {
             "model": self.model.as_dict(),
-            "freedom": self.freedom,
+            "df": self.df,
             "largest_step_size": self.largest_step_size,
         }
 
     @classmethod
     def restore(
         cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
-    ) -> "PathSimulator":
-        """From ``arrays()`` and ``settings()``."""
-        features = ExampleFeatures(
-            jnp.asarray(arrays["train_feature"]), jnp.asarray(arrays["query_feature"])
+    ) -> "GaussianSimulator":
+        """From ``arrays()`` and ``settings()``, of this version or of 0.1."""
+        fitted = RunArrays.of(
+            arrays["batch"],
+            arrays["loss"],
+            weight=arrays.get("weight"),
+            step_size=arrays["step_size"],
+            features=ExampleFeatures(arrays["train_feature"], arrays["query_feature"]),
         )
-        fitted = FittedPaths(arrays["batch"], arrays["step_size"], arrays["loss"], features)
         return cls(
             model=Simfluence.from_dict(settings["model"]),
             free=arrays["free"],
-            fitted=fitted,
+            fitted=fitted,  # saved in units
             rows=arrays["rows"],
             largest_step_size=settings["largest_step_size"],
             scale=arrays["scale"],
-            widening=arrays["widening"],
-            freedom=settings["freedom"],
+            log_inflation=arrays["log_inflation" if "log_inflation" in arrays else "widening"],
+            df=settings["df" if "df" in settings else "freedom"],
         )
 
 
-class _Solved(NamedTuple):
-    values: Values
-    knots: int
+class _Posterior(NamedTuple):
+    """The weights given the fitted runs; unit of the designs; knots of coefficients."""
+
+    conditioned: Conditioned
     size: Float[Array, ""]
-    train: Float[Array, "point weight"]
-    gain: Float[Array, "point weight"]
-    weights: Float[Array, "weight query"]
-    error_factor: Float[Array, "row row"]
-
-    def small(self) -> tuple[Array, Array, Array]:
-        """What draws of the weights need, in single precision."""
-        train, gain, factor = (
-            jnp.asarray(one, jnp.float32) for one in (self.train, self.gain, self.error_factor)
-        )
-        return train, gain, factor
+    knots: int
 
 
-class _Centred(NamedTuple):
-    solved: _Solved
+class _Planned(NamedTuple):
+    """Runs to be simulated: designs, where draws deviate from, and the run's error."""
+
     designs: Float[Array, "run row weight"]
     centre: Float[Array, "run row query"]
     error: Float[Array, "row row"]
-    spread: Float[np.ndarray, "query row"]
+    error_factor: Float[Array, "row row"]
+
+
+@partial(jax.jit, static_argnames=("model", "knots"))
+def _condition(
+    model: Simfluence,
+    free: Float[Array, " hyper"],
+    fitted: RunArrays,
+    rows: Int[Array, " row"],
+    *,
+    knots: int,
+) -> tuple[Conditioned, Float[Array, ""]]:
+    values = natural_values(hypers_of(model, fitted.features), free)
+    made = assembled(model, values, fitted, rows, knots=knots)
+    return made.gaussian.condition(linked_change(model, fitted, rows) - made.mean), made.size
+
+
+@partial(jax.jit, static_argnames=("model", "knots"))
+def _plan(
+    model: Simfluence,
+    free: Float[Array, " hyper"],
+    weights: Float[Array, "weight query"],
+    size: Float[Array, ""],
+    runs: RunArrays,
+    rows: Int[Array, " row"],
+    *,
+    knots: int,
+) -> _Planned:
+    values = natural_values(hypers_of(model, runs.features), free)
+    made = assembled(model, values, runs, rows, knots=knots, size=size)
+    designs, error = made.gaussian.designs, made.gaussian.error
+    linked = link_of(model.link, jnp.asarray(runs.initial, float))
+    mean = jnp.einsum("rtw,wq->rtq", designs, weights[:, runs.query])
+    centre = linked[:, None] + made.mean[..., runs.query] + mean
+    return _Planned(designs, centre, error, cholesky(error))
+
+
+@partial(jax.jit, static_argnames=("model", "part"))
+def _effects(
+    model: Simfluence,
+    free: Float[Array, " hyper"],
+    features: ExampleFeatures,
+    posterior: _Posterior,
+    *,
+    part: str,
+) -> tuple[Float[Array, "train weight"], Float[Array, "train query"]]:
+    """A step on each example alone: as a map of the weights, and its posterior mean."""
+    values = natural_values(hypers_of(model, features), free)
+    functional = mean_effect(model, values, part, features) / posterior.size
+    prior = model.prior.mean(values, part, jnp.eye(len(features.train)), features)
+    return functional, functional @ posterior.conditioned.mean + prior
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss_of(
+    model: Simfluence, linked: Float[Array, "draw run step query"]
+) -> Float[Array, "draw run step query"]:
+    loss: Array = loss_of(model.link, linked)
+    return loss

@@ -9,14 +9,15 @@ import numpy as np
 from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.simulators.base import Named, Planned, Simulated, resampled
+from bayes_simfluence.model.arrays import RunArrays
+from bayes_simfluence.simulators.base import Named, Simulated, resampled
 
 __all__ = ["MeanSimulator"]
 
 
 @dataclass(frozen=True)
 class MeanSimulator:
-    """One trajectory for all runs, and whole residual paths of left-out runs as its band.
+    """One trajectory for all runs, and whole residuals of left-out runs as its band.
 
     Attributes:
         change: mean change of the loss since time 0, nats.
@@ -32,9 +33,9 @@ class MeanSimulator:
         """Any number."""
         return None
 
-    def simulate(self, planned: Planned, *, key: jax.Array, draws: int) -> Simulated:
+    def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
         """The mean change on top of each run's initial losses."""
-        times = planned.batch.shape[1] + 1
+        times = runs.steps + 1
         if times > len(self.change):
             raise Misuse(
                 "runs to simulate",
@@ -42,9 +43,9 @@ class MeanSimulator:
                 expected=f"at most the {len(self.change) - 1} steps of the fitted runs",
                 do="cut the curricula; a mean trajectory says nothing beyond its end",
             )
-        path = planned.initial[:, None] + self.change[:times][None, :, planned.query]
-        mean = np.broadcast_to(path[None], (draws, *path.shape)).astype(np.float32)
-        noise = resampled(self.residual, planned, key=key, draws=draws)
+        loss = runs.initial[:, None] + self.change[:times][None, :, runs.query]
+        mean = np.broadcast_to(loss[None], (draws, *loss.shape)).astype(np.float32)
+        noise = resampled(self.residual, runs, key=key, draws=draws)
         return Simulated(mean[None], (mean + noise).astype(np.float32)[None])
 
     def samples(self, *, key: jax.Array, draws: int) -> Named:
@@ -53,13 +54,13 @@ class MeanSimulator:
 
     def log_likelihood(
         self,
-        planned: Planned,
+        runs: RunArrays,
         loss: Float[np.ndarray, "run time query"],
         *,
         key: jax.Array,
         draws: int,
     ) -> None:
-        """Residual paths have no density."""
+        """Resampled residuals have no density."""
         return None
 
     def arrays(self) -> Named:

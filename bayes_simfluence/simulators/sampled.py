@@ -11,13 +11,19 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.gaussian.designs import stacked_paths
 from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
 from bayes_simfluence.model.link import link_of, log_slope
-from bayes_simfluence.model.numpyro_model import Sites, Units, coefficients_of, density_of, gaps_of
-from bayes_simfluence.model.priors import ExampleFeatures
-from bayes_simfluence.model.simfluence import Path, Simfluence
-from bayes_simfluence.simulators.base import Named, Planned, Simulated, relative_step_size
+from bayes_simfluence.model.numpyro_model import (
+    Gaps,
+    Sites,
+    Units,
+    coefficients_of,
+    density_of,
+    gaps_of,
+)
+from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.simulators.base import Named, Simulated
 from bayes_simfluence.simulators.unrolled import of_queries, simulated
 
 __all__ = ["SampledSimulator"]
@@ -53,25 +59,21 @@ class SampledSimulator:
         chains, draws = self.sites["scale"].shape[:2]
         return int(chains * draws)
 
-    def simulate(self, planned: Planned, *, key: jax.Array, draws: int) -> Simulated:
+    def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
         """Each kept draw rolled out once, with errors of its own."""
         chosen, shape = self._chosen(draws)
-        steps = planned.batch.shape[1]
         with double_precision():
-            paths = self._paths(planned)
-            start = link_of(self.model.link, jnp.asarray(planned.initial, float))
-            unroll = partial(simulated, self.model, knots=self._knots(steps))
-            found = unroll(
-                chosen, self.units, self.features, paths, start,
-                jnp.asarray(planned.query), jax.random.split(key, shape[0] * shape[1]),
+            later = simulated(
+                self.model, chosen, self.units, self._in_units(runs),
+                jax.random.split(key, shape[0] * shape[1]), knots=self._knots(runs.steps),
             )  # fmt: skip
         initial = np.broadcast_to(
-            planned.initial[None, :, None], (len(found[0]), *start[:, None].shape)
+            runs.initial[None, :, None], (len(later[0]), len(runs.batch), 1, len(runs.query))
         )
         whole = (
-            np.concatenate([initial, np.asarray(one)], axis=2, dtype=np.float32) for one in found
+            np.concatenate([initial, np.asarray(loss)], axis=2, dtype=np.float32) for loss in later
         )
-        return Simulated(*(one.reshape(*shape, *one.shape[1:]) for one in whole))
+        return Simulated(*(loss.reshape(*shape, *loss.shape[1:]) for loss in whole))
 
     def samples(self, *, key: jax.Array, draws: int) -> Named:
         """Hyperparameters, scales, and the effects of a step on one example alone.
@@ -95,7 +97,7 @@ class SampledSimulator:
 
     def log_likelihood(
         self,
-        planned: Planned,
+        runs: RunArrays,
         loss: Float[np.ndarray, "run time query"],
         *,
         key: jax.Array,
@@ -113,24 +115,15 @@ class SampledSimulator:
         with double_precision():
             linked = link_of(self.model.link, jnp.asarray(loss, float))
             gaps = gaps_of(self.model, np.asarray(linked))
-            drawn = self._drawn(gaps.imputed, planned.query)
-            query = jnp.asarray(planned.query)
-
-            def one(sites: Sites) -> Array:
-                found = coefficients_of(self.model, sites, self.units, self.features)
-                found = of_queries(found, query)
-                mine = {name: sites[name][query] for name in self._of_query()}
-                seen = linked
-                if len(gaps.imputed):
-                    seen = linked.at[tuple(gaps.imputed.T)].set(sites["missing"][drawn])
-                return density_of(self.model, {**sites, **mine}, found, paths, seen, gaps)
-
-            paths = self._paths(planned)
-            density = jax.lax.map(jax.jit(one), chosen)
+            drawn = self._drawn(gaps.positions, runs.query)
+            density = _densities(
+                self.model, gaps, self._of_query(), chosen, self.units,
+                self._in_units(runs), linked, jnp.asarray(drawn),
+            )  # fmt: skip
             jacobian = log_slope(self.model.link, jnp.asarray(loss[:, 1:], float))
-            found = np.asarray(density + jacobian[None], np.float32)
-        found = np.where(np.isfinite(loss[None, :, 1:]), found, np.nan)
-        return found.reshape(*shape, *found.shape[1:])
+            density = np.asarray(density + jacobian[None], np.float32)
+        density = np.where(np.isfinite(loss[None, :, 1:]), density, np.nan)
+        return density.reshape(*shape, *density.shape[1:])
 
     def _drawn(
         self, wanted: Int[np.ndarray, "gap axis"], query: Int[np.ndarray, " query"]
@@ -168,9 +161,8 @@ class SampledSimulator:
     def _knots(self, steps: int) -> int:
         return self.model.coefficients.count(max(1.0, steps / self.recorded))
 
-    def _paths(self, planned: Planned) -> Path:
-        sizes = relative_step_size(planned, self.largest_step_size)
-        return stacked_paths(planned.batch, sizes, len(self.features.train), self.recorded)
+    def _in_units(self, runs: RunArrays) -> RunArrays:
+        return runs.in_units(self.recorded, self.largest_step_size)._replace(features=self.features)
 
     def arrays(self) -> Named:
         """The draws, with axes named by position."""
@@ -217,6 +209,32 @@ class SampledSimulator:
             largest_step_size=settings["largest_step_size"],
             missing=np.asarray(arrays["missing"], int),
         )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _densities(
+    model: Simfluence,
+    gaps: Gaps,
+    of_query: tuple[str, ...],
+    draws: Sites,
+    units: Units,
+    runs: RunArrays,
+    linked: Float[Array, "run time query"],
+    drawn: Int[Array, " gap"],
+) -> Float[Array, "draw run step query"]:
+    """Log densities under each draw, units of the link; ``drawn`` fills the gaps."""
+
+    def of_draw(sites: Sites) -> Array:
+        coefficients = coefficients_of(model, sites, units, runs.features)
+        coefficients = of_queries(coefficients, runs.query)
+        own = {name: sites[name][runs.query] for name in of_query}
+        filled = linked
+        if len(gaps.imputed):
+            filled = linked.at[tuple(gaps.positions.T)].set(sites["missing"][drawn])
+        return density_of(model, {**sites, **own}, coefficients, runs, filled, gaps)
+
+    densities: Array = jax.lax.map(of_draw, draws)
+    return densities
 
 
 @partial(jax.jit, static_argnums=0)

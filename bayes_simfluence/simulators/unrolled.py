@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.hyper import Values
-from bayes_simfluence.model.link import loss_of
+from bayes_simfluence.model.link import link_of, loss_of
 from bayes_simfluence.model.mean_function import Coefficients, batch_effects, multipliers
 from bayes_simfluence.model.numpyro_model import Sites, Units, coefficients_of, noise_of
-from bayes_simfluence.model.priors import ExampleFeatures
-from bayes_simfluence.model.simfluence import Path, Simfluence, gather, rate_of
+from bayes_simfluence.model.simfluence import Simfluence, gather, rate_of
 
 __all__ = ["of_queries", "simulated"]
 
@@ -25,31 +25,28 @@ def simulated(
     model: Simfluence,
     draws: Sites,
     units: Units,
-    features: ExampleFeatures,
-    paths: Path,
-    start: Float[Array, "run query"],
-    query: Array,
+    runs: RunArrays,
     keys: Array,
     *,
     knots: int,
 ) -> tuple[Array, Array]:
     """Losses after each step, without and with error: (draw, run, step, query)."""
+    start = link_of(model.link, jnp.asarray(runs.initial, float))
 
     def of_draw(inputs: tuple[Sites, Array]) -> tuple[Array, Array]:
         sites, key = inputs
         knot_key, error_key = jax.random.split(key)
         longer = _extended(model, sites, knots, key=knot_key)
-        coefficients = of_queries(coefficients_of(model, longer, units, features), query)
-        noise = noise_of(model, sites)[query]
-        progress = paths.progress[0]
-        runs = jnp.arange(len(start))
+        coefficients = of_queries(coefficients_of(model, longer, units, runs.features), runs.query)
+        noise = noise_of(model, sites)[runs.query]
+        progress = jnp.asarray(runs.progress[0])
 
-        def of_run(run: Array, path: Path, at: Array) -> tuple[Array, Array]:
-            own = jax.random.fold_in(error_key, run)
-            return _rolled(model, sites, coefficients, path, at, noise, progress, key=own)
+        def of_run(run: RunArrays, number: Array, initial: Array) -> tuple[Array, Array]:
+            own = jax.random.fold_in(error_key, number)
+            return _rolled(model, sites, coefficients, run, initial, noise, progress, key=own)
 
-        losses: tuple[Array, Array] = jax.vmap(of_run)(runs, paths, start)
-        return losses
+        rolled: tuple[Array, Array] = runs.each(of_run, jnp.arange(len(start)), start)
+        return rolled
 
     losses: tuple[Array, Array] = jax.lax.map(of_draw, (draws, keys), batch_size=AT_ONCE)
     return losses
@@ -83,7 +80,7 @@ def _rolled(
     model: Simfluence,
     sites: Sites,
     coefficients: Coefficients,
-    path: Path,
+    run: RunArrays,
     start: Float[Array, " query"],
     noise: Float[Array, " query"],
     progress: Float[Array, " step"],
@@ -97,8 +94,8 @@ def _rolled(
     error = noise[None] * own.trajectory(sites, progress, len(start), key=walk_key)
     feedback = model.multiplicative or model.error.follows_loss
     way = _scanned if feedback else _summed
-    mean = way(model, sites, coefficients, path, start, jnp.zeros_like(error))
-    loss = way(model, sites, coefficients, path, start, error)
+    mean = way(model, sites, coefficients, run, start, jnp.zeros_like(error))
+    loss = way(model, sites, coefficients, run, start, error)
     if hidden:
         white = jax.random.normal(seen_key, error.shape)
         loss = loss + model.error.observation_sd(sites) * noise[None] * white
@@ -109,16 +106,16 @@ def _summed(
     model: Simfluence,
     values: Values,
     coefficients: Coefficients,
-    path: Path,
+    run: RunArrays,
     start: Float[Array, " query"],
     error: Float[Array, "step query"],
 ) -> Float[Array, "step query"]:
     """Without feedback of the loss: a sum of matrix products."""
-    rows = jnp.arange(len(path.progress))
+    rows = jnp.arange(run.steps)
     total = start[None] + error
     for part in model.parts:
-        moved = batch_effects(model, coefficients, part, path)
-        total = total + gather(model, values, path, part, rows) @ moved
+        moved = batch_effects(model, coefficients, part, run)
+        total = total + gather(model, values, run, part, rows) @ moved
     return total
 
 
@@ -133,16 +130,16 @@ def _scanned(
     model: Simfluence,
     values: Values,
     coefficients: Coefficients,
-    path: Path,
+    run: RunArrays,
     start: Float[Array, " query"],
     error: Float[Array, "step query"],
 ) -> Float[Array, "step query"]:
     """Step by step: batches act on the simulated loss, and the error's size may follow it."""
-    steps = len(path.progress)
-    batches = {part: batch_effects(model, coefficients, part, path) for part in model.parts}
-    factor = multipliers(coefficients, path)
-    weights = model.exposure.weights(values, path.step_size)
-    kept = {part: jnp.exp(rate_of(values, part) * path.progress[0]) for part in model.parts}
+    steps = run.steps
+    batches = {part: batch_effects(model, coefficients, part, run) for part in model.parts}
+    factor = multipliers(coefficients, run)
+    weights = model.exposure.weights(values, jnp.asarray(run.step_size))
+    kept = {part: jnp.exp(rate_of(values, part) * run.progress[0]) for part in model.parts}
     pushes = jnp.diff(error, axis=0, prepend=jnp.zeros_like(error[:1]))
 
     def step(state: _State, at: Array) -> tuple[_State, Array]:

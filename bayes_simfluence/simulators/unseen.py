@@ -16,18 +16,18 @@ from scipy.optimize import brentq
 from scipy.special import polygamma
 
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.model.priors import ExampleFeatures
-from bayes_simfluence.simulators.gaussian import PathSimulator
+from bayes_simfluence.model.arrays import ExampleFeatures
+from bayes_simfluence.simulators.gaussian import GaussianSimulator
 
 __all__ = ["for_unseen_queries", "with_unseen_examples"]
 
-FREEDOMS = (1.0, 200.0)
+DFS = (1.0, 200.0)
 """Fewest and most degrees of freedom of a scale that is only known from other queries'."""
 
 
 def with_unseen_examples(
-    simulator: PathSimulator, train: Float[np.ndarray, "new feature"]
-) -> PathSimulator:
+    simulator: GaussianSimulator, train: Float[np.ndarray, "new feature"]
+) -> GaussianSimulator:
     """The same posterior with further training examples after the fitted ones."""
     features = simulator.fitted.features
     with double_precision():
@@ -37,8 +37,8 @@ def with_unseen_examples(
 
 
 def for_unseen_queries(
-    simulator: PathSimulator, query: Float[np.ndarray, "new feature"]
-) -> PathSimulator:
+    simulator: GaussianSimulator, query: Float[np.ndarray, "new feature"]
+) -> GaussianSimulator:
     """The posterior of queries that were never recorded, in the order of their features."""
     variance = np.log(np.maximum(simulator.scale, np.finfo(float).tiny) ** 2)
     with double_precision():
@@ -47,16 +47,16 @@ def for_unseen_queries(
         simulator,
         unseen=features,
         scale=np.full(len(query), np.exp(0.5 * variance.mean())),
-        freedom=_freedom(float(variance.var(ddof=1)) if len(variance) > 1 else np.inf),
+        df=_df(float(variance.var(ddof=1)) if len(variance) > 1 else np.inf),
     )
 
 
-def _freedom(variance: float) -> float:
+def _df(variance: float) -> float:
     """Degrees of freedom of a scaled inverse chi-square whose logarithm has this variance."""
-    fewest, most = FREEDOMS
+    fewest, most = DFS
     if variance >= polygamma(1, 0.5 * fewest):
         return fewest
     if variance <= polygamma(1, 0.5 * most):
         return most
-    found: float = brentq(lambda freedom: polygamma(1, 0.5 * freedom) - variance, fewest, most)
+    found: float = brentq(lambda df: polygamma(1, 0.5 * df) - variance, fewest, most)
     return found

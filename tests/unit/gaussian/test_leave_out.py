@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bayes_simfluence.gaussian.leave_out import evidence_score, left_out, left_out_score
 from scipy.stats import multivariate_normal
 
-from bayes_simfluence.gaussian.leave_out import evidence_score, left_out, left_out_score
 from bayes_simfluence.linalg import double_precision
 
 RUNS, ROWS, QUERY = 4, 3, 2

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bayes_simfluence.gaussian.leave_out import evidence_score, left_out, left_out_score
+from bayes_simfluence.inference.recorded import features_of, recorded_from
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import FitFailed, FitWarning, Misuse
 from bayes_simfluence.gaussian.designs import FittedPaths, designs_and_means
-from bayes_simfluence.gaussian.leave_out import evidence_score, left_out, left_out_score
 from bayes_simfluence.gaussian.search import _change, _negative_score, band_of, even_rows
-from bayes_simfluence.inference.recorded import features_of, recorded_from
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.hyper import log_prior, natural_values, start
 from bayes_simfluence.model.priors import Normal

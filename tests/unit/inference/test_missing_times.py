@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bayes_simfluence.inference.recorded import features_of, recorded_from
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import FitWarning, Misuse
@@ -18,7 +19,6 @@ from bayes_simfluence.gaussian.designs import (
     interpolated_widening,
 )
 from bayes_simfluence.gaussian.search import band_of, even_rows, recorded_rows
-from bayes_simfluence.inference.recorded import features_of, recorded_from
 from bayes_simfluence.inference.ridge import PENALTIES
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.hyper import natural_values

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bayes_simfluence.inference.recorded import recorded_from
 from numpyro import handlers
 from numpyro.infer.util import log_density
 from scipy import stats
@@ -15,7 +16,6 @@ import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.inference.compiled import JointProgram
 from bayes_simfluence.inference.numpyro_runs import program_of
-from bayes_simfluence.inference.recorded import recorded_from
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model import noise, priors, sites
 from bayes_simfluence.model.coefficients import Varying

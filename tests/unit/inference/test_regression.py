@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-
 from bayes_simfluence.inference.recorded import Recorded
+
 from bayes_simfluence.inference.regression import Form, coefficients, eigen, moments
 
 RUNS, STEPS, SLOTS, TRAIN, QUERY = 3, 6, 3, 5, 2

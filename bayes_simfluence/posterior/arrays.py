@@ -1,0 +1,49 @@
+"""Datasets of runs as the arrays that fits and simulators work on."""
+
+import numpy as np
+import xarray as xr
+
+from bayes_simfluence.checks import named
+from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
+from bayes_simfluence.model.priors import Prior
+
+__all__ = ["planned_arrays", "recorded_arrays"]
+
+
+def recorded_arrays(runs: xr.Dataset, prior: Prior | None = None) -> RunArrays:
+    """The arrays of valid, usable runs; with the embeddings of a prior that brings its own."""
+    features = no_features(runs.sizes["train"], runs.sizes["query"])
+    known = {axis: _optional(runs, f"{axis}_feature") for axis in ("train", "query")}
+    features = features._replace(**{axis: one for axis, one in known.items() if one is not None})
+    own = None if prior is None else prior.resolve(runs["train"].values, runs["query"].values)
+    features = features if own is None else ExampleFeatures(*map(np.asarray, own))
+    return RunArrays.of(
+        runs["batch"].values,
+        np.asarray(runs["loss"].values, float),
+        weight=_optional(runs, "weight"),
+        step_size=_optional(runs, "step_size"),
+        features=features,
+    )
+
+
+def planned_arrays(runs: xr.Dataset, train: np.ndarray, query: np.ndarray) -> RunArrays:
+    """Runs to be simulated, in the positions of the fitted ``train`` and ``query`` ids.
+
+    Of their losses only those before the first update are known.
+    """
+    batch = runs["batch"].values
+    used = np.unique(batch[batch >= 0])
+    place = np.full(runs.sizes["train"] + 1, -1, np.int32)
+    place[used] = named("examples in the curricula", runs["train"].values[used], train)
+    return RunArrays.of(
+        place[batch],
+        np.asarray(runs["loss"].values[:, :1], float),
+        weight=_optional(runs, "weight"),
+        step_size=_optional(runs, "step_size"),
+        query=np.asarray(named("queries", runs["query"].values, query)),
+        features=no_features(len(train), len(query)),
+    )
+
+
+def _optional(runs: xr.Dataset, name: str) -> np.ndarray | None:
+    return np.asarray(runs[name].values, float) if name in runs else None
