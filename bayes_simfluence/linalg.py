@@ -1,19 +1,19 @@
 """Factorizations in double precision, whatever JAX's global setting, and safe under ``vmap``.
 
-LAPACK calls of a ``vmap`` become one batched call, and jaxlib 0.10 runs its parts on the pool of
-threads that the call itself occupies: two at once on two cores wait for each other for ever. So
-batches are taken one after the other here, and nothing else in the package calls LAPACK through
-JAX.
+LAPACK calls of a ``vmap`` become one batched call, and on CPUs jaxlib 0.10 runs its parts on the
+pool of threads that the call itself occupies: two at once on two cores wait for each other for
+ever. So on CPUs batches are taken one after the other here, elsewhere in the platform's batched
+form, and nothing else in the package calls LAPACK through JAX.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import sequential_vmap
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 __all__ = ["cholesky", "double_precision", "solve_lower", "spd_inverse", "symmetric_eigen"]
@@ -24,24 +24,44 @@ def double_precision() -> AbstractContextManager[Any]:
     return jax.enable_x64(True)
 
 
-@sequential_vmap
+def _in_turn_on_cpus(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose batches under ``vmap`` are taken one after the other on CPUs."""
+    alone = custom_vmap(function)
+
+    @alone.def_vmap
+    def batches(axis_size: int, batched: Sequence[bool], *arguments: Array) -> tuple[Any, Any]:
+        def in_turn(*arguments: Array) -> Any:
+            def of_one(at: Array) -> Any:
+                pairs = zip(arguments, batched, strict=True)
+                return alone(*(whole[at] if has_batch else whole for whole, has_batch in pairs))
+
+            return jax.lax.map(of_one, jnp.arange(axis_size))
+
+        together = jax.vmap(function, [0 if has_batch else None for has_batch in batched])
+        results = jax.lax.platform_dependent(*arguments, cpu=in_turn, default=together)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return alone
+
+
+@_in_turn_on_cpus
 def _factor(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     return jnp.linalg.cholesky(matrix)
 
 
-@sequential_vmap
+@_in_turn_on_cpus
 def _solve(factor: Float[Array, "n n"], right: Float[Array, "n m"]) -> Float[Array, "n m"]:
     return jax.scipy.linalg.solve_triangular(factor, right, lower=True)
 
 
-@sequential_vmap
+@_in_turn_on_cpus
 def _solve_transposed(
     factor: Float[Array, "n n"], right: Float[Array, "n m"]
 ) -> Float[Array, "n m"]:
     return jax.scipy.linalg.solve_triangular(factor, right, lower=True, trans=1)
 
 
-@sequential_vmap
+@_in_turn_on_cpus
 def symmetric_eigen(
     matrix: Float[Array, "n n"],
 ) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
@@ -57,8 +77,8 @@ def solve_lower(
 
     Differentiable.
     """
-    found: Array = _solved(transposed, factor, right)
-    return found
+    solved: Array = _solved(transposed, factor, right)
+    return solved
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -68,14 +88,14 @@ def _solved(transposed: bool, factor: Array, right: Array) -> Array:
 
 
 def _solved_forward(transposed: bool, factor: Array, right: Array) -> tuple[Array, Any]:
-    found = _solved(transposed, factor, right)
-    return found, (factor, found)
+    solved = _solved(transposed, factor, right)
+    return solved, (factor, solved)
 
 
 def _solved_backward(transposed: bool, kept: Any, cotangent: Array) -> tuple[Array, Array]:
-    factor, found = kept
+    factor, solved = kept
     of_right = _solved(not transposed, factor, cotangent)
-    outer = found @ of_right.T if transposed else of_right @ found.T
+    outer = solved @ of_right.T if transposed else of_right @ solved.T
     return -jnp.tril(outer), of_right
 
 

@@ -63,6 +63,27 @@ def test_a_batch_is_one_after_the_other(rng):
     np.testing.assert_allclose(again, matrices, atol=1e-10)
 
 
+@pytest.mark.parametrize(("platform", "in_turn"), [("cpu", True), ("tpu", False)])
+def test_batches_are_taken_in_turn_on_cpus_alone(platform, in_turn):
+    """A loop over the batch for CPUs; one operation on all of it for other platforms."""
+    matrices = jnp.broadcast_to(jnp.eye(SIZE), (BATCH, SIZE, SIZE))
+    traced = jax.jit(jax.vmap(cholesky)).trace(matrices)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.while" in text) == in_turn
+    assert (f"tensor<{BATCH}x{SIZE}x{SIZE}xf32>) -> tensor<{BATCH}x{SIZE}x{SIZE}xf32>" in text) or in_turn
+
+
+def test_batches_of_batches_are_those_of_numpy(rng):
+    matrices = spd(rng, 2, 3)
+    with double_precision():
+        factors = jax.jit(jax.vmap(jax.vmap(cholesky)))(jnp.asarray(matrices))
+        shared = jax.vmap(solve_lower, (None, 0))(factors[0, 0], jnp.asarray(matrices[1]))
+    np.testing.assert_allclose(factors, np.linalg.cholesky(matrices), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        shared, np.linalg.solve(np.asarray(factors[0, 0]), matrices[1]), rtol=1e-8, atol=1e-10
+    )
+
+
 def test_double_precision_ends_with_its_block():
     with double_precision():
         assert jnp.asarray(1.0).dtype == jnp.float64
