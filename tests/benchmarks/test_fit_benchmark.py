@@ -14,7 +14,8 @@ import pytest
 from sklearn.linear_model import BayesianRidge
 
 import bayes_simfluence as bs
-from bayes_simfluence.data.curriculum import exposures
+from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.posterior.arrays import recorded_arrays
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,8 @@ def runs():
 def loop_seconds(runs):
     """Seconds of one BayesianRidge a query on the dense design ``[e L_{t-1}, e]``: the median
     query's, times their number, so that a pause of the machine does not count."""
-    shares = np.concatenate([exposures(one, runs.sizes["train"]) for one in runs["batch"].values])
+    with double_precision():
+        shares = np.concatenate(recorded_arrays(runs).each(lambda run: run.exposures()))
     loss = np.asarray(runs["loss"].values, float)
     before, after = (one.reshape(len(shares), -1) for one in (loss[:, :-1], loss[:, 1:]))
     seconds = []

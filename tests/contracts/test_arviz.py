@@ -13,7 +13,6 @@ from scipy.stats import norm
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import FitWarning, Misuse
-from bayes_simfluence.data.curriculum import exposures
 from bayes_simfluence.evaluation.leave_one_run_out import loo_over_runs
 from bayes_simfluence.posterior.arviz import GROUPS, Prior, container, over_runs
 
@@ -108,7 +107,8 @@ def test_all_groups_belong_to_the_same_draws(idatas, posteriors, runs):
     idata, noise = idatas["linear"], posteriors["linear"].simulator.noise
     density, draws = idata["log_likelihood"]["loss"][0], idata["posterior"]
     run, step = 1, 3
-    share = exposures(runs["batch"].values[run], runs.sizes["train"])[step]
+    batch = runs["batch"].values[run, step]
+    share = np.bincount(batch[batch >= 0], minlength=runs.sizes["train"]) / (batch >= 0).sum()
     before, now = (runs["loss"].values[run, one].astype(float) for one in (step, step + 1))
     a, b = (draws[name].values[0].astype(float) @ share for name in "ab")
     expected = norm.logpdf(now, (1.0 + a) * before + b, noise)

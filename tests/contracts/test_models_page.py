@@ -50,7 +50,7 @@ def nothing_is_fitted(monkeypatch):
     def work(*args, **kwargs):
         raise Taken
 
-    monkeypatch.setattr(Exact, "_paths", work)
+    monkeypatch.setattr(Exact, "_gaussian", work)
     monkeypatch.setattr(exact, "_regression", work)
     monkeypatch.setattr(collapsed, "sample", work)
     monkeypatch.setattr(nuts, "sample", work)

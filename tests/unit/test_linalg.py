@@ -70,7 +70,9 @@ def test_batches_are_taken_in_turn_on_cpus_alone(platform, in_turn):
     traced = jax.jit(jax.vmap(cholesky)).trace(matrices)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.while" in text) == in_turn
-    assert (f"tensor<{BATCH}x{SIZE}x{SIZE}xf32>) -> tensor<{BATCH}x{SIZE}x{SIZE}xf32>" in text) or in_turn
+    assert (
+        f"tensor<{BATCH}x{SIZE}x{SIZE}xf32>) -> tensor<{BATCH}x{SIZE}x{SIZE}xf32>" in text
+    ) or in_turn
 
 
 def test_batches_of_batches_are_those_of_numpy(rng):

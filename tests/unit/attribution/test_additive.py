@@ -7,7 +7,6 @@ import bayes_simfluence as bs
 from bayes_simfluence.attribution.scores import opponents, proponents, score_array
 from bayes_simfluence.attribution.simulators import additive_simulator
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.data.curriculum import exposures
 
 TRAIN, QUERY, STEPS = 4, 3, 6
 
@@ -18,12 +17,17 @@ def scores(rng):
     return score_array(values, list("abcd"), list("xyz"), method="made up", units="nat")
 
 
+def shares_of(batch):
+    """How much of each batch is each example, step by step."""
+    return np.stack([(batch == example).mean(axis=1) for example in range(TRAIN)], axis=1)
+
+
 def runs_of(scores, rng, scale, noise=0.0, runs=5):
     """Runs that follow the scores at ``scale``, by the recurrence itself."""
     batch = rng.integers(0, TRAIN, (runs, STEPS, 2))
     loss = np.full((runs, STEPS + 1, QUERY), 50.0)
     for run in range(runs):
-        for step, weights in enumerate(exposures(batch[run], TRAIN)):
+        for step, weights in enumerate(shares_of(batch[run])):
             moved = scale * weights @ scores.values + noise * rng.normal(size=QUERY)
             loss[run, step + 1] = loss[run, step] + moved
     return bs.runs_from_arrays(
@@ -56,7 +60,7 @@ def test_the_band_is_made_of_runs_at_the_scale_of_the_others(scores, rng):
         rest = runs.isel(run=[one for one in range(runs.sizes["run"]) if one != left_out])
         without = additive_simulator(scores, rest, band=False)
         batch = runs["batch"].values[left_out]
-        steps = exposures(batch, TRAIN) @ without.simulator.b.T
+        steps = shares_of(batch) @ without.simulator.b.T
         loss = runs["loss"].values[left_out].astype(float)
         expected = loss[1:] - loss[0] - steps.cumsum(axis=0)
         np.testing.assert_allclose(

@@ -69,12 +69,3 @@ def test_misuse_says_what_to_do(call, match, key):
 def test_an_integer_is_not_a_key():
     with pytest.raises(Misuse, match=r"jax\.random\.key"):
         c.keyed(0)
-
-
-def test_exposures_are_the_weights_of_a_mean(rng):
-    batch = rng.integers(-1, 5, (7, 4))
-    shares = c.exposures(batch, 5)
-    for step, members in zip(shares, batch, strict=True):
-        filled = members[members >= 0]
-        expected = [np.mean(filled == one) if len(filled) else 0.0 for one in range(5)]
-        assert step == pytest.approx(expected)

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal, norm
 
-from bayes_simfluence.gaussian.designs import FittedPaths, error_covariance
+from bayes_simfluence.gaussian.designs import error_covariance
 from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
 from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.hyper import natural_values, start
-from bayes_simfluence.model.priors import ExampleFeatures
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 from bayes_simfluence.simulators.affine import AffineSimulator
-from bayes_simfluence.simulators.base import Planned
-from bayes_simfluence.simulators.gaussian import PathSimulator
+from bayes_simfluence.simulators.gaussian import GaussianSimulator
 from bayes_simfluence.simulators.mean import MeanSimulator
 
 RUNS, STEPS, SLOTS, TRAIN, QUERY = 3, 8, 2, 5, 2
@@ -27,7 +26,14 @@ DRAWS = 70
 def planned(rng, query=(1, 0), steps=STEPS):
     sizes = np.broadcast_to(np.linspace(0.5, 0.1, steps), (RUNS, steps)).copy()
     batch = rng.integers(-1, TRAIN, (RUNS, steps, SLOTS))
-    return Planned(batch, sizes, rng.uniform(0.5, 1.0, (RUNS, len(query))), np.array(query))
+    initial = rng.uniform(0.5, 1.0, (RUNS, len(query)))
+    return RunArrays.of(
+        batch,
+        initial[:, None],
+        step_size=sizes,
+        query=np.array(query),
+        features=no_features(TRAIN, QUERY),
+    )
 
 
 def recorded(rng, plan, gaps=False):
@@ -47,16 +53,16 @@ def affine(rng, **others):
     return AffineSimulator(a, b, **settings)
 
 
-def paths(rng, *, link="identity", freedom=1e7, knots=3, **others):
+def gaussian(rng, *, link="identity", df=1e7, knots=3, **others):
     model = Simfluence(link=link, coefficients=Varying(knots))
     known = ExampleFeatures(
         jnp.asarray(rng.normal(size=(TRAIN, 2))), jnp.asarray(rng.normal(size=(QUERY, 2)))
     )
     hypers = hypers_of(model, known)
-    fitted = FittedPaths(
-        batch=rng.integers(-1, TRAIN, (RUNS, STEPS, SLOTS)),
+    fitted = RunArrays.of(
+        rng.integers(-1, TRAIN, (RUNS, STEPS, SLOTS)),
+        rng.uniform(0.5, 1.5, (RUNS, STEPS + 1, QUERY)),
         step_size=np.tile(np.linspace(1.0, 0.2, STEPS), (RUNS, 1)),
-        loss=rng.uniform(0.5, 1.5, (RUNS, STEPS + 1, QUERY)),
         features=known,
     )
     settings = {
@@ -66,17 +72,17 @@ def paths(rng, *, link="identity", freedom=1e7, knots=3, **others):
         "rows": ROWS,
         "largest_step_size": 0.5,
         "scale": np.array([0.3, 0.5]),
-        "widening": np.log([1.0, 2.0, 3.0]),
-        "freedom": freedom,
+        "log_inflation": np.log([1.0, 2.0, 3.0]),
+        "df": df,
         **others,
     }
-    return PathSimulator(**settings)
+    return GaussianSimulator(**settings)
 
 
 def exposure(batch, count):
-    filled = [one for one in batch if one >= 0]
+    filled = batch[batch >= 0]
     weight = 1.0 if count else 1.0 / max(len(filled), 1)
-    return np.bincount(filled, minlength=TRAIN) * weight if filled else np.zeros(TRAIN)
+    return np.bincount(filled, minlength=TRAIN) * weight
 
 
 @pytest.mark.parametrize(("keep", "count"), [(1.0, False), (0.3, True)])
@@ -166,7 +172,7 @@ def linked(loss, link):
 
 
 @pytest.mark.parametrize(
-    ("link", "steps", "gaps", "freedom"),
+    ("link", "steps", "gaps", "df"),
     [
         ("identity", STEPS, False, 1e7),
         ("log-odds", STEPS, True, 4.0),
@@ -174,21 +180,22 @@ def linked(loss, link):
         ("identity", 6, True, 4.0),
     ],
 )
-def test_a_run_of_smooth_error_is_a_dense_normal(rng, key, link, steps, gaps, freedom):
-    post = paths(rng, link=link, freedom=freedom)
+def test_a_run_of_smooth_error_is_a_dense_normal(rng, key, link, steps, gaps, df):
+    post = gaussian(rng, link=link, df=df)
     plan, draws = planned(rng, steps=steps), 4
     loss = recorded(rng, plan, gaps)
     found = post.log_likelihood(plan, loss, key=key, draws=draws)
-    rows = np.array([one for one in ROWS if one < steps])
+    rows = ROWS[steps > ROWS]
     assert found.shape == (1, draws, RUNS, steps, QUERY)
     kept = np.zeros(loss[:, 1:].shape, bool)
     kept[:, rows] = np.isfinite(loss[:, 1:][:, rows])
     np.testing.assert_array_equal(np.isfinite(found[0]), np.broadcast_to(kept, found[0].shape))
-    path = {
-        one.freedom: linked(
-            one.simulate(plan, key=key, draws=draws).mean_loss[0, :, :, 1:].astype(float), link
+    trajectory = {
+        simulator.df: linked(
+            simulator.simulate(plan, key=key, draws=draws).mean_loss[0, :, :, 1:].astype(float),
+            link,
         )[0]
-        for one in (post, dataclasses.replace(post, freedom=1e7))
+        for simulator in (post, dataclasses.replace(post, df=1e7))
     }
     centre = linked(
         dataclasses.replace(post, scale=np.full(QUERY, 1e-9))
@@ -199,20 +206,20 @@ def test_a_run_of_smooth_error_is_a_dense_normal(rng, key, link, steps, gaps, fr
     )[0]
     truth, slope = linked(loss[:, 1:], link)
     covariance = error_of(post, steps)
-    widened = np.exp(0.5 * post.log_widening(np.arange(1, steps + 1) / STEPS))
+    inflated = np.exp(0.5 * post.log_variance_inflation(np.arange(1, steps + 1) / STEPS))
     for at, query in enumerate(plan.query):
         # The scale of a draw, from how far the same weights go with and without it.
-        far = [(one - centre)[:, 0, :, at] for one in (path[freedom], path[1e7])]
+        far = [(trajectory[own] - centre)[:, 0, :, at] for own in (df, 1e7)]
         factors = (far[0] * far[1]).sum(axis=1) / np.square(far[1]).sum(axis=1)
         for draw, factor in enumerate(factors):
-            sd = post.scale[query] * factor * widened
+            sd = post.scale[query] * factor * inflated
             for run in range(RUNS):
                 some = kept[run, :, at]
                 expected = 0.0
                 if some.any():
                     expected = slope[run, some, at].sum() + multivariate_normal.logpdf(
                         truth[run, some, at],
-                        path[freedom][draw, run, some, at],
+                        trajectory[df][draw, run, some, at],
                         (sd[:, None] * sd * covariance)[some][:, some],
                     )
                 total = np.nansum(found[0, draw, run, :, at])
@@ -220,12 +227,10 @@ def test_a_run_of_smooth_error_is_a_dense_normal(rng, key, link, steps, gaps, fr
 
 
 def test_a_density_of_a_loss_integrates_to_one_in_nats(rng, key):
-    post = paths(rng, link="log-odds", rows=np.array([0]), freedom=5.0)
+    post = gaussian(rng, link="log-odds", rows=np.array([0]), df=5.0)
     plan = planned(rng)
     grid = np.linspace(1e-4, 12.0, 4000)
-    many = plan._replace(
-        **{name: np.repeat(getattr(plan, name)[:1], len(grid), axis=0) for name in plan._fields[:3]}
-    )
+    many = plan.take(np.zeros(len(grid), int))
     loss = np.full((len(grid), STEPS + 1, QUERY), np.nan)
     loss[:, 1] = grid[:, None]
     found = post.log_likelihood(many, loss, key=key, draws=2)[0, :, :, 0]
@@ -233,9 +238,9 @@ def test_a_density_of_a_loss_integrates_to_one_in_nats(rng, key):
     np.testing.assert_allclose(mass, 1.0, atol=1e-3)
 
 
-def test_effects_of_examples_are_those_that_paths_are_made_of(rng, key):
+def test_effects_of_examples_are_those_that_trajectories_are_made_of(rng, key):
     # With constant coefficients, a run on one example moves by its two effects and nothing else.
-    post, plan = paths(rng, knots=1, widening=np.zeros(3)), planned(rng)
+    post, plan = gaussian(rng, knots=1, log_inflation=np.zeros(3)), planned(rng)
     plan.batch[:] = np.arange(RUNS)[:, None, None]
     moved = post.simulate(plan, key=key, draws=DRAWS).mean_loss[0, :, :, -1]
     samples = post.samples(key=key, draws=DRAWS)
@@ -248,7 +253,7 @@ def test_effects_of_examples_are_those_that_paths_are_made_of(rng, key):
 
 
 def test_losses_of_zero_have_a_density(rng, key):
-    post, plan = paths(rng, link="log-odds"), planned(rng)
+    post, plan = gaussian(rng, link="log-odds"), planned(rng)
     loss = recorded(rng, plan)
     loss[:, 2] = 0.0
     found = post.log_likelihood(plan, loss, key=key, draws=2)

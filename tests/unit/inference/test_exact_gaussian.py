@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bayes_simfluence.gaussian.leave_out import evidence_score, left_out, left_out_score
-from bayes_simfluence.inference.recorded import features_of, recorded_from
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import FitFailed, FitWarning, Misuse
-from bayes_simfluence.gaussian.designs import FittedPaths, designs_and_means
-from bayes_simfluence.gaussian.search import _change, _negative_score, band_of, even_rows
+from bayes_simfluence.gaussian.dense import predictions_of_left_out
+from bayes_simfluence.gaussian.designs import designs_and_means
+from bayes_simfluence.gaussian.linear_gaussian import LinearGaussian
+from bayes_simfluence.gaussian.search import _negative_score, band_of, even_rows
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.hyper import log_prior, natural_values, start
-from bayes_simfluence.model.priors import Normal
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
+from bayes_simfluence.posterior.arrays import recorded_arrays
 
 RUNS, STEPS, TIMES, QUERY = 4, 16, 4, 3
 EXACT = bs.Exact(times=TIMES)
@@ -39,14 +39,22 @@ def posterior():
 
 def problem():
     """Arrays of the search, as the fit makes them."""
-    found = recorded_from(recording())
-    fitted = FittedPaths(
-        batch=found.batch,
-        step_size=found.step_size / found.step_size.max(),
-        loss=found.loss,
-        features=features_of(found, Simfluence()),
-    )
+    found = recorded_arrays(recording())
+    fitted = found._replace(step_size=found.step_size / found.step_size.max())
     return Simfluence(), fitted, even_rows(STEPS, TIMES)
+
+
+def gaussian_at(model, values, fitted, rows):
+    """The linear-Gaussian object by NumPy, and changes minus their prior mean."""
+    designs, mean = designs_and_means(model, values, fitted, jnp.asarray(rows), knots=6)
+    designs = np.asarray(designs) / np.sqrt(np.square(designs).sum(axis=2).mean())
+    error = np.asarray(model.error.covariance(values, jnp.arange(1, STEPS + 1) / STEPS))
+    error = error[np.ix_(rows, rows)] + 1e-8 * np.eye(len(rows))
+    linked = np.log(np.expm1(fitted.loss))
+    change = linked[:, 1:][:, rows] - linked[:, :1] - np.asarray(mean)
+    known = np.ones(change.shape[:2], bool)
+    arrays = (jnp.asarray(array) for array in (designs, error, known))
+    return LinearGaussian(*arrays), jnp.asarray(change)
 
 
 @pytest.mark.parametrize("criterion", ["leave-one-run-out", "evidence"])
@@ -55,14 +63,11 @@ def test_the_gradient_is_that_of_differences(rng, criterion):
     with double_precision():
         hypers = hypers_of(model, fitted.features)
         free = start(hypers) + 0.2 * rng.normal(size=len(hypers))
-        change = _change(model, fitted, rows)
-        points = jnp.asarray(float(change.shape[0] * change.shape[2]))
 
         def score(free):
             return _negative_score(
-                jnp.asarray(free), fitted.paths(), fitted.features, change, jnp.asarray(rows),
-                points, model=model, criterion=criterion,
-            )  # fmt: skip
+                jnp.asarray(free), fitted, jnp.asarray(rows), model=model, criterion=criterion
+            )
 
         value, gradient = score(free)
         differences = []
@@ -75,18 +80,10 @@ def test_the_gradient_is_that_of_differences(rng, criterion):
 
         # The value: criterion plus prior, from the pieces.
         values = natural_values(hypers, jnp.asarray(free))
-        designs, mean = designs_and_means(
-            model, values, fitted.paths(), fitted.features, jnp.asarray(rows), knots=6
-        )
-        flat = np.asarray(designs).reshape(-1, designs.shape[-1])
-        whole = flat @ flat.T / (flat**2).sum(axis=1).mean()
-        error = np.asarray(model.error.covariance(values, jnp.arange(1, STEPS + 1) / STEPS))
-        error = error[np.ix_(rows, rows)] + 1e-8 * np.eye(len(rows))
-        whole = jnp.asarray(whole + np.kron(np.eye(RUNS), error))
-        kept = left_out_score if criterion == "leave-one-run-out" else evidence_score
-        expected = kept(whole, change - mean) + log_prior(hypers, jnp.asarray(free)) / (
-            RUNS * QUERY
-        )
+        gaussian, change = gaussian_at(model, values, fitted, rows)
+        by_runs = criterion == "leave-one-run-out"
+        score = gaussian.left_out_score if by_runs else gaussian.evidence_score
+        expected = score(change) + log_prior(hypers, jnp.asarray(free)) / (RUNS * QUERY)
         np.testing.assert_allclose(-value, expected, rtol=1e-6)
 
 
@@ -104,12 +101,11 @@ def test_the_search_beats_its_start(posterior):
     model, fitted, rows = problem()
     with double_precision():
         hypers = hypers_of(model, fitted.features)
-        change = _change(model, fitted, rows)
 
         def score(free):
             return -_negative_score(
-                jnp.asarray(free), fitted.paths(), fitted.features, change, jnp.asarray(rows),
-                jnp.asarray(float(RUNS * QUERY)), model=model, criterion="leave-one-run-out",
+                jnp.asarray(free), fitted, jnp.asarray(rows),
+                model=model, criterion="leave-one-run-out",
             )[0]  # fmt: skip
 
         found = float(score(posterior.simulator.free))
@@ -136,25 +132,21 @@ def test_the_band_is_scaled_by_left_out_errors(posterior):
     np.testing.assert_allclose(band.scale, simulator.scale, rtol=1e-6)
     with double_precision():
         values = natural_values(hypers_of(model, fitted.features), jnp.asarray(simulator.free))
-        designs, mean = designs_and_means(
-            model, values, fitted.paths(), fitted.features, jnp.asarray(rows), knots=6
-        )
-        flat = np.asarray(designs).reshape(-1, designs.shape[-1])
-        error = np.asarray(model.error.covariance(values, jnp.arange(1, STEPS + 1) / STEPS))
-        error = error[np.ix_(rows, rows)] + 1e-8 * np.eye(len(rows))
-        whole = flat @ flat.T / (flat**2).sum(axis=1).mean() + np.kron(np.eye(RUNS), error)
-        change = np.asarray(_change(model, fitted, rows))
-        found = left_out(jnp.asarray(whole), jnp.asarray(change - np.asarray(mean)))
-        z = np.asarray(found.error) / np.sqrt(np.asarray(found.variance))[..., None]
+        gaussian, change = gaussian_at(model, values, fitted, rows)
+        # In plain NumPy, by leaving each run out.
+        predictions = [predictions_of_left_out(gaussian, change, run) for run in range(RUNS)]
+        z = np.stack([
+            missed / np.sqrt(np.diag(covariance))[:, None] for missed, covariance in predictions
+        ])  # fmt: skip
     np.testing.assert_allclose(band.scale**2, (z**2).mean(axis=(0, 1)), rtol=1e-4)
-    # The widening is the least-squares fit to the mean square at each time.
+    # The variance inflation is the least-squares fit to the mean square at each time.
     by_time = np.log(((z / band.scale) ** 2).mean(axis=(0, 2)))
-    lines = np.interp((rows + 1) / STEPS, np.linspace(0, 1, TIMES), band.widening)
+    lines = np.interp((rows + 1) / STEPS, np.linspace(0, 1, TIMES), band.log_inflation)
     slack = [
         np.interp((rows + 1) / STEPS, np.linspace(0, 1, TIMES), unit) for unit in np.eye(TIMES)
     ]
     np.testing.assert_allclose(np.stack(slack) @ (by_time - lines), 0.0, atol=1e-5)
-    assert band.freedom == 3.0
+    assert band.df == 3.0
 
 
 def finite(posterior, runs=None):
@@ -208,13 +200,13 @@ def test_without_features_effects_are_independent():
 
 
 def test_features_that_are_there_may_be_left_unused():
-    found = recorded_from(recording())
-    used, unused = (
-        features_of(found, bs.Simfluence(prior=Normal(features=one))) for one in (True, False)
-    )
+    features = recorded_arrays(recording()).features
+    used, unused = features.where(True), features.where(False)
     assert used.train.shape == (200, 64) and used.query.shape == (QUERY, 64)
     assert unused.train.shape == (200, 0) and unused.query.shape == (QUERY, 0)
-    alone = features_of(found._replace(query_feature=None), bs.Simfluence())
+    without_train = recorded_arrays(recording().drop_vars("train_feature")).features
+    assert without_train.where(True).query.shape == (QUERY, 0)
+    alone = recorded_arrays(recording().drop_vars("query_feature")).features.where(True)
     assert alone.train.shape == (200, 64) and alone.query.shape == (QUERY, 0)
 
 

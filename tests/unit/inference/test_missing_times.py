@@ -7,22 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bayes_simfluence.inference.recorded import features_of, recorded_from
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import FitWarning, Misuse
 from bayes_simfluence.evaluation.synthetic import linear_runs
-from bayes_simfluence.gaussian.designs import (
-    JITTER,
-    FittedPaths,
-    designs_and_means,
-    interpolated_widening,
+from bayes_simfluence.gaussian.designs import JITTER, designs_and_means
+from bayes_simfluence.gaussian.search import (
+    band_of,
+    even_rows,
+    interpolated_inflation,
+    recorded_rows,
 )
-from bayes_simfluence.gaussian.search import band_of, even_rows, recorded_rows
 from bayes_simfluence.inference.ridge import PENALTIES
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.hyper import natural_values
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
+from bayes_simfluence.posterior.arrays import recorded_arrays
 
 RUNS, STEPS, TIMES, QUERY = 4, 16, 4, 3
 EXACT = bs.Exact(times=TIMES)
@@ -66,7 +66,7 @@ def posterior():
 def test_times_that_are_not_used_do_not_matter():
     whole = recording()
     one, other = fitted_to(whole), fitted_to(thinned(whole, every(4)))
-    for name in ("free", "scale", "widening", "rows", "freedom"):
+    for name in ("free", "scale", "log_inflation", "rows", "df"):
         np.testing.assert_array_equal(getattr(one.simulator, name), getattr(other.simulator, name))
     assert one.verdict == other.verdict
     assert one.left_out.equals(other.left_out)
@@ -76,17 +76,14 @@ def test_times_that_are_not_used_do_not_matter():
 
 def test_only_recorded_points_are_in_the_scales_the_band_and_the_verdict(posterior):
     """Against conditioning the dense Gaussian of recorded points on all other runs' ones."""
-    runs, simulator = recorded_from(thinned(recording(), UNLIKE)), posterior.simulator
+    runs, simulator = recorded_arrays(thinned(recording(), UNLIKE)), posterior.simulator
     model, rows = Simfluence(), simulator.rows
-    largest = runs.step_size.max()
-    fitted = FittedPaths(runs.batch, runs.step_size / largest, runs.loss, features_of(runs, model))
+    fitted = runs._replace(step_size=runs.step_size / runs.step_size.max())
     loss = np.log(np.expm1(runs.loss))
     change = (loss[:, 1:] - loss[:, :1])[:, rows].reshape(-1, QUERY)
     with double_precision():
         values = natural_values(hypers_of(model, fitted.features), jnp.asarray(simulator.free))
-        designs, mean = designs_and_means(
-            model, values, fitted.paths(), fitted.features, jnp.asarray(rows), knots=6
-        )
+        designs, mean = designs_and_means(model, values, fitted, jnp.asarray(rows), knots=6)
         error = np.asarray(model.error.covariance(values, jnp.arange(1, STEPS + 1) / STEPS))
     known = UNLIKE[:, rows].ravel()
     flat = np.asarray(designs).reshape(len(known), -1)
@@ -103,15 +100,15 @@ def test_only_recorded_points_are_in_the_scales_the_band_and_the_verdict(posteri
     z = missed / np.sqrt(variance)[:, None]
     scale = np.sqrt(np.nanmean(z**2, axis=0))
     np.testing.assert_allclose(simulator.scale, scale, rtol=1e-5)
-    # Widening: least squares on the log mean square of each time, weighted by its runs.
+    # Variance inflation: least squares on the log mean square of each time, weighted by its runs.
     square = [np.log(np.nanmean((z / scale)[of_row == row] ** 2)) for row in range(len(rows))]
     at = (rows + 1) / STEPS
-    knots = len(simulator.widening)
-    lines = np.stack([interpolated_widening(at, unit) for unit in np.eye(knots)], axis=1)
+    knots = len(simulator.log_inflation)
+    lines = np.stack([interpolated_inflation(at, unit) for unit in np.eye(knots)], axis=1)
     count = UNLIKE[:, rows].sum(axis=0)
-    slack = lines.T @ (count * (square - lines @ simulator.widening))
+    slack = lines.T @ (count * (square - lines @ simulator.log_inflation))
     np.testing.assert_allclose(slack, 0.0, atol=1e-4)
-    assert simulator.freedom == 3.0 and len(set(count)) > 1
+    assert simulator.df == 3.0 and len(set(count)) > 1
     band = band_of(model, fitted, rows, simulator.free)
     expected = np.logaddexp(0.0, (loss[:, 1:][:, rows].reshape(-1, QUERY) - missed)[known])
     np.testing.assert_allclose(band.predicted.reshape(-1, QUERY)[known], expected, rtol=1e-5)

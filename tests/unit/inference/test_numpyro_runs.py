@@ -1,4 +1,4 @@
-"""The program: transitions as runs, minibatches, sites, and draws from the prior."""
+"""Models of runs in NumPyro: transitions as runs, minibatches, sites, and draws from the prior."""
 
 import itertools
 from functools import partial
@@ -7,21 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bayes_simfluence.inference.recorded import recorded_from
 from numpyro import handlers
 from numpyro.infer.util import log_density
 from scipy import stats
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.inference.compiled import JointProgram
-from bayes_simfluence.inference.numpyro_runs import program_of
+from bayes_simfluence.inference.compiled import CompiledModel
+from bayes_simfluence.inference.numpyro_runs import in_numpyro
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model import noise, priors, sites
 from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.exposure import Exposure
+from bayes_simfluence.model.link import link_of
 from bayes_simfluence.model.numpyro_model import coefficients_of, density_of
 from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.posterior.arrays import recorded_arrays
 from bayes_simfluence.posterior.prior import PriorOf, prior_draw
 
 RUNS, STEPS, TRAIN, QUERIES = 4, 5, 3, 2
@@ -43,13 +44,18 @@ def runs(rng, lost=(), runs=RUNS, steps=STEPS):
     )
 
 
-def program(model, recorded):
-    return program_of(recorded_from(recorded, model.prior), model, "test")
+def made_of(model, recorded):
+    return in_numpyro(recorded_arrays(recorded, model.prior), model, "test")
+
+
+def linked(made):
+    """Losses on the scale of the link."""
+    return np.asarray(link_of(made.model.link, jnp.asarray(made.runs.loss)))
 
 
 def prior_trace(made):
-    run = handlers.seed(partial(JointProgram.of(made), simulate=True), KEY)
-    return handlers.trace(run).get_trace(made.observed)
+    run = handlers.seed(partial(CompiledModel.of(made), simulate=True), KEY)
+    return handlers.trace(run).get_trace(*made.data)
 
 
 def sampled(made):
@@ -59,10 +65,10 @@ def sampled(made):
 
 
 def density(made, values, batch=None, chosen=None):
-    """Log density of the program, for some of the runs."""
+    """Log density of the model, for some of the runs."""
     given = values if chosen is None else {**values, "runs": jnp.asarray(chosen)}
-    run = JointProgram.of(made, batch)
-    return float(log_density(run, (made.observed,), {}, given)[0])
+    run = CompiledModel.of(made, batch)
+    return float(log_density(run, made.data, {}, given)[0])
 
 
 APART = {
@@ -77,10 +83,10 @@ APART = {
 @pytest.mark.parametrize("name", APART)
 def test_transitions_have_the_density_of_the_runs(rng, name):
     with double_precision():
-        made = program(APART[name], runs(rng))
+        made = made_of(APART[name], runs(rng))
         apart, values = made.by_transition(), sampled(made)
-        assert (made.runs, apart.runs) == (RUNS, RUNS * STEPS)
-        assert apart.observed.linked.shape == (RUNS * STEPS, 2, QUERIES)
+        assert made.runs.loss.shape == (RUNS, STEPS + 1, QUERIES)
+        assert apart.runs.loss.shape == (RUNS * STEPS, 2, QUERIES)
         np.testing.assert_allclose(density(apart, values), density(made, values), rtol=1e-10)
 
 
@@ -97,7 +103,7 @@ def test_transitions_have_the_density_of_the_runs(rng, name):
 )
 def test_runs_whose_steps_depend_on_more_stay_whole(rng, model, lost):
     with double_precision():
-        made = program(model, runs(rng, lost))
+        made = made_of(model, runs(rng, lost))
         assert made.by_transition() is made
 
 
@@ -105,7 +111,7 @@ def test_runs_whose_steps_depend_on_more_stay_whole(rng, model, lost):
 def test_minibatches_are_right_on_average(rng, lost):
     model = Simfluence(kind="linear", error=noise.StudentT())
     with double_precision():
-        made = program(model, runs(rng, lost))
+        made = made_of(model, runs(rng, lost))
         values = sampled(made)
         if lost:
             values["missing"] = jnp.asarray(rng.uniform(0.5, 2.0, len(lost)))
@@ -124,24 +130,24 @@ def test_minibatches_are_right_on_average(rng, lost):
     ],
     ids=["linear", "two-timescale"],
 )
-def test_the_program_is_prior_times_density_of_the_losses(rng, model):
+def test_the_model_is_prior_times_density_of_the_losses(rng, model):
     """Also where losses are missing: those have no density but that of the run."""
     lost = [(0, 2, 1), (3, 5, 0)]
     with double_precision():
-        made = program(model, runs(rng, lost))
-        assert made.gaps.imputed.tolist() == [list(one) for one in lost]
+        made = made_of(model, runs(rng, lost))
+        assert made.gaps.imputed == tuple(lost)
         values = sampled(made)
-        of_prior = partial(JointProgram.of(made), simulate=True)
-        prior = log_density(of_prior, (made.observed,), {}, values)[0]
-        sites = JointProgram.of(made).sites_of(
-            made.observed, {name: one[None] for name, one in values.items()}
+        of_prior = partial(CompiledModel.of(made), simulate=True)
+        prior = log_density(of_prior, made.data, {}, values)[0]
+        sites = CompiledModel.of(made).sites_of(
+            made.data, {name: value[None] for name, value in values.items()}
         )
         exact = {name: jnp.asarray(one[0], float) for name, one in sites.items()}
-        found = coefficients_of(model, exact, made.observed.units, made.observed.features)
+        found = coefficients_of(model, exact, made.units, made.runs.features)
         filled = rng.uniform(0.5, 2.0, 2)
-        linked = np.asarray(made.observed.linked).copy()
-        linked[tuple(made.gaps.imputed.T)] = filled
-        rest = density_of(model, exact, found, made.observed.paths, jnp.asarray(linked), made.gaps)
+        losses = linked(made).copy()
+        losses[tuple(made.gaps.positions.T)] = filled
+        rest = density_of(model, exact, found, made.runs, jnp.asarray(losses), made.gaps)
         total = density(made, {**values, "missing": jnp.asarray(filled)})
         np.testing.assert_allclose(total, float(prior + rest.sum()), rtol=1e-5)
 
@@ -158,14 +164,14 @@ SITES = {
 def test_sites_follow_from_those_that_are_sampled(rng, name):
     recorded = runs(rng)
     with double_precision():
-        made = program(SITES[name], recorded)
+        made = made_of(SITES[name], recorded)
         trace = prior_trace(made)
         values = sampled(made)
-        joint = JointProgram.of(made)
+        compiled = CompiledModel.of(made)
         whole = {name: one[None] for name, one in values.items()}
-        found = joint.sites_of(made.observed, whole)
-        drawn = JointProgram.of(made).prior_sites(made.observed, key=KEY, draws=3)
-        set_to = joint.trace(made.observed, values)
+        found = compiled.sites_of(made.data, whole)
+        drawn = compiled.prior_sites(made.data, key=KEY, draws=3)
+        set_to = compiled.trace(made.data, values)
     kept = set(sites.kept(trace))
     assert {name for name, site in set_to.items() if sites.is_sampled(site)} == set(values)
     for site, value in values.items():
@@ -179,7 +185,7 @@ def test_sites_follow_from_those_that_are_sampled(rng, name):
         # Draws differ from one another.
         assert (np.ptp(np.asarray(drawn[one]), axis=0) > 0).all()
     simulator = made.simulator({one: np.asarray(value)[None] for one, value in drawn.items()})
-    plan = recorded_from(recorded).plan()
+    plan = recorded_arrays(recorded)
     assert np.isfinite(simulator.simulate(plan, key=KEY, draws=1).mean_loss).all()
     held = sum(np.asarray(one[0], np.float32).nbytes for one in found.values())
     assert held <= made.bytes_of_a_draw() <= held + 4 * (8 * QUERIES + 64)
@@ -196,7 +202,7 @@ def test_sites_follow_from_those_that_are_sampled(rng, name):
 def test_what_no_density_is_known_of_is_refused(rng, settings):
     model = Simfluence(**{"kind": "linear", "multiplicative": True, **settings})
     with double_precision(), pytest.raises(Misuse, match=r"test: the model: got observation noise"):
-        program(model, runs(rng))
+        made_of(model, runs(rng))
 
 
 def standardized(truth, drawn):

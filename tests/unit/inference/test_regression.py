@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from bayes_simfluence.inference.recorded import Recorded
 
 from bayes_simfluence.inference.regression import Form, coefficients, eigen, moments
+from bayes_simfluence.model.arrays import RunArrays, no_features
 
 RUNS, STEPS, SLOTS, TRAIN, QUERY = 3, 6, 3, 5, 2
 
@@ -13,17 +13,18 @@ def recorded(rng):
     batch = rng.integers(-1, TRAIN, (RUNS, STEPS, SLOTS))
     batch[0, 0], batch[0, 1], batch[1, 2], batch[2, 3] = -1, [2, 2, 2], [1, 1, -1], [4, 0, 4]
     loss = rng.uniform(0.2, 2.0, (RUNS, STEPS + 1, QUERY))
-    return Recorded(batch, loss, None, None, None, TRAIN)
+    weight = rng.uniform(0.5, 2.0, batch.shape)
+    return RunArrays.of(batch, loss, weight=weight, features=no_features(TRAIN, QUERY))
 
 
 def written_out(runs, form, query):
     """Design and target of one query, one row per step."""
     design, target = [], []
-    for batch, loss in zip(runs.batch, runs.loss[..., query], strict=True):
-        for members, before, after in zip(batch, loss[:-1], loss[1:], strict=True):
-            filled = members[members >= 0]
-            weight = np.bincount(filled, minlength=TRAIN).astype(float)
-            weight = weight if form.counted else weight / max(len(filled), 1)
+    for batch, own, loss in zip(runs.batch, runs.weight, runs.loss[..., query], strict=True):
+        for members, weights, before, after in zip(batch, own, loss[:-1], loss[1:], strict=True):
+            filled = members >= 0
+            weight = np.bincount(members[filled], weights[filled], TRAIN)
+            weight = weight if form.counted else weight / (weight.sum() or 1.0)
             parts = {"linear": [before, 1.0], "additive": [1.0], "multiplicative": [before]}
             design.append(np.concatenate([part * weight for part in parts[form.kind]]))
             target.append(after - form.keep * before)

@@ -10,11 +10,11 @@ from scipy import integrate, stats
 
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model import noise
+from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
 from bayes_simfluence.model.coefficients import Varying
-from bayes_simfluence.model.effects import ExampleFeatures, no_features
 from bayes_simfluence.model.exposure import FLOOR, Exposure
 from bayes_simfluence.model.hyper import natural_values, start
-from bayes_simfluence.model.mean_function import explained
+from bayes_simfluence.model.mean_function import mean_function
 from bayes_simfluence.model.numpyro_model import (
     Units,
     coefficients_of,
@@ -22,7 +22,7 @@ from bayes_simfluence.model.numpyro_model import (
     gaps_of,
     noise_of,
 )
-from bayes_simfluence.model.simfluence import Path, Simfluence, hypers_of
+from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 
 RUNS, STEPS, TRAIN, QUERIES, RECORDED = 2, 5, 3, 2, 4
 
@@ -48,8 +48,8 @@ MODELS = {
 }
 
 
-def setting(model, rng, runs=RUNS):
-    """Hyperparameters off their centre, coefficients, runs and their losses."""
+def setting(model, rng, count=RUNS):
+    """Hyperparameters off their centre, coefficients, runs and their losses on the link's scale."""
     features = no_features(TRAIN, QUERIES)
     hypers = hypers_of(model, features)
     free = start(hypers) + 0.3 * rng.normal(size=len(hypers))
@@ -68,19 +68,38 @@ def setting(model, rng, runs=RUNS):
             sites["multiplicative_unit"] = jnp.asarray(rng.normal(size=(QUERIES, TRAIN, 1)))
         units = Units(jnp.asarray([1.5, 0.8]), jnp.asarray(1.0 if model.published else 3.0))
         coefficients = coefficients_of(model, sites, units, features)
-        progress = np.broadcast_to(np.arange(1, STEPS + 1) / RECORDED, (runs, STEPS))
-        paths = Path(
-            jnp.asarray(rng.multinomial(2, np.full(TRAIN, 1 / TRAIN), (runs, STEPS)) / 2),
-            jnp.asarray(rng.uniform(0.1, 1.0, (runs, STEPS))),
-            jnp.asarray(progress),
-        )
-    return sites, coefficients, paths, rng.uniform(0.5, 2.0, (runs, STEPS + 1, QUERIES))
+    runs = RunArrays(
+        batch=rng.integers(-1, TRAIN, (count, STEPS, 3)),
+        weight=rng.uniform(0.5, 2.0, (count, STEPS, 3)),
+        step_size=rng.uniform(0.1, 1.0, (count, STEPS)),
+        loss=np.full((count, STEPS + 1, QUERIES), np.nan),
+        query=np.arange(QUERIES),
+        features=features,
+        progress=np.broadcast_to(np.arange(1, STEPS + 1) / RECORDED, (count, STEPS)),
+    )
+    return sites, coefficients, runs, rng.uniform(0.5, 2.0, (count, STEPS + 1, QUERIES))
 
 
-def looped(model, sites, coefficients, path, y, query):
+def alone(runs, number):
+    """One of the runs, without their axis."""
+    parts = ("batch", "weight", "step_size", "loss", "progress")
+    return runs._replace(**{name: getattr(runs, name)[number] for name in parts})
+
+
+def shares_of(run):
+    """Weight of each example over the sum of weights in each batch of one run, slot by slot."""
+    found = np.zeros((STEPS, TRAIN))
+    for step, (members, weights) in enumerate(zip(run.batch, run.weight, strict=True)):
+        for example, weight in zip(members, weights, strict=True):
+            if example >= 0:
+                found[step, example] += weight / weights[members >= 0].sum()
+    return found
+
+
+def looped(model, sites, coefficients, run, y, query):
     """``u_t + v_t`` of one run and query, batch by batch."""
-    value = {name: np.asarray(one, float) for name, one in sites.items()}
-    share, step_size, progress = map(np.asarray, path)
+    value = {name: np.asarray(site, float) for name, site in sites.items()}
+    share, step_size, progress = shares_of(run), run.step_size, run.progress
     at = np.linspace(0.0, 1.0, model.coefficients.knots)
     ahead = np.append(at, 1.0 + at[1] - at[0]) if len(at) > 1 else at
 
@@ -126,10 +145,10 @@ def to_loss(model, y):
     return {"identity": y, "log": np.exp(y), "log-odds": np.logaddexp(0.0, y)}[model.link]
 
 
-def log_density(model, sites, coefficients, path, y, query):
+def log_density(model, sites, coefficients, run, y, query):
     """Of one run and query, all losses known."""
     error = model.error
-    eta = y[1:] - y[0] - looped(model, sites, coefficients, path, y, query)
+    eta = y[1:] - y[0] - looped(model, sites, coefficients, run, y, query)
     steps = np.diff(eta, prepend=0.0)
     size = np.full(STEPS, float(noise_of(model, sites)[query]))
     power = float(sites.get("loss_power", getattr(error, "loss_power", 0.0)))
@@ -140,70 +159,67 @@ def log_density(model, sites, coefficients, path, y, query):
     if error == noise.Gaussian(loss_power=error.__dict__.get("loss_power", 0.0)):
         return sum(stats.norm.logpdf(steps, scale=size))
     with double_precision():
-        covariance = np.asarray(error.covariance(sites, path.progress))
+        covariance = np.asarray(error.covariance(sites, jnp.asarray(run.progress)))
     law = stats.multivariate_normal(cov=covariance + noise.JITTER * np.eye(STEPS))
     return law.logpdf(np.cumsum(steps / size)) - np.log(size).sum()
 
 
-def run_of(paths, run):
-    return jax.tree.map(lambda whole: whole[run], paths)
-
-
-def densities(model, sites, coefficients, paths, y):
+def densities(model, sites, coefficients, runs, y):
     with double_precision():
         gaps = gaps_of(model, y)
-        found = density_of(model, sites, coefficients, paths, jnp.asarray(y), gaps)
+        found = density_of(model, sites, coefficients, runs, jnp.asarray(y), gaps)
         return np.asarray(found), gaps
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_density_is_that_of_the_recurrence_as_a_loop(rng, name):
     model = MODELS[name]
-    sites, coefficients, paths, y = setting(model, rng)
-    found, gaps = densities(model, sites, coefficients, paths, y)
+    sites, coefficients, runs, y = setting(model, rng)
+    found, gaps = densities(model, sites, coefficients, runs, y)
     assert not gaps.filtered
     assert len(gaps.imputed) == 0
-    for run in range(RUNS):
-        path = run_of(paths, run)
+    for number in range(RUNS):
+        run = alone(runs, number)
         for query in range(QUERIES):
-            expected = log_density(model, sites, coefficients, path, y[run, :, query], query)
-            np.testing.assert_allclose(found[run, :, query].sum(), expected, rtol=1e-6)
+            expected = log_density(model, sites, coefficients, run, y[number, :, query], query)
+            np.testing.assert_allclose(found[number, :, query].sum(), expected, rtol=1e-6)
 
 
-def test_what_is_explained_is_the_loop(rng):
+def test_the_mean_function_is_the_loop(rng):
     model = MODELS["two timescales, all"]
-    sites, coefficients, paths, y = setting(model, rng)
-    path = run_of(paths, 0)
+    sites, coefficients, runs, y = setting(model, rng)
+    run = alone(runs, 0)
     with double_precision():
-        found = explained(model, sites, coefficients, path, jnp.asarray(y[0, :-1]))
+        arrays = jax.tree.map(jnp.asarray, run)
+        found = mean_function(model, sites, coefficients, arrays, jnp.asarray(y[0, :-1]))
     for query in range(QUERIES):
-        expected = looped(model, sites, coefficients, path, y[0, :, query], query)
+        expected = looped(model, sites, coefficients, run, y[0, :, query], query)
         np.testing.assert_allclose(found[:, query], expected, rtol=1e-8)
 
 
 def test_each_step_of_the_published_model_is_a_normal_step(rng):
     model = MODELS["linear"]
-    sites, coefficients, paths, y = setting(model, rng)
-    found, _ = densities(model, sites, coefficients, paths, y)
+    sites, coefficients, runs, y = setting(model, rng)
+    found, _ = densities(model, sites, coefficients, runs, y)
     a, b = np.asarray(coefficients.multiplicative), np.asarray(coefficients.additive["staying"])
     for run in range(RUNS):
-        for step, share in enumerate(np.asarray(paths.exposure)[run]):
+        for step, share in enumerate(shares_of(alone(runs, run))):
             mean = (1 + share @ a.T) * y[run, step] + share @ b[..., 0].T
             expected = stats.norm.logpdf(y[run, step + 1], mean, np.asarray(sites["noise"]))
             np.testing.assert_allclose(found[run, step], expected, rtol=1e-8)
 
 
-def law_of_losses(model, sites, coefficients, path, y0, query):
+def law_of_losses(model, sites, coefficients, run, y0, query):
     """Mean and covariance of all losses of one run and query, by the recurrence.
 
-    The mean of a linear recurrence is its path without errors; a column of its response is what
+    The mean of a linear recurrence is its solution without errors; a column of its response is what
     one more unit of error at a step does to later losses.
     """
 
     def rolled(errors):
         y = np.full(STEPS + 1, y0)
         for t in range(STEPS):
-            told = looped(model, sites, coefficients, path, y, query)[t]
+            told = looped(model, sites, coefficients, run, y, query)[t]
             y[t + 1] = y0 + told + errors[t]
         return y[1:]
 
@@ -213,7 +229,7 @@ def law_of_losses(model, sites, coefficients, path, y0, query):
         error = model.error
         observation = getattr(error, "observation", False)
         own = noise.Gaussian() if observation else error
-        covariance = np.asarray(own.covariance(sites, path.progress))
+        covariance = np.asarray(own.covariance(sites, jnp.asarray(run.progress)))
     size = float(noise_of(model, sites)[query])
     whole = response @ covariance @ response.T
     if observation:
@@ -239,12 +255,12 @@ FILTERED = {
 }
 
 
-def same_as_dense(model, sites, coefficients, paths, y, found):
+def same_as_dense(model, sites, coefficients, runs, y, found):
     for run in range(RUNS):
         for query in range(QUERIES):
-            path, seen = run_of(paths, run), y[run, 1:, query]
+            seen = y[run, 1:, query]
             mean, covariance = law_of_losses(
-                model, sites, coefficients, path, y[run, 0, query], query
+                model, sites, coefficients, alone(runs, run), y[run, 0, query], query
             )
             kept = np.flatnonzero(np.isfinite(seen))
             law = stats.multivariate_normal(mean[kept], covariance[np.ix_(kept, kept)])
@@ -257,50 +273,50 @@ def same_as_dense(model, sites, coefficients, paths, y, found):
 @pytest.mark.parametrize("name", ROWS)
 def test_times_that_all_runs_lack_are_integrated_out(rng, name):
     model = ROWS[name]
-    sites, coefficients, paths, y = setting(model, rng)
+    sites, coefficients, runs, y = setting(model, rng)
     y[:, [1, 4]] = np.nan
-    found, gaps = densities(model, sites, coefficients, paths, y)
-    assert gaps.rows.tolist() == [1, 2, 4]
+    found, gaps = densities(model, sites, coefficients, runs, y)
+    assert gaps.rows == (1, 2, 4)
     assert not gaps.filtered
     assert len(gaps.imputed) == 0
-    same_as_dense(model, sites, coefficients, paths, y, found)
+    same_as_dense(model, sites, coefficients, runs, y, found)
 
 
 @pytest.mark.parametrize("name", FILTERED)
 def test_any_missing_loss_of_a_markov_model_is_filtered_out(rng, name):
     model = FILTERED[name]
-    sites, coefficients, paths, y = setting(model, rng)
+    sites, coefficients, runs, y = setting(model, rng)
     y[0, [1, 2, 4], 0] = np.nan
     y[1, 5, 1] = np.nan
-    found, gaps = densities(model, sites, coefficients, paths, y)
+    found, gaps = densities(model, sites, coefficients, runs, y)
     assert gaps.filtered
-    same_as_dense(model, sites, coefficients, paths, y, found)
+    same_as_dense(model, sites, coefficients, runs, y, found)
 
 
 def test_noise_of_observation_with_multiplicative_terms_is_filtered_even_if_nothing_misses(rng):
     model = FILTERED["observation"]
-    sites, coefficients, paths, y = setting(model, rng)
-    found, gaps = densities(model, sites, coefficients, paths, y)
+    sites, coefficients, runs, y = setting(model, rng)
+    found, gaps = densities(model, sites, coefficients, runs, y)
     assert gaps.filtered
-    same_as_dense(model, sites, coefficients, paths, y, found)
+    same_as_dense(model, sites, coefficients, runs, y, found)
 
 
 def test_a_missing_loss_of_a_student_model_is_imputed(rng):
-    """The program's density over the missing loss has the integral of the product of steps."""
+    """The model's density over the missing loss has the integral of the product of steps."""
     model = MODELS["student"]
-    sites, coefficients, paths, y = setting(model, rng, runs=1)
+    sites, coefficients, runs, y = setting(model, rng, count=1)
     y[0, 3, 1] = np.nan
     with double_precision():
         gaps = gaps_of(model, y)
-        assert gaps.imputed.tolist() == [[0, 3, 1]]
+        assert gaps.imputed == ((0, 3, 1),)
         assert not gaps.filtered
         grid = jnp.linspace(-30.0, 30.0, 3001)
-        one = partial(density_of, model, sites, coefficients, paths, gaps=gaps)
+        one = partial(density_of, model, sites, coefficients, runs, gaps=gaps)
         seen = jnp.asarray(y)
         found = jax.vmap(lambda at: one(seen.at[0, 3, 1].set(at))[0, :, 1].sum())(grid)
         integral = np.trapezoid(np.exp(np.asarray(found)), np.asarray(grid))
     scale, df = float(sites["noise"][1]), 2 + float(sites["error_freedom"])
-    share = np.asarray(paths.exposure)[0]
+    share = shares_of(alone(runs, 0))
     alpha = 1 + share @ np.asarray(coefficients.multiplicative)[1]
     beta = share @ np.asarray(coefficients.additive["staying"])[1, :, 0]
 
@@ -336,14 +352,14 @@ def test_the_cheapest_exact_way_is_taken(rng, model, way):
 
 def test_gradients_are_finite_where_losses_are_missing(rng):
     for model, lost in ((ROWS["smooth"], np.s_[:, 2]), (FILTERED["linear"], np.s_[0, 2, 1])):
-        sites, _, paths, y = setting(model, rng)
+        sites, _, runs, y = setting(model, rng)
         y[lost] = np.nan
         with double_precision():
             gaps, units = gaps_of(model, y), Units(jnp.ones(QUERIES), jnp.ones(()))
 
-            def total(sites, model=model, paths=paths, y=y, gaps=gaps, units=units):
+            def total(sites, model=model, runs=runs, y=y, gaps=gaps, units=units):
                 found = coefficients_of(model, sites, units, no_features(TRAIN, QUERIES))
-                return density_of(model, sites, found, paths, jnp.asarray(y), gaps).sum()
+                return density_of(model, sites, found, runs, jnp.asarray(y), gaps).sum()
 
             gradient = jax.jit(jax.grad(total))(sites)
             assert all(np.isfinite(np.asarray(one)).all() for one in gradient.values())

@@ -18,7 +18,7 @@ from scipy import stats
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model import priors
-from bayes_simfluence.model.effects import ExampleFeatures, no_features
+from bayes_simfluence.model.arrays import ExampleFeatures, no_features
 from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.model.sites import is_coefficient, kept
 

@@ -1,19 +1,19 @@
 """The two-timescale design against the recurrence run as a loop; links; settings."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
 from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.exposure import FLOOR, Exposure
 from bayes_simfluence.model.hyper import natural_values, start
 from bayes_simfluence.model.link import link_of, log_slope, loss_of
 from bayes_simfluence.model.noise import AR1, Gaussian, StudentT
-from bayes_simfluence.model.priors import ExampleFeatures, no_features
 from bayes_simfluence.model.simfluence import (
-    Path,
     Simfluence,
     design,
     hypers_of,
@@ -26,26 +26,42 @@ PARTS = Simfluence().parts
 
 
 def setting(rng, knots=3, features=2):
-    """A model with hyperparameters off their centre, one run, and features."""
+    """A model with hyperparameters off their centre, and one run."""
     model = Simfluence(coefficients=Varying(knots))
-    share = rng.multinomial(2, np.full(TRAIN, 1 / TRAIN), STEPS) / 2
-    path = (share, np.linspace(1.0, 0.1, STEPS), np.arange(1, STEPS + 1) / RECORDED)
-    known = (rng.normal(size=(TRAIN, features)), rng.normal(size=(QUERY, features)))
-    return model, path, known
+    run = RunArrays(
+        batch=rng.integers(-1, TRAIN, (STEPS, 3)),
+        weight=rng.uniform(0.5, 2.0, (STEPS, 3)),
+        step_size=np.linspace(1.0, 0.1, STEPS),
+        loss=np.full((STEPS + 1, QUERY), np.nan),
+        query=np.arange(QUERY),
+        features=ExampleFeatures(
+            rng.normal(size=(TRAIN, features)), rng.normal(size=(QUERY, features))
+        ),
+        progress=np.arange(1, STEPS + 1) / RECORDED,
+    )
+    return model, run
 
 
-def prepared(rng, model, path, known):
-    """The same as arrays of JAX, with hyperparameters by name; in double precision."""
-    features = ExampleFeatures(*map(jnp.asarray, known))
-    hypers = hypers_of(model, features)
+def prepared(rng, model, run):
+    """Hyperparameters by name, and the run as arrays of JAX; in double precision."""
+    hypers = hypers_of(model, run.features)
     free = start(hypers) + 0.5 * rng.normal(size=len(hypers))
     values = natural_values(hypers, jnp.asarray(free))
-    return values, Path(*map(jnp.asarray, path)), features
+    return values, jax.tree.map(jnp.asarray, run)
 
 
-def looped(values, path, effect_of):
+def shares(run):
+    """Weight of each example over the sum of weights in each batch, slot by slot."""
+    found = np.zeros((STEPS, TRAIN))
+    for step, (members, weights) in enumerate(zip(run.batch, run.weight, strict=True)):
+        for example, weight in zip(members, weights, strict=True):
+            if example >= 0:
+                found[step, example] += weight / weights[members >= 0].sum()
+    return found
+
+
+def looped(values, run, effect_of):
     """``u_t + v_t`` step by step, for ``effect_of(part, step)`` of each batch alone."""
-    share, step_size, _ = path
     totals = {"staying": 0.0, "fading": 0.0}
     memories, found = {"staying": 0.0, "fading": 0.0}, []
     kept = {
@@ -53,11 +69,11 @@ def looped(values, path, effect_of):
         "fading": np.exp(-1.0 / (RECORDED * values["fade_length"])),
     }
     momentum, power = values["momentum"], values["step_size_power"]
-    for step in range(len(share)):
+    for step in range(STEPS):
         for part in PARTS:
             memories[part] = momentum * memories[part] + (1 - momentum) * effect_of(part, step)
             moved = memories[part] / (1 - momentum ** (step + 1))
-            moved = (step_size[step] + FLOOR) ** power * moved
+            moved = (run.step_size[step] + FLOOR) ** power * moved
             totals[part] = kept[part] * totals[part] + moved
         found.append(totals["staying"] + totals["fading"])
     return np.array(found)
@@ -79,66 +95,69 @@ def curves(values, part, weights, model, count):
 
 @pytest.mark.parametrize(("knots", "features"), [(3, 2), (1, 2), (4, 0)])
 def test_the_design_is_the_recurrence(rng, knots, features):
-    model, path, known = setting(rng, knots, features)
+    model, run = setting(rng, knots, features)
     count = model.coefficients.count(STEPS / RECORDED)
     sources = TRAIN + features + 1
     weights = rng.normal(size=(2, count, sources))
     rows = np.array([0, 3, STEPS - 1])
     with double_precision():
-        values, arrays, given = prepared(rng, model, path, known)
-        found = design(model, values, arrays, given, knots=count, rows=jnp.asarray(rows))
+        values, arrays = prepared(rng, model, run)
+        found = design(model, values, arrays, knots=count, rows=jnp.asarray(rows))
         found = np.asarray(found) @ weights.reshape(-1)
         values = numbers(values)
     at_knots = {p: curves(values, p, w, model, count) for p, w in zip(PARTS, weights, strict=True)}
 
+    share, known = shares(run), run.features
+
     def effect_of(part, step):
-        share, _, progress = path
         at = np.arange(count) / max(knots - 1, 1)
-        now = np.array([np.interp(progress[step], at, curve) for curve in at_knots[part].T])
+        now = np.array([np.interp(run.progress[step], at, curve) for curve in at_knots[part].T])
         own, shared, common = now[:TRAIN], now[TRAIN:-1], now[-1]
-        each = own + (values[f"{part}_alike"] * known[0] @ shared if features else 0.0)
+        each = own + (values[f"{part}_alike"] * known.train @ shared if features else 0.0)
         effect = share[step] @ each + values[f"{part}_common"] * common
         return effect * (values["fading_scale"] if part == "fading" else 1.0)
 
-    np.testing.assert_allclose(found, looped(values, path, effect_of)[rows], rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(found, looped(values, run, effect_of)[rows], rtol=1e-8, atol=1e-10)
 
 
 def test_the_prior_mean_is_the_recurrence(rng):
-    model, path, known = setting(rng)
+    model, run = setting(rng)
     rows = np.array([1, 7, STEPS - 1])
     with double_precision():
-        values, arrays, given = prepared(rng, model, path, known)
-        found = np.asarray(prior_mean(model, values, arrays, given, rows=jnp.asarray(rows)))
+        values, arrays = prepared(rng, model, run)
+        found = np.asarray(prior_mean(model, values, arrays, rows=jnp.asarray(rows)))
         values = numbers(values)
+    share, known = shares(run), run.features
     for query in range(QUERY):
         expected = looped(
             values,
-            path,
+            run,
             lambda part, step, query=query: (
-                -values[f"{part}_dot"] * (path[0][step] @ known[0]) @ known[1][query]
+                -values[f"{part}_dot"] * (share[step] @ known.train) @ known.query[query]
             ),
         )
         np.testing.assert_allclose(found[:, query], expected[rows], rtol=1e-8, atol=1e-10)
 
 
 def test_without_query_features_the_prior_mean_is_zero(rng):
-    model, path, (train, _) = setting(rng)
+    model, run = setting(rng)
+    run = run._replace(features=run.features._replace(query=np.zeros((QUERY, 0))))
     with double_precision():
-        values, arrays, given = prepared(rng, model, path, (train, np.zeros((QUERY, 0))))
-        found = prior_mean(model, values, arrays, given, rows=jnp.arange(STEPS))
+        values, arrays = prepared(rng, model, run)
+        found = prior_mean(model, values, arrays, rows=jnp.arange(STEPS))
     np.testing.assert_array_equal(found, np.zeros((STEPS, QUERY)))
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_the_mean_effect_is_that_of_a_batch_of_one_example(rng, part):
-    model, path, known = setting(rng)
+    model, run = setting(rng)
     weights = rng.normal(size=(2, 3, TRAIN + 3))
     with double_precision():
-        values, _, given = prepared(rng, model, path, known)
-        found = np.asarray(mean_effect(model, values, part, given)) @ weights.reshape(-1)
+        values, arrays = prepared(rng, model, run)
+        found = np.asarray(mean_effect(model, values, part, arrays.features)) @ weights.reshape(-1)
         values = numbers(values)
     mine = curves(values, part, weights[PARTS.index(part)], model, 3).mean(axis=0)
-    expected = mine[:TRAIN] + values[f"{part}_alike"] * known[0] @ mine[TRAIN:-1]
+    expected = mine[:TRAIN] + values[f"{part}_alike"] * run.features.train @ mine[TRAIN:-1]
     expected = expected + values[f"{part}_common"] * mine[-1]
     expected = expected * (values["fading_scale"] if part == "fading" else 1.0)
     np.testing.assert_allclose(found, expected, rtol=1e-8)

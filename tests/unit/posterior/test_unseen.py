@@ -7,9 +7,10 @@ import pytest
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.gaussian.designs import designs_and_means, stacked_paths
+from bayes_simfluence.gaussian.designs import designs_and_means
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.simulators.unseen import _freedom
+from bayes_simfluence.posterior.arrays import recorded_arrays
+from bayes_simfluence.simulators.unseen import _df
 
 pytestmark = pytest.mark.filterwarnings("ignore::bayes_simfluence.checks.FitWarning")
 KEY = jax.random.key(5)
@@ -113,25 +114,21 @@ def prior_mean_of(simulator, runs):
     """Prior mean of the change of each query, link units, from its features."""
     features = simulator.fitted.features
     with double_precision():
-        paths = stacked_paths(
-            known_examples(runs)["batch"].values,
-            runs["step_size"].values / simulator.largest_step_size,
-            len(features.train),
-            simulator.fitted.steps,
-        )
-        values = {name: jnp.asarray(one) for name, one in simulator.values.items()}
         query = jnp.asarray(runs["query_feature"].values, float)
-        found = designs_and_means(
-            simulator.model, values, paths, features._replace(query=query), jnp.arange(24), knots=6
+        arrays = recorded_arrays(known_examples(runs))._replace(
+            step_size=runs["step_size"].values.astype(float) / simulator.largest_step_size,
+            features=features._replace(query=query),
         )
-    return np.asarray(found[1])
+        values = {name: jnp.asarray(value) for name, value in simulator.values.items()}
+        _, mean = designs_and_means(simulator.model, values, arrays, jnp.arange(24), knots=6)
+    return np.asarray(mean)
 
 
 def test_a_scale_known_from_others_has_the_spread_of_theirs(rng):
-    for freedom in (4.0, 30.0):
-        logs = -np.log(rng.chisquare(freedom, 200_000) / freedom)
-        np.testing.assert_allclose(_freedom(logs.var()), freedom, rtol=0.03)
-    assert _freedom(np.inf) == 1.0 and _freedom(0.0) == 200.0
+    for df in (4.0, 30.0):
+        logs = -np.log(rng.chisquare(df, 200_000) / df)
+        np.testing.assert_allclose(_df(logs.var()), df, rtol=0.03)
+    assert _df(np.inf) == 1.0 and _df(0.0) == 200.0
 
 
 def test_features_are_asked_for_where_they_are_needed(fits):

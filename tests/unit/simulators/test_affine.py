@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from bayes_simfluence.model.arrays import RunArrays, no_features
 from bayes_simfluence.simulators.affine import AffineSimulator
-from bayes_simfluence.simulators.base import Planned, Simulator, resampled
+from bayes_simfluence.simulators.base import Simulator, resampled
 
 DRAWS = 3
 RUNS, STEPS, SLOTS, TRAIN, QUERY = 3, 7, 3, 5, 2
@@ -17,7 +18,15 @@ def planned(rng, query=(0, 1), runs=RUNS, steps=STEPS):
     batch = rng.integers(-1, TRAIN, (runs, steps, SLOTS))
     batch[0, 0], batch[0, 1], batch[-1, 2] = -1, [2, 2, 2], [1, 1, -1]
     initial = rng.uniform(0.5, 1.5, (runs, len(query)))
-    return Planned(batch, None, initial, np.array(query))
+    return starting(batch, initial, query, weight=rng.uniform(0.5, 2.0, batch.shape))
+
+
+def starting(batch, initial, query, weight=None):
+    """Planned runs, without step sizes."""
+    features = no_features(TRAIN, QUERY)
+    return RunArrays.of(
+        batch, initial[:, None], weight=weight, query=np.array(query), features=features
+    )
 
 
 def coefficients(rng, scale=0.2):
@@ -38,10 +47,14 @@ def looped(a, b, plan, *, keep, count):
         for at, query in enumerate(plan.query):
             found[run, 0, at] = loss = plan.initial[run, at]
             for step, members in enumerate(plan.batch[run], start=1):
-                filled = [one for one in members if one >= 0]
-                share = 1.0 if count else 1.0 / max(len(filled), 1)
-                alpha = keep + sum(share * a[query, one] for one in filled)
-                loss = alpha * loss + sum(share * b[query, one] for one in filled)
+                weights = [
+                    (example, weight)
+                    for example, weight in zip(members, plan.weight[run, step - 1], strict=True)
+                    if example >= 0
+                ]
+                total = 1.0 if count or not weights else sum(weight for _, weight in weights)
+                alpha = keep + sum(weight / total * a[query, i] for i, weight in weights)
+                loss = alpha * loss + sum(weight / total * b[query, i] for i, weight in weights)
                 found[run, step, at] = loss
     return found
 
@@ -67,7 +80,7 @@ def test_a_draw_is_the_plain_loop_of_its_coefficients(rng, key):
     alone = np.broadcast_to(np.arange(TRAIN)[:, None, None], (TRAIN, 1, 1))
     zero, one = (
         simulator.simulate(
-            Planned(alone, None, np.full((TRAIN, QUERY), start), np.arange(QUERY)),
+            starting(alone, np.full((TRAIN, QUERY), start), range(QUERY)),
             key=key,
             draws=DRAWS,
         ).mean_loss[0, :, :, 1]
@@ -119,8 +132,10 @@ def test_white_noise_adds_up_along_a_run(rng, key):
 
 def test_a_run_is_the_same_in_any_company(rng, key):
     simulator, plan = gaussian(rng, noise=np.full(QUERY, 0.1)), planned(rng)
-    alone = plan._replace(batch=plan.batch[1:2], initial=plan.initial[1:2])
-    longer = plan._replace(batch=np.concatenate([plan.batch, plan.batch], axis=1))
+    alone = plan.take(np.array([1]))
+    twice = (np.concatenate([array, array], axis=1) for array in (plan.batch, plan.weight))
+    batch, weight = twice
+    longer = starting(batch, plan.initial, plan.query, weight)
     together = simulator.simulate(plan, key=key, draws=DRAWS).mean_loss
     for other, run in ((alone, slice(0, 1)), (longer, slice(1, 2))):
         found = simulator.simulate(other, key=key, draws=DRAWS).mean_loss
@@ -134,12 +149,12 @@ def test_a_run_is_the_same_in_any_company(rng, key):
 def test_some_queries_have_the_draws_that_they_have_among_all(rng, key):
     simulator, plan = gaussian(rng), planned(rng)
     every = simulator.simulate(plan, key=key, draws=DRAWS).mean_loss
-    second = plan._replace(initial=plan.initial[:, 1:], query=np.array([1]))
+    second = plan.of_queries(np.array([1]))
     found = simulator.simulate(second, key=key, draws=DRAWS).mean_loss
     np.testing.assert_allclose(found[..., 0], every[..., 1], rtol=1e-5)
 
 
-def test_a_band_of_residuals_is_whole_paths(rng, key):
+def test_a_band_of_residuals_is_whole_trajectories(rng, key):
     (a, b), plan = coefficients(rng), planned(rng, query=(1, 0))
     residual = rng.normal(size=(4, STEPS + 1, QUERY))
     simulator = AffineSimulator(a, b, residual=residual)
@@ -150,11 +165,11 @@ def test_a_band_of_residuals_is_whole_paths(rng, key):
     assert (distance.min(axis=2) < 1e-5).all()
     shares = np.bincount(distance.argmin(axis=2).ravel(), minlength=4) / distance[..., 0].size
     assert np.abs(shares - 0.25).max() < FALSE_ALARM * np.sqrt(0.25 * 0.75 / 600)
-    # Draws and runs meet different paths.
+    # Draws and runs meet different residuals.
     assert len(np.unique(distance.argmin(axis=2)[:, 0])) == 4
 
 
-def test_residual_paths_stay_at_their_end_in_longer_runs(rng, key):
+def test_residuals_stay_at_their_end_in_longer_runs(rng, key):
     residual = rng.normal(size=(2, 4, QUERY))
     found = resampled(residual, planned(rng), key=key, draws=DRAWS)
     assert found.shape == (DRAWS, RUNS, STEPS + 1, QUERY)

@@ -8,23 +8,18 @@ import numpy as np
 import pytest
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.gaussian.designs import (
-    JITTER,
-    FittedPaths,
-    designs_and_means,
-    stacked_paths,
-)
+from bayes_simfluence.gaussian.designs import JITTER, designs_and_means
 from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
 from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.hyper import natural_values, start
-from bayes_simfluence.model.priors import ExampleFeatures
 from bayes_simfluence.model.simfluence import (
     Simfluence,
     hypers_of,
     mean_effect,
 )
-from bayes_simfluence.simulators.base import Planned, Simulator
-from bayes_simfluence.simulators.gaussian import PathSimulator
+from bayes_simfluence.simulators.base import Simulator
+from bayes_simfluence.simulators.gaussian import GaussianSimulator
 
 RUNS, STEPS, SLOTS, TRAIN, QUERY = 4, 8, 2, 6, 2
 LONG = 12
@@ -41,17 +36,17 @@ FALSE_ALARM = 5.5
 """Monte Carlo errors are refused beyond this many standard errors: 4e-8 for each number."""
 
 
-def simulator(rng, *, knots=3, features=2, link="identity", freedom=1e6, **others):
+def simulator(rng, *, knots=3, features=2, link="identity", df=1e6, **others):
     model = Simfluence(link=link, coefficients=Varying(knots))
     known = ExampleFeatures(
         jnp.asarray(rng.normal(size=(TRAIN, features))),
         jnp.asarray(rng.normal(size=(QUERY, features))),
     )
     hypers = hypers_of(model, known)
-    fitted = FittedPaths(
-        batch=rng.integers(-1, TRAIN, (RUNS, STEPS, SLOTS)),
+    fitted = RunArrays.of(
+        rng.integers(-1, TRAIN, (RUNS, STEPS, SLOTS)),
+        rng.uniform(0.5, 1.5, (RUNS, STEPS + 1, QUERY)),
         step_size=np.tile(np.linspace(1.0, 0.2, STEPS), (RUNS, 1)),
-        loss=rng.uniform(0.5, 1.5, (RUNS, STEPS + 1, QUERY)),
         features=known,
     )
     settings = {
@@ -61,10 +56,10 @@ def simulator(rng, *, knots=3, features=2, link="identity", freedom=1e6, **other
         "rows": ROWS,
         "largest_step_size": 0.5,
         "scale": np.array([0.3, 0.5]),
-        "widening": np.zeros(3),
-        "freedom": freedom,
+        "log_inflation": np.zeros(3),
+        "df": df,
     }
-    return PathSimulator(**{**settings, **others})
+    return GaussianSimulator(**{**settings, **others})
 
 
 def recorded_at(post, known):
@@ -77,7 +72,21 @@ def recorded_at(post, known):
 def planned(rng, steps=LONG, runs=2, query=(0, 1)):
     sizes = np.broadcast_to(np.linspace(0.5, 0.1, steps), (runs, steps)).copy()
     batch = rng.integers(0, TRAIN, (runs, steps, SLOTS))
-    return Planned(batch, sizes, rng.uniform(0.5, 1.0, (runs, len(query))), np.array(query))
+    initial = rng.uniform(0.5, 1.0, (runs, len(query)))
+    return RunArrays.of(
+        batch,
+        initial[:, None],
+        step_size=sizes,
+        query=np.array(query),
+        features=no_features(TRAIN, QUERY),
+    )
+
+
+def with_initial(plan, initial):
+    """The planned runs from other losses before the first update."""
+    loss = plan.loss.copy()
+    loss[:, 0] = initial
+    return plan._replace(loss=loss)
 
 
 def dense(post, plan):
@@ -88,21 +97,22 @@ def dense(post, plan):
     the query's scale squared; and the same for the two kinds of effects of single examples.
     """
     model, fitted, features = post.model, post.fitted, post.fitted.features
-    steps = plan.batch.shape[1]
+    steps = plan.steps
     with double_precision():
         values = natural_values(hypers_of(model, features), jnp.asarray(post.free))
         knots = model.coefficients.count(max(1.0, steps / STEPS))
 
-        def designs(batch, step_size, rows):
-            paths = stacked_paths(batch, step_size, TRAIN, STEPS)
-            found = designs_and_means(
-                model, values, paths, features, jnp.asarray(rows), knots=knots
-            )
-            return [np.asarray(one) for one in found]
+        def designs(runs, rows):
+            made = designs_and_means(model, values, runs, jnp.asarray(rows), knots=knots)
+            return [np.asarray(array) for array in made]
 
-        old, old_mean = designs(fitted.batch, fitted.step_size, ROWS)
-        sizes = plan.step_size / post.largest_step_size
-        new, new_mean = (one[0] for one in designs(plan.batch, sizes, np.arange(steps)))
+        old, old_mean = designs(fitted, ROWS)
+        run = plan.take(np.array([0]))._replace(
+            step_size=plan.step_size[:1] / post.largest_step_size,
+            progress=np.arange(1, steps + 1)[None] / STEPS,
+            features=features,
+        )
+        new, new_mean = (array[0] for array in designs(run, np.arange(steps)))
         progress = jnp.arange(1, max(steps, STEPS) + 1) / STEPS
         error = np.asarray(model.error.covariance(values, progress))
         error = error + JITTER * np.eye(len(error))
@@ -156,7 +166,7 @@ def same_moments(drawn, mean, covariance):
         (3, 2, LONG, UNLIKE),
     ],
 )
-def test_paths_are_the_dense_posterior(rng, key, knots, features, steps, known):
+def test_trajectories_are_the_dense_posterior(rng, key, knots, features, steps, known):
     post, plan = simulator(rng, knots=knots, features=features), planned(rng, steps)
     post = post if known is None else recorded_at(post, known)
     assert isinstance(post, Simulator)
@@ -188,11 +198,11 @@ def test_effects_of_examples_are_the_dense_posterior(rng, key, known):
 def test_what_is_not_recorded_is_as_if_it_had_never_been(rng, key):
     plan, post = planned(rng), simulator(rng)
 
-    def posterior(one):
+    def posterior(simulator):
         """Mean of the weights, and what the fit takes from their prior covariance."""
-        with double_precision():
-            solved = one._solved(1.0)
-            return np.asarray(solved.weights), np.asarray(solved.gain.T @ solved.train)
+        conditioned = simulator._conditioned(STEPS).conditioned
+        gain, designs = (np.asarray(array) for array in (conditioned.gain, conditioned.designs))
+        return np.asarray(conditioned.mean), gain.T @ designs
 
     found = posterior(recorded_at(post, ALIKE))
     never = posterior(dataclasses.replace(post, rows=np.array([3, 7])))
@@ -218,7 +228,7 @@ def test_the_check_of_moments_refuses_wrong_ones(rng):
             same_moments(wrong, mean, covariance)
 
 
-def test_the_log_odds_link_maps_the_same_paths(rng, key):
+def test_the_log_odds_link_maps_the_same_trajectories(rng, key):
     plan = planned(rng)
     post = simulator(rng, link="log-odds")
     # The identity link on linked losses is the same posterior before the last map.
@@ -228,7 +238,7 @@ def test_the_log_odds_link_maps_the_same_paths(rng, key):
         fitted=post.fitted._replace(loss=np.log(np.expm1(post.fitted.loss))),
     )
     inner = linked.simulate(
-        plan._replace(initial=np.log(np.expm1(plan.initial))), key=key, draws=DRAWS
+        with_initial(plan, np.log(np.expm1(plan.initial))), key=key, draws=DRAWS
     )
     found = post.simulate(plan, key=key, draws=DRAWS)
     for one, other in zip(found, inner, strict=True):
@@ -239,8 +249,8 @@ def test_the_log_odds_link_maps_the_same_paths(rng, key):
 def test_few_degrees_of_freedom_have_heavy_tails(rng, key):
     plan = planned(rng)
     normal, heavy = (
-        simulator(np.random.default_rng(0), freedom=freedom).simulate(plan, key=key, draws=DRAWS)
-        for freedom in (1e6, 5.0)
+        simulator(np.random.default_rng(0), df=df).simulate(plan, key=key, draws=DRAWS)
+        for df in (1e6, 5.0)
     )
     final = [found.loss[0, :, 0, -1, 0].astype(float) for found in (normal, heavy)]
     variances = [one.var() for one in final]
@@ -250,17 +260,19 @@ def test_few_degrees_of_freedom_have_heavy_tails(rng, key):
     assert kurtosis[0] < 3.5 < 4.5 < kurtosis[1]
 
 
-def test_widening_is_a_factor_on_the_variance(rng, key):
+def test_inflation_is_a_factor_on_the_variance(rng, key):
     post, plan = simulator(rng), planned(rng)
-    wide = dataclasses.replace(post, widening=np.log([1.0, 4.0, 9.0]))
-    plain, widened = (one.simulate(plan, key=key, draws=DRAWS) for one in (post, wide))
+    wide = dataclasses.replace(post, log_inflation=np.log([1.0, 4.0, 9.0]))
+    plain, inflated = (one.simulate(plan, key=key, draws=DRAWS) for one in (post, wide))
     expected = np.exp(
         0.5 * np.interp(np.arange(13) / STEPS, [0.0, 0.5, 1.0], np.log([1.0, 4.0, 9.0]))
     )
     for kind in ("mean_loss", "loss"):
-        spread = [getattr(one, kind)[0, :, 0].astype(float).std(axis=0) for one in (plain, widened)]
+        spread = [
+            getattr(one, kind)[0, :, 0].astype(float).std(axis=0) for one in (plain, inflated)
+        ]
         np.testing.assert_allclose(spread[1][1:], expected[1:, None] * spread[0][1:], rtol=1e-3)
-        middle = [getattr(one, kind)[0, :, 0].mean(axis=0) for one in (plain, widened)]
+        middle = [getattr(one, kind)[0, :, 0].mean(axis=0) for one in (plain, inflated)]
         assert np.abs(middle[0] - middle[1]).max() < 0.5 * spread[1].max()
 
 
@@ -268,7 +280,7 @@ def test_longer_runs_begin_as_they_would_and_know_less_at_their_end(rng, key):
     post = simulator(rng)
     short, long = planned(np.random.default_rng(1), 8), planned(np.random.default_rng(1), 12)
     long.batch[:, :8], long.step_size[:, :8] = short.batch, short.step_size
-    long = long._replace(initial=short.initial)
+    long = with_initial(long, short.initial)
     found = {
         steps: post.simulate(plan, key=key, draws=DRAWS) for steps, plan in ((8, short), (12, long))
     }
@@ -281,9 +293,9 @@ def test_longer_runs_begin_as_they_would_and_know_less_at_their_end(rng, key):
 
 
 def test_a_run_is_the_same_in_any_company(rng, key):
-    post, one, other = simulator(rng, freedom=4.0), planned(rng), planned(rng)
-    for whole, part in zip(other[:3], one[:3], strict=True):
-        whole[0] = part[1]
+    post, one, other = simulator(rng, df=4.0), planned(rng), planned(rng)
+    for name in ("batch", "step_size", "loss"):
+        getattr(other, name)[0] = getattr(one, name)[1]
     found, again = (post.simulate(plan, key=key, draws=DRAWS) for plan in (one, other))
     np.testing.assert_allclose(
         again.mean_loss[:, :, 0], found.mean_loss[:, :, 1], rtol=1e-4, atol=1e-5
@@ -294,8 +306,8 @@ def test_a_run_is_the_same_in_any_company(rng, key):
 
 def test_equal_curricula_share_coefficients_but_not_their_error(rng, key):
     plan = planned(rng)
-    for whole in plan[:3]:
-        whole[0] = whole[1]
+    for name in ("batch", "step_size", "loss"):
+        getattr(plan, name)[0] = getattr(plan, name)[1]
     found = simulator(rng).simulate(plan, key=key, draws=DRAWS)
     np.testing.assert_allclose(found.mean_loss[:, :, 0], found.mean_loss[:, :, 1], rtol=1e-5)
     error = (found.loss - found.mean_loss)[0, :, :, -1, 0]
@@ -319,7 +331,7 @@ def test_step_sizes_are_needed_where_the_fitted_runs_had_them(rng, key):
 def test_what_is_saved_is_what_was_there(rng, key, known):
     post, plan = recorded_at(simulator(rng), known), planned(rng)
     arrays = {name: value for name, (_, value) in post.arrays().items()}
-    again = PathSimulator.restore(arrays, post.settings())
+    again = GaussianSimulator.restore(arrays, post.settings())
     for one, other in zip(
         post.simulate(plan, key=key, draws=DRAWS),
         again.simulate(plan, key=key, draws=DRAWS),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.simulators.base import Planned, Simulator
+from bayes_simfluence.model.arrays import RunArrays, no_features
+from bayes_simfluence.simulators.base import Simulator
 from bayes_simfluence.simulators.mean import MeanSimulator
 
 
@@ -13,7 +14,9 @@ def simulator(rng):
 
 
 def plan(rng, steps):
-    return Planned(np.zeros((2, steps, 1), int), None, rng.normal(size=(2, 2)), np.array([2, 0]))
+    initial = rng.normal(size=(2, 1, 2))
+    batch = np.zeros((2, steps, 1), int)
+    return RunArrays.of(batch, initial, query=np.array([2, 0]), features=no_features(1, 3))
 
 
 @pytest.mark.parametrize("steps", [1, 4, 6])

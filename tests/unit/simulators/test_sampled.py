@@ -13,16 +13,14 @@ from numpyro import distributions as dist
 from scipy import stats
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.data.curriculum import exposures
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model import noise
+from bayes_simfluence.model.arrays import RunArrays, exposures, no_features
 from bayes_simfluence.model.coefficients import Varying
-from bayes_simfluence.model.effects import no_features
 from bayes_simfluence.model.exposure import FLOOR, Exposure
 from bayes_simfluence.model.hyper import natural_values, start
 from bayes_simfluence.model.numpyro_model import Units, coefficients_of
-from bayes_simfluence.model.simfluence import Path, Simfluence, hypers_of
-from bayes_simfluence.simulators.base import Planned
+from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 from bayes_simfluence.simulators.sampled import SampledSimulator
 from bayes_simfluence.simulators.unrolled import _scanned, _summed
 
@@ -60,12 +58,19 @@ def drawn(model, rng, draws=1, same=False, **fixed):
 
 
 def planned(rng, runs=2, steps=STEPS):
-    return Planned(
-        batch=rng.integers(-1, TRAIN, (runs, steps, 2)),
-        step_size=rng.uniform(0.01, 0.1, (runs, steps)),
-        initial=rng.uniform(0.8, 1.6, (runs, QUERIES)),
-        query=np.arange(QUERIES),
-    )
+    batch = rng.integers(-1, TRAIN, (runs, steps, 2))
+    step_size = rng.uniform(0.01, 0.1, (runs, steps))
+    initial = rng.uniform(0.8, 1.6, (runs, 1, QUERIES))
+    weight = rng.uniform(0.5, 2.0, batch.shape)
+    features = no_features(TRAIN, QUERIES)
+    return RunArrays.of(batch, initial, weight=weight, step_size=step_size, features=features)
+
+
+def shares_of(plan, run):
+    """Weight of each example over the sum of weights in each batch."""
+    with double_precision():
+        batch, weight = jnp.asarray(plan.batch[run]), jnp.asarray(plan.weight[run])
+        return np.asarray(exposures(batch, weight, TRAIN))
 
 
 def to_link(model, loss):
@@ -89,7 +94,9 @@ def looped(simulator, plan, run, query):
     rho = value.get("momentum", simulator.model.exposure.momentum)
     memory, total = dict.fromkeys(model.parts, 0.0), dict.fromkeys(model.parts, 0.0)
     for t, slots in enumerate(plan.batch[run]):
-        share = [np.mean(slots[slots >= 0] == i) if (slots >= 0).any() else 0 for i in range(TRAIN)]
+        weights = np.where(slots >= 0, plan.weight[run, t], 0.0)
+        total = weights.sum() or 1.0
+        share = [weights[slots == i].sum() / total for i in range(TRAIN)]
         for part in model.parts:
             moved = scale * ratio[part] * (share @ value[f"{part}_unit"][query, :, 0])
             if model.time_effect != "none":
@@ -132,7 +139,7 @@ def test_without_noise_a_draw_is_the_recurrence(rng, name):
 def test_a_query_alone_and_a_run_alone_are_the_same(rng):
     simulator, plan = drawn(ROLLED["linear"], rng), planned(rng)
     whole = simulator.simulate(plan, key=KEY, draws=1)
-    one = plan._replace(initial=plan.initial[:, 1:], query=np.array([1]))
+    one = plan.of_queries(np.array([1]))
     alone = simulator.simulate(one, key=KEY, draws=1)
     np.testing.assert_allclose(alone.mean_loss, whole.mean_loss[..., 1:], rtol=1e-6)
 
@@ -149,8 +156,8 @@ ERRORS = {
 }
 
 
-def path_covariance(simulator, plan, query):
-    """Covariance of one run's path on the scale of the link, from that of its errors."""
+def trajectory_covariance(simulator, plan, query):
+    """Covariance of one run's trajectory on the scale of the link, from that of its errors."""
     model, sites = simulator.model, simulator.sites
     value = {name: float(one[0, 0]) for name, one in sites.items() if one.ndim == 2}
     size = sites["scale"][0, 0, query]
@@ -170,7 +177,7 @@ def path_covariance(simulator, plan, query):
     if model.multiplicative:
         unit = sites["multiplicative_unit"][0, 0, query, :, 0]
         a = sites["scale"][0, 0, query] / REFERENCE[query] * unit
-        alpha = 1 + exposures(plan.batch[0], TRAIN) @ a
+        alpha = 1 + shares_of(plan, 0) @ a
         response = np.array(
             [
                 [np.prod(alpha[s + 1 : t + 1]) if s <= t else 0.0 for s in range(STEPS)]
@@ -192,7 +199,9 @@ def test_errors_have_their_covariance(rng, name):
     for query in range(QUERIES):
         linked = (to_link(simulator.model, one[0, :, 0, 1:, query]) for one in found[::-1])
         path = np.subtract(*linked)
-        factor = np.linalg.cholesky(path_covariance(simulator, plan, query) + 1e-10 * np.eye(STEPS))
+        factor = np.linalg.cholesky(
+            trajectory_covariance(simulator, plan, query) + 1e-10 * np.eye(STEPS)
+        )
         white = np.linalg.solve(factor, path.T)
         assert stats.kstest(white.ravel(), stats.norm.cdf).pvalue > FALSE_ALARMS
         interval = stats.chi2(white.size).interval(1 - FALSE_ALARMS)
@@ -221,10 +230,7 @@ def test_steps_have_their_law_and_follow_the_loss(rng, kind, power):
 
 def test_draws_and_runs_have_errors_of_their_own(rng):
     simulator = drawn(ERRORS["gaussian"], rng, 2, same=True)
-    plan = planned(rng, runs=1)
-    plan = plan._replace(
-        **{n: np.repeat(getattr(plan, n), 2, 0) for n in ("batch", "step_size", "initial")}
-    )
+    plan = planned(rng, runs=1).take(np.array([0, 0]))
     loss = simulator.simulate(plan, key=KEY, draws=2).loss[0, :, :, 1:]
     flat = loss.reshape(4, -1)
     assert len(np.unique(flat[:, 0])) == 4
@@ -234,7 +240,13 @@ def test_draws_and_runs_have_errors_of_their_own(rng):
 def test_longer_runs_begin_like_shorter_ones_and_go_on_at_random(rng):
     model = Simfluence(coefficients=Varying(3), time_effect="none")
     simulator, plan = drawn(model, rng, 8, same=True), planned(rng, steps=2 * STEPS)
-    short = plan._replace(batch=plan.batch[:, :STEPS], step_size=plan.step_size[:, :STEPS])
+    short = RunArrays.of(
+        plan.batch[:, :STEPS],
+        plan.initial[:, None],
+        weight=plan.weight[:, :STEPS],
+        step_size=plan.step_size[:, :STEPS],
+        features=plan.features,
+    )
     long_mean = simulator.simulate(plan, key=KEY, draws=8).mean_loss[0]
     short_mean = simulator.simulate(short, key=KEY, draws=8).mean_loss[0]
     assert long_mean.shape[2] == 2 * STEPS + 1
@@ -308,15 +320,11 @@ def likelihood(simulator, plan, loss):
 def test_the_density_is_per_nat(rng, link):
     """One more step's density integrates to one over losses in nats."""
     model = Simfluence(kind="additive", link=link)
-    simulator, plan = drawn(model, rng), planned(rng, runs=1)._replace()
+    simulator, plan = drawn(model, rng), planned(rng, runs=1)
     grid = np.linspace(1e-3, 6.0, 1500)
     loss = np.repeat(rng.uniform(0.7, 1.3, (1, STEPS + 1, QUERIES)), len(grid), axis=0)
     loss[:, -1, 0] = grid
-    many = plan._replace(
-        batch=np.repeat(plan.batch, len(grid), 0),
-        step_size=np.repeat(plan.step_size, len(grid), 0),
-        initial=loss[:, 0],
-    )
+    many = plan.take(np.zeros(len(grid), int))._replace(loss=loss)
     density = np.exp(likelihood(simulator, many, loss)[0, 0, :, -1, 0].astype(float))
     np.testing.assert_allclose(np.trapezoid(density, grid), 1.0, rtol=1e-3)
 
@@ -328,9 +336,10 @@ def test_some_queries_have_the_density_that_they_have_among_all(rng, name):
     whole = likelihood(simulator, plan, loss)
     assert whole.shape == (1, 3, 2, STEPS, QUERIES)
     assert np.isfinite(whole).all()
-    one = plan._replace(initial=loss[:, 0, 1:], query=np.array([1]))
+    plan = plan._replace(loss=loss)
+    one = plan.of_queries(np.array([1]))
     np.testing.assert_allclose(likelihood(simulator, one, loss[..., 1:]), whole[..., 1:], rtol=1e-5)
-    turned = plan._replace(query=np.array([1, 0]))
+    turned = plan.of_queries(np.array([1, 0]))
     found = likelihood(simulator, turned, loss[..., ::-1])
     np.testing.assert_allclose(found, whole[..., ::-1], rtol=1e-5)
 
@@ -353,7 +362,7 @@ def test_losses_that_were_not_recorded_take_the_values_of_their_draws(rng):
         expected = likelihood(simulator, plan, full[draw])[0, draw]
         expected[~np.isfinite(known[:, 1:])] = np.nan
         np.testing.assert_allclose(found[0, draw], expected, rtol=1e-5)
-    one = plan._replace(initial=known[:, 0, 1:], query=np.array([1]))
+    one = plan._replace(loss=known).of_queries(np.array([1]))
     np.testing.assert_allclose(likelihood(fitted, one, known[..., 1:]), found[..., 1:], rtol=1e-5)
     known[0, 3, 0] = np.nan
     with pytest.raises(Misuse, match="got 1 losses left out that the fit has no draws of"):
@@ -370,11 +379,15 @@ def test_the_scan_is_the_matrix(rng, exposure):
     with double_precision():
         sites = {name: jnp.asarray(one[0, 0]) for name, one in simulator.sites.items()}
         found = coefficients_of(model, sites, simulator.units, simulator.features)
-        path = Path(
-            jnp.asarray(exposures(plan.batch[0], TRAIN), float),
-            jnp.asarray(plan.step_size[0]),
-            jnp.arange(1, STEPS + 1) / STEPS,
+        run = RunArrays(
+            batch=jnp.asarray(plan.batch[0]),
+            weight=jnp.asarray(plan.weight[0]),
+            step_size=jnp.asarray(plan.step_size[0]),
+            loss=jnp.asarray(plan.loss[0]),
+            query=jnp.asarray(plan.query),
+            features=plan.features,
+            progress=jnp.asarray(plan.progress[0]),
         )
-        rest = (path, jnp.asarray(plan.initial[0]), jnp.asarray(rng.normal(size=(STEPS, QUERIES))))
+        rest = (run, jnp.asarray(plan.initial[0]), jnp.asarray(rng.normal(size=(STEPS, QUERIES))))
         first, second = (way(model, sites, found, *rest) for way in (_summed, _scanned))
         np.testing.assert_allclose(first, second, rtol=1e-8)
