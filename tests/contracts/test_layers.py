@@ -122,6 +122,7 @@ ROWS = {
         "draws",
         "designs",
         "search",
+        "dense",
     ],
     "simulators": [
         "unrolled",
@@ -151,12 +152,12 @@ ROWS = {
         "bands",
         "conformal",
         "arviz",
-        "config",
         "arrays",
         "unseen",
         "prior",
         "posterior",
         "fit",
+        "config",
     ],
     "counterfactual": [
         "edits",

@@ -7,8 +7,8 @@ from scipy.special import expit
 from scipy.stats import norm
 
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.model.hyper import Hyper, log_prior, natural_values, start
 from bayes_simfluence.model.arrays import ExampleFeatures, no_features
+from bayes_simfluence.model.hyper import Hyper, log_prior, natural_values, start
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 
 SCALES = {"real": lambda free: free, "positive": np.exp, "share": expit, "correlation": np.tanh}
