@@ -5,7 +5,7 @@ that are left out.
 """
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from scipy.stats import multivariate_normal
 
 from bayes_simfluence.gaussian.linear_gaussian import LinearGaussian
@@ -14,7 +14,7 @@ __all__ = ["posterior_of_weights", "predictions_of_left_out", "score_of_evidence
 
 
 def posterior_of_weights(
-    gaussian: LinearGaussian, change: Float[np.ndarray, "run row query"]
+    gaussian: LinearGaussian, change: Float[Array | np.ndarray, "run row query"]
 ) -> tuple[Float[np.ndarray, "weight query"], Float[np.ndarray, "weight weight"]]:
     """Mean of the weights given the points, and their covariance, up to each query's scale.
 
@@ -26,7 +26,7 @@ def posterior_of_weights(
 
 
 def predictions_of_left_out(
-    gaussian: LinearGaussian, change: Float[np.ndarray, "run row query"], run: int
+    gaussian: LinearGaussian, change: Float[Array | np.ndarray, "run row query"], run: int
 ) -> tuple[Float[np.ndarray, "row query"], Float[np.ndarray, "row row"]]:
     """Error (true minus predicted) of a run's recorded points, and its covariance.
 
@@ -43,7 +43,7 @@ def predictions_of_left_out(
 
 
 def score_of_evidence(
-    gaussian: LinearGaussian, change: Float[np.ndarray, "run row query"]
+    gaussian: LinearGaussian, change: Float[Array | np.ndarray, "run row query"]
 ) -> float:
     """Log density per recorded point at each query's best scale, averaged over queries."""
     _, covariance, points = _recorded(gaussian, change)
@@ -55,7 +55,7 @@ def score_of_evidence(
 
 
 def _recorded(
-    gaussian: LinearGaussian, change: Float[np.ndarray, "run row query"]
+    gaussian: LinearGaussian, change: Float[Array | np.ndarray, "run row query"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Designs, covariance and changes of the recorded points alone."""
     known = np.asarray(gaussian.known).reshape(-1)

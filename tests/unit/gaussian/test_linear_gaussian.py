@@ -24,7 +24,7 @@ SCORES = (LinearGaussian.left_out_score, LinearGaussian.evidence_score)
 
 
 def drawn(rng, known=KNOWN["everything"], scale=1.0):
-    """An object with random designs and error, its parts, and changes that are NaN where unknown."""
+    """An object with random parts, the parts, and changes that are NaN where unknown."""
     designs = scale * rng.normal(size=(RUNS, ROWS, WEIGHTS))
     root = scale * rng.normal(size=(ROWS, ROWS))
     error = root @ root.T + 0.3 * scale**2 * np.eye(ROWS)
