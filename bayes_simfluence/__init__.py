@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from bayes_simfluence.posterior.posterior import Posterior, load_posterior
     from bayes_simfluence.recording.record import record
     from bayes_simfluence.recording.recorder import Recorder
+    from bayes_simfluence.recording.settings import Evaluation, Placement
     from bayes_simfluence.tasks.task import Task
 
 _HOME = {
@@ -56,6 +57,7 @@ _HOME = {
     "model.exposure": ("Exposure",),
     "recording.record": ("record",),
     "recording.recorder": ("Recorder",),
+    "recording.settings": ("Evaluation", "Placement"),
     "tasks.task": ("Task",),
 }
 _ROOMS = {"noise": "model.noise", "priors": "model.priors"}
@@ -65,6 +67,8 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [  # noqa: RUF022 - in the order of use
     "Task",
     "record",
+    "Evaluation",
+    "Placement",
     "Recorder",
     "runs_from_arrays",
     "planned_runs",

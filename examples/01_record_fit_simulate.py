@@ -67,7 +67,7 @@ def main() -> None:
         curricula,
         optax.inject_hyperparams(optax.adam)(schedule),
         store=out / "runs.zarr",
-        parallel=RUNS,
+        placement=bs.Placement(parallel=RUNS),
         features=gradient_features(task, key=task_key),
         progress=Bars(),
     )

@@ -23,10 +23,9 @@ from bayes_simfluence.evaluation.mislabel import detection, flip_labels, probabi
 from bayes_simfluence.progress import Bars
 from bayes_simfluence.recording.checkpoints import open_checkpoints
 from bayes_simfluence.recording.config import RecordConfig
-from bayes_simfluence.recording.optimizers import optimizer_of
+from bayes_simfluence.recording.from_config import curricula_of, optimizer_of, task_of
 from bayes_simfluence.recording.record import record
 from bayes_simfluence.recording.session import merged, record_from_config
-from bayes_simfluence.recording.text import curricula_of, task_of
 from bayes_simfluence.report.attribution import plot_detection
 from bayes_simfluence.report.plots import save_figure
 
@@ -68,8 +67,7 @@ def record_all(config: RecordConfig, out: Path) -> tuple:
         curricula[:1],
         optimizer_of(config),
         store=out / "pilot.zarr",
-        evaluate_every=config.steps,
-        checkpoints=POINTS,
+        evaluation=bs.Evaluation(evaluate_every=config.steps, checkpoints=POINTS),
         progress=Bars(),
     )
     return runs, task, open_checkpoints(out / "pilot.zarr", 0)

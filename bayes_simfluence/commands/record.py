@@ -56,7 +56,7 @@ def _record(
     runs = record_from_config(
         settings,
         out,
-        runs=share,
+        only=share,
         distributed=bool(distributed),
         resume=resume,
         overwrite=overwrite,

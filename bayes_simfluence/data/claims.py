@@ -171,5 +171,5 @@ def _refused(path: Path, run: int) -> Misuse:
         f"run {run}",
         got=f"recorded right now by process {owner.get('pid')} of {owner.get('host')}",
         expected="runs that no other process records",
-        do=f"choose others with runs=..., or remove {path} if that process is gone",
+        do=f"choose others with Placement(only=...), or remove {path} if that process is gone",
     )

@@ -21,10 +21,9 @@ from bayes_simfluence.posterior.fit import fit
 from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.recording.config import RecordConfig
-from bayes_simfluence.recording.optimizers import optimizer_of
+from bayes_simfluence.recording.from_config import optimizer_of, task_of
 from bayes_simfluence.recording.record import record
 from bayes_simfluence.recording.session import record_from_config
-from bayes_simfluence.recording.text import task_of
 from bayes_simfluence.report.plots import (
     plot_coverage,
     plot_curves,

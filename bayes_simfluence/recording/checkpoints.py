@@ -160,7 +160,7 @@ def _folder_of(store: PathLike, run: object) -> Path:
             f"checkpoints of run {run} in {store}",
             got="none",
             expected="weights that were saved while recording",
-            do="record(..., checkpoints=5) saves five a run",
+            do="record(..., evaluation=Evaluation(checkpoints=5)) saves five a run",
         )
     return folder
 

@@ -1,7 +1,7 @@
 """The settings of a recording from text files: one dataclass for Python, command line and YAML."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bayes_simfluence.checks import (
     Misuse,
@@ -10,6 +10,7 @@ from bayes_simfluence.checks import (
     positive_number,
     unit_interval,
 )
+from bayes_simfluence.recording.settings import Evaluation, Placement
 from bayes_simfluence.settings import check_choices, say
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RecordConfig"]
 
+Group = TypeVar("Group")
 KINDS = ("classification", "choice", "causal", "seq2seq")
 POOLINGS = ("mean", "cls", "last", "pooler")
 ONLY = {
@@ -82,12 +84,12 @@ class RecordConfig:
         """
         for name in ("examples", "queries", "runs", "per_run", "batch_size", "epochs"):
             positive_integer(name, getattr(self, name))
-        for name in ("max_tokens", "new_tokens", "evaluate_every", "accumulate"):
+        for name in ("max_tokens", "new_tokens"):
             positive_integer(name, getattr(self, name))
-        if self.at_once != "auto":
-            positive_integer("parallel", self.at_once, do="pass a whole number or auto")
-        for name in ("features", "warmup_steps", "seed", "scores_every", "checkpoints"):
+        for name in ("features", "warmup_steps", "seed"):
             count_of(name, getattr(self, name))
+        self.evaluation.validate()
+        self.placement.validate()
         positive_number("learning_rate", self.learning_rate)
         unit_interval("momentum", self.momentum)
         unit_interval("weight_decay", self.weight_decay)
@@ -145,10 +147,21 @@ class RecordConfig:
             )
 
     @property
-    def at_once(self) -> Any:
-        """``parallel`` as a number where it is one; options come as text."""
-        said = self.parallel
-        return int(said) if isinstance(said, str) and said.isdigit() else said
+    def evaluation(self) -> Evaluation:
+        """What is measured and saved on the way."""
+        return self._group(Evaluation)
+
+    @property
+    def placement(self) -> Placement:
+        """How the work is laid out; the number of runs at once comes as text on a command line."""
+        parallel = self.parallel
+        number = int(parallel) if isinstance(parallel, str) and parallel.isdigit() else parallel
+        return replace(self._group(Placement), parallel=number)
+
+    def _group(self, group: type[Group]) -> Group:
+        """Some settings as ``record`` takes them, where they have the same names."""
+        names = {setting.name for setting in fields(group)} & set(self.names())  # type: ignore[arg-type]
+        return group(**{name: getattr(self, name) for name in names})
 
     @property
     def steps(self) -> int:
@@ -162,4 +175,4 @@ class RecordConfig:
     @classmethod
     def names(cls) -> list[str]:
         """The settings' names, in order."""
-        return [one.name for one in fields(cls)]
+        return [setting.name for setting in fields(cls)]

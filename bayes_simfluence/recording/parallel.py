@@ -1,7 +1,8 @@
 """How many runs train at once: chosen from memory, and spread over the devices of this process.
 
 Each device trains ``parallel`` runs by ``vmap``; with several devices each has as many. The number
-decides the last bits of what is recorded, so it is kept with the store; that of devices does not.
+decides the last bits of what is recorded, so it is kept with the store. The number of devices does
+not.
 """
 
 import logging
@@ -14,20 +15,17 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from bayes_simfluence.checks import positive_integer
-from bayes_simfluence.recording.program import Program
+from bayes_simfluence.recording.compiled import CompiledSteps
+from bayes_simfluence.recording.settings import Parallel
 
-__all__ = ["Parallel", "devices_for", "fitting_runs", "host_memory", "parallel_of"]
+__all__ = ["devices_for", "fitting_runs", "host_memory", "parallel_of"]
 
 log = logging.getLogger(__name__)
-
-Parallel = int | str
-"""A number, or "auto"."""
 
 SHARE = 0.7
 """Share of the free memory that a recording may take: allocators lose some to holes."""
 MOST = 64
-"""Runs at once beyond which one call of the program gains nothing more."""
+"""Runs at once beyond which a call of the compiled steps gains nothing more."""
 SMALL, MOST_ON_CPU = 2**20, 16
 """On a CPU runs gain from ``vmap`` while each needs less than about a megabyte: on two cores, runs
 of .05, .4 and 2.7 MiB took .6, .6 and 1.7 times as long, 16 at once, as one by one."""
@@ -35,12 +33,12 @@ of .05, .4 and 2.7 MiB took .6, .6 and 1.7 times as long, 16 at once, as one by 
 
 def parallel_of(
     asked: Parallel,
+    stored: int | None,
     *,
     runs: int,
     devices: list[jax.Device],
-    stored: int | None,
     shared: PyTree,
-    alone: Callable[[], Program],
+    alone: Callable[[], CompiledSteps],
 ) -> int:
     """Runs at once on each device: what was asked for, else what a store says, else what fits.
 
@@ -48,14 +46,14 @@ def parallel_of(
         asked: a number or ``"auto"``.
         stored: the number that the store to be resumed was recorded with.
         shared: arrays that all runs use.
-        alone: compiles the program of one run, whose memory decides.
+        alone: compiles the steps of one run, whose memory decides.
     """
     if asked != "auto":
-        return min(positive_integer("parallel", asked, do="pass a whole number or 'auto'"), runs)
+        return min(int(asked), runs)
     if stored is not None:
         return stored
     shared_bytes = tree_bytes(shared)
-    each = program_bytes(alone(), shared_bytes)
+    each = run_bytes(alone(), shared_bytes)
     return fitting_runs(runs, devices, each=each, shared=shared_bytes)
 
 
@@ -91,13 +89,13 @@ def devices_for(units: int) -> list[jax.Device]:
     return jax.local_devices()[: max(units, 1)]
 
 
-def program_bytes(program: Program, shared: int) -> int:
-    """Memory of a program beside the ``shared`` bytes that all runs use, as the compiler counts."""
-    found: Any = program.advance.memory_analysis()
-    if found is None:
+def run_bytes(compiled: CompiledSteps, shared: int) -> int:
+    """Memory that compiled steps need beside the ``shared`` bytes, as the compiler counts it."""
+    sizes: Any = compiled.advance.memory_analysis()
+    if sizes is None:
         return 1
-    taken = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    return max(int(taken) - int(found.alias_size_in_bytes) - shared, 1)
+    taken = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    return max(int(taken) - int(sizes.alias_size_in_bytes) - shared, 1)
 
 
 def tree_bytes(tree: PyTree) -> int:
@@ -107,24 +105,24 @@ def tree_bytes(tree: PyTree) -> int:
 
 
 def host_memory() -> int | None:
-    """Bytes of this machine, or of the container this runs in, that nobody uses."""
-    found = []
+    """Free bytes of this machine, or of the container that this process runs in."""
+    free = []
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
-        line = next(one for one in lines if one.startswith("MemAvailable:"))
-        found.append(int(line.split()[1]) * 1024)
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        free.append(int(available.split()[1]) * 1024)
     with suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{one}").read_text("utf-8") for one in ("max", "current"))
-        found.append(int(limit) - int(used))
+        limit, used = ((group / f"memory.{name}").read_text("utf-8") for name in ("max", "current"))
+        free.append(int(limit) - int(used))
     with suppress(OSError, ValueError, AttributeError):
-        found = found or [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]
-    return min(found, default=None)
+        free = free or [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]
+    return min(free, default=None)
 
 
 def _free_bytes(device: Any, devices: int) -> int | None:
-    said = device.memory_stats() or {}
-    if "bytes_limit" in said:
-        return int(said["bytes_limit"]) - int(said.get("bytes_in_use", 0))
+    memory = device.memory_stats() or {}
+    if "bytes_limit" in memory:
+        return int(memory["bytes_limit"]) - int(memory.get("bytes_in_use", 0))
     host = host_memory()
     return None if host is None else host // devices

@@ -1,22 +1,20 @@
-"""What a recording does when: stretches of steps, times to look at, runs that train together."""
+"""When a recording does what: stretches of steps, times to measure at, runs that train together."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 
-from bayes_simfluence.checks import Misuse, count_of, positive_integer
+from bayes_simfluence.checks import Misuse
 from bayes_simfluence.recording.checkpoints import checkpoint_steps
+from bayes_simfluence.recording.settings import Choice, Evaluation
 
-__all__ = ["Choice", "Plan", "chosen_runs", "units"]
-
-Choice = slice | Sequence[int] | Int[np.ndarray, " some"] | None
-"""Runs by number, all when ``None``."""
+__all__ = ["Plan", "chosen_runs", "units"]
 
 STRETCH = 16
-"""Most steps in one call of the compiled program: progress is reported between calls."""
+"""Most steps in one call of the compiled steps: progress is reported between calls."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +23,11 @@ class Plan:
 
     Attributes:
         steps: steps of a run.
-        evaluate_every: queries are measured after every so many steps, and after the last.
-        scores_every: scores are computed after every so many steps; 0 = only before the first
-            step and after the last.
-        checkpoints: how many weights a run saves on its way.
+        evaluation: what is measured and saved, and how often.
     """
 
     steps: int
-    evaluate_every: int = 1
-    scores_every: int = 0
-    checkpoints: int = 0
+    evaluation: Evaluation = field(default_factory=Evaluation)
 
     def validate(self) -> "Plan":
         """The plan itself when it is possible.
@@ -42,12 +35,10 @@ class Plan:
         Raises:
             Misuse: the first number that is not.
         """
-        positive_integer("evaluate_every", self.evaluate_every)
-        count_of("scores_every", self.scores_every)
-        if count_of("checkpoints", self.checkpoints) > self.steps:
+        if self.evaluation.validate().checkpoints > self.steps:
             raise Misuse(
                 "checkpoints",
-                got=self.checkpoints,
+                got=self.evaluation.checkpoints,
                 expected=f"at most the {self.steps} steps of a run",
                 do="ask for fewer",
             )
@@ -56,7 +47,7 @@ class Plan:
     @property
     def looks(self) -> Bool[np.ndarray, " step"]:
         """After which steps the queries are measured."""
-        return self._every(self.evaluate_every)
+        return self._every(self.evaluation.evaluate_every)
 
     @property
     def times(self) -> list[int]:
@@ -66,15 +57,17 @@ class Plan:
     @property
     def score_times(self) -> list[int]:
         """Times at which scores are computed."""
-        return [0, *(np.flatnonzero(self._every(self.scores_every or self.steps)) + 1).tolist()]
+        gap = self.evaluation.scores_every or self.steps
+        return [0, *(np.flatnonzero(self._every(gap)) + 1).tolist()]
 
     @property
     def saved(self) -> dict[int, int]:
         """Time -> the step that starts then and whose starting weights are saved."""
-        return {step - 1: step for step in checkpoint_steps(self.steps, self.checkpoints)}
+        steps = checkpoint_steps(self.steps, self.evaluation.checkpoints)
+        return {step - 1: step for step in steps}
 
     def stretches(self, stops: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """First and last time of each call of the program, none across one of ``stops``.
+        """First and last time of each call of the compiled steps, none across one of ``stops``.
 
         >>> list(Plan(steps=40).stretches([0, 20]))
         [(0, 16), (16, 20), (20, 36), (36, 40)]
@@ -116,12 +109,12 @@ def chosen_runs(runs: Choice, total: int) -> Bool[np.ndarray, " run"]:
     if runs is None:
         return ~chosen
     try:
-        numbers = range(total)[runs] if isinstance(runs, slice) else [index(one) for one in runs]
+        numbers = range(total)[runs] if isinstance(runs, slice) else [index(run) for run in runs]
         if min(numbers, default=-1) < 0 or max(numbers) >= total:
             raise IndexError
     except (TypeError, IndexError):
         raise Misuse(
-            "runs",
+            "only",
             got=repr(runs),
             expected=f"a slice or numbers among 0..{total - 1}, at least one",
             do="choose runs that the curricula have",

@@ -1,6 +1,7 @@
 """One recording from its settings: files in, a store of runs and its settings out."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ from bayes_simfluence.files import PathLike, new_path
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.features import Features, gradient_features
-from bayes_simfluence.recording.optimizers import optimizer_of
-from bayes_simfluence.recording.plan import Choice
+from bayes_simfluence.recording.from_config import curricula_of, optimizer_of, task_of
 from bayes_simfluence.recording.processes import Processes
 from bayes_simfluence.recording.record import record
-from bayes_simfluence.recording.text import curricula_of, task_of
+from bayes_simfluence.recording.settings import Choice
 from bayes_simfluence.settings import config_path, layered, save_config
 from bayes_simfluence.tasks.task import Task
 
@@ -36,7 +36,7 @@ def record_from_config(
     config: RecordConfig,
     store: PathLike,
     *,
-    runs: Choice = None,
+    only: Choice = None,
     distributed: bool | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -45,7 +45,8 @@ def record_from_config(
     """Record the runs that ``config`` describes into ``store``; its settings go beside it.
 
     Args:
-        runs, distributed, resume, overwrite: as for ``record``.
+        only, distributed: as in ``Placement``.
+        resume, overwrite: as for ``record``.
 
     Raises:
         Misuse: settings, files or paths that do not fit, before any work.
@@ -66,18 +67,12 @@ def record_from_config(
         curricula_of(config),
         optimizer_of(config),
         store=store,
-        evaluate_every=config.evaluate_every,
-        scores_every=config.scores_every,
-        checkpoints=config.checkpoints,
-        accumulate=config.accumulate,
-        remat=config.remat,
-        parallel=config.at_once,
-        runs=runs,
-        distributed=distributed,
-        resume=resume,
-        overwrite=overwrite,
+        evaluation=config.evaluation,
+        placement=replace(config.placement, only=only, distributed=distributed),
         features=features,
         provenance=_provenance(config),
+        resume=resume,
+        overwrite=overwrite,
         progress=progress,
     )
 
@@ -96,7 +91,7 @@ def _features(task: Task, config: RecordConfig, progress: Progress) -> Features 
 
 def _provenance(config: RecordConfig) -> dict[str, Any]:
     """The settings without the paths of the machine that recorded."""
-    settings = {**config.as_dict(), "parallel": config.at_once}
+    settings = {**config.as_dict(), "parallel": config.placement.parallel}
     for name in ("checkpoint", "train", "query"):
         settings[name] = Path(settings[name]).name
     return {"settings": settings, "seed": config.seed, "optimizer": config.optimizer}

@@ -1,6 +1,7 @@
-"""The step size of each step, told by the optimizer's state or by its schedule."""
+"""The step size of each step, read from the optimizer's state or from its schedule."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from bayes_simfluence.checks import Misuse, positive_number
-from bayes_simfluence.recording.program import StepSizeReader
+from bayes_simfluence.recording.compiled import StepSizeReader
 
 __all__ = ["StepSize", "step_size_reader"]
 
@@ -23,25 +24,17 @@ def step_size_reader(
     step_size: StepSize | None,
     steps: int,
 ) -> StepSizeReader:
-    """What tells the size of a step from the optimizer's state and the steps before it.
+    """What reads the size of a step from the optimizer's state and the number of steps before it.
 
     Args:
         step_size: the learning rate or schedule; not needed when the optimizer was made by
             ``optax.inject_hyperparams``.
 
     Raises:
-        Misuse: it cannot be told, or it is zero at every one of the ``steps``.
+        Misuse: it cannot be read, or it is zero at every one of the ``steps``.
     """
-    if step_size is None and jax.eval_shape(lambda one: _told(optimizer.init(one)), params) is None:
-        raise Misuse(
-            "step_size",
-            got="nothing, and the optimizer's state does not tell it",
-            expected="the learning rate or schedule of the optimizer",
-            do="pass step_size=schedule, or make the optimizer with "
-            "optax.inject_hyperparams(optax.adamw)(learning_rate=schedule)",
-        )
     if step_size is None:
-        rates = _injected(optimizer, params, steps)
+        rates = _injected_rates(optimizer, params, steps)
     elif callable(step_size):
         rates = np.asarray(jax.vmap(step_size)(jnp.arange(steps)))
     else:
@@ -54,28 +47,46 @@ def step_size_reader(
             do="raise the learning rate: nothing would be trained",
         )
     if step_size is None:
-        return lambda state, count: jnp.asarray(_told(state), jnp.float32)
+        return lambda state, count: jnp.asarray(_rate_in(state), jnp.float32)
     schedule = step_size if callable(step_size) else lambda count: step_size
     return lambda state, count: jnp.asarray(schedule(count), jnp.float32)
 
 
-def _told(state: PyTree) -> Any:
+def _rate_in(state: PyTree) -> Any:
+    """The learning rate that ``optax.inject_hyperparams`` keeps in an optimizer's state, if any."""
     parts = jax.tree.leaves(state, is_leaf=lambda part: hasattr(part, "hyperparams"))
     rates = [getattr(part, "hyperparams", {}).get("learning_rate") for part in parts]
     return next((rate for rate in rates if rate is not None), None)
 
 
-def _injected(
+def _injected_rates(
     optimizer: optax.GradientTransformation, params: PyTree, steps: int
 ) -> Float[np.ndarray, " step"]:
     """The optimizer's step sizes, found on arrays of the same structure and one element each."""
     tiny = jax.tree.map(lambda leaf: jnp.zeros((1,) * jnp.ndim(leaf), leaf.dtype), params)
     first = optimizer.init(tiny)
-    if np.any(_told(first)):
-        return np.asarray(_told(first))[None]
+    rate = _rate_in(first)
+    if rate is None:
+        raise Misuse(
+            "step_size",
+            got="nothing, and the optimizer's state does not hold it",
+            expected="the learning rate or schedule of the optimizer",
+            do="pass step_size=schedule, or make the optimizer with "
+            "optax.inject_hyperparams(optax.adamw)(learning_rate=schedule)",
+        )
+    return (
+        np.asarray(rate)[None]
+        if np.any(rate)
+        else np.asarray(_scanned_rates(optimizer, steps, tiny, first))
+    )
 
+
+@partial(jax.jit, static_argnames=("optimizer", "steps"))
+def _scanned_rates(
+    optimizer: optax.GradientTransformation, steps: int, params: PyTree, state: PyTree
+) -> Float[Array, " step"]:
     def step(state: PyTree, _: Int[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
-        state = optimizer.update(tiny, state, tiny)[1]
-        return state, jnp.asarray(_told(state), jnp.float32)
+        state = optimizer.update(params, state, params)[1]
+        return state, jnp.asarray(_rate_in(state), jnp.float32)
 
-    return np.asarray(jax.jit(lambda state: jax.lax.scan(step, state, jnp.arange(steps))[1])(first))
+    return jax.lax.scan(step, state, jnp.arange(steps))[1]

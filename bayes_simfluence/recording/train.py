@@ -1,4 +1,4 @@
-"""Runs trained by a compiled program and written to their store, a few at a time."""
+"""Runs trained by compiled steps and written to their store, a few at a time."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,13 +10,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.conventions import EMPTY_SLOT, Curricula
+from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.data.store import write_run
-from bayes_simfluence.files import PathLike
 from bayes_simfluence.progress import Meter, Progress
 from bayes_simfluence.recording.checkpoints import new_checkpoints, write_weights
+from bayes_simfluence.recording.compiled import Batches, CompiledSteps, Measured, Training
+from bayes_simfluence.recording.measure import Fixed, fixed_of, measure_of
+from bayes_simfluence.recording.parallel import devices_for
 from bayes_simfluence.recording.plan import Plan
-from bayes_simfluence.recording.program import Fixed, Measured, Program, fixed_of, measure_of
+from bayes_simfluence.recording.stored import StoredRecording
 from bayes_simfluence.tasks.task import Task
 
 __all__ = ["Recording", "record_together"]
@@ -26,54 +28,57 @@ Queries = dict[str, Float[np.ndarray, " query"]]
 
 @dataclass(frozen=True)
 class Recording:
-    """What is recorded, and where.
+    """One recording: how a task is trained, when it is measured, and the store that keeps it."""
 
-    Attributes:
-        wanted: the runs that this process records; others may train with them unrecorded.
-        written: told of each run that is safe.
-        query_chunk: queries measured at once, all when ``None``.
-    """
-
-    task: Task
-    curricula: Curricula
+    training: Training
     plan: Plan
-    store: PathLike
-    wanted: Bool[np.ndarray, " run"]
-    written: Callable[[int], None]
-    query_chunk: int | None = None
+    stored: StoredRecording
+
+    def compiled(self, parallel: int, devices: list[jax.Device]) -> CompiledSteps:
+        """Its steps, compiled for ``parallel`` runs at once on each of ``devices``."""
+        slots = self.stored.batches.members.shape[-1]
+        return CompiledSteps.of(
+            self.training, slots, steps=self.plan.longest, parallel=parallel, devices=devices
+        )
 
 
 def record_together(
     recording: Recording,
     groups: list[list[int]],
-    compiled: Callable[[], Program],
+    wanted: Bool[np.ndarray, " run"],
+    *,
+    written: Callable[[int], None],
     progress: Progress,
 ) -> None:
-    """Train the runs of ``groups``, one group on each device of the compiled program at once.
+    """Train the runs of ``groups``, one group on each device at once, and write those ``wanted``.
+
+    Args:
+        written: called with each run that is safe.
 
     Raises:
         Misuse: a score that is not one number for each query.
         WorkFailed: a run could not be written; those before it are safe.
     """
-    task = recording.task
-    fixed = fixed_of(task)
-    measured = jax.jit(measure_of(task, recording.query_chunk))(task.params, fixed)
-    initial = {name: np.asarray(one) for name, one in measured.items()}
+    training = recording.training
+    task, fixed = training.task, fixed_of(training.task)
+    measured = jax.jit(measure_of(task, training.placement.query_chunk))(task.params, fixed)
+    initial = {name: np.asarray(row) for name, row in measured.items()}
     initial |= _scores(task, task.params)
-    program = compiled()
-    fixed = program.place(fixed)
-    label = "record" if program.runs == 1 else f"record, {program.runs} at once"
-    total, done = int(recording.wanted.sum()), 0
+    compiled = recording.compiled(len(groups[0]), devices_for(len(groups)))
+    fixed = compiled.place(fixed)
+    label = "record" if compiled.runs == 1 else f"record, {compiled.runs} at once"
+    total, done = int(wanted.sum()), 0
     with progress.work(label, total * recording.plan.steps) as meter:
-        for members in _loads(groups, program.runs):
-            places = {run: members.index(run) for run in members if recording.wanted[run]}
-            teller = _Teller(meter, len(places), f"{done} of {total} runs")
-            _train(recording, program, fixed, initial, members, places, teller)
+        for members in _loads(groups, compiled.runs):
+            places = {run: members.index(run) for run in members if wanted[run]}
+            notes = _Notes(meter, len(places), f"{done} of {total} runs")
+            for run in _train(recording, compiled, fixed, initial, members, places, notes):
+                written(run)
             done += len(places)
 
 
-class _Teller:
-    """Tells a meter of steps, with the last mean loss that was measured."""
+class _Notes:
+    """Advances a meter by steps; its note is the last mean loss that was measured."""
 
     def __init__(self, meter: Meter, runs: int, done: str) -> None:
         self._meter, self._runs, self._done, self._loss = meter, runs, done, ""
@@ -87,44 +92,42 @@ class _Teller:
 
 def _train(
     recording: Recording,
-    program: Program,
+    compiled: CompiledSteps,
     fixed: Fixed,
     initial: Queries,
     members: list[int],
     places: dict[int, int],
-    told: _Teller,
-) -> None:
-    """Train ``members``; those with ``places`` are written when all have ended."""
-    task, plan = recording.task, recording.plan
-    batches = recording.curricula[members]
-    rates = np.full(batches.shape[:2], np.nan, np.float32)
+    notes: _Notes,
+) -> Iterator[int]:
+    """Train ``members``; when all have ended, write those with ``places`` and yield each."""
+    task, plan, stored = recording.training.task, recording.plan, recording.stored
+    batches = jax.tree.map(lambda leaf: leaf[members], stored.batches)
+    rates = np.full((len(members), plan.steps), np.nan, np.float32)
     shape = (len(members), plan.steps + 1, len(task.query_ids))
     values = {name: np.full(shape, np.nan, np.float32) for name in initial}
-    for name, one in initial.items():
-        values[name][:, 0] = one
-    saved = new_checkpoints(recording.store, list(places) if plan.checkpoints else [])
+    for name, row in initial.items():
+        values[name][:, 0] = row
+    saved = new_checkpoints(stored.path, list(places) if plan.saved else [])
     with saved as folders:
-        carry, behind = program.begin(task.params), None
+        carry, behind = compiled.begin(task.params), None
         at_stop = _Stops(task, plan, values, places, folders)
         for first, last in plan.stretches(at_stop.times):
             at_stop(first, carry.params)
             now = slice(first, last)
-            stretch = _padded(batches[:, now], plan.looks[now], program.steps)
-            carry, measured = program.advance(carry, fixed, *stretch)
+            stretch = _padded(batches, plan.looks, now, compiled.steps)
+            carry, measured = compiled.advance(carry, fixed, *stretch)
             # What the last call left is read while this one computes.
             if behind is not None:
-                _keep(*behind, values, rates, told)
+                _keep(*behind, values, rates, notes)
             behind = now, measured
         if behind is not None:
-            _keep(*behind, values, rates, told)
+            _keep(*behind, values, rates, notes)
         at_stop(plan.steps, carry.params)
     loss = values.pop("loss")
     for run, place in places.items():
-        metrics = {name: one[place] for name, one in values.items()}
-        write_run(
-            recording.store, run, loss[place], rates[place], metrics=metrics, times=plan.times
-        )
-        recording.written(run)
+        metrics = {name: rows[place] for name, rows in values.items()}
+        write_run(stored.path, run, loss[place], rates[place], metrics=metrics, times=plan.times)
+        yield run
 
 
 def _keep(
@@ -132,13 +135,13 @@ def _keep(
     measured: Measured,
     values: dict[str, Float[np.ndarray, "run time query"]],
     rates: Float[np.ndarray, "run step"],
-    told: _Teller,
+    notes: _Notes,
 ) -> None:
     count, times = now.stop - now.start, slice(now.start + 1, now.stop + 1)
     rates[:, now] = np.asarray(measured.step_size)[:, :count]
-    for name, one in measured.queries.items():
-        values[name][:, times] = np.asarray(one)[:, :count]
-    told(values["loss"][:, times])
+    for name, rows in measured.queries.items():
+        values[name][:, times] = np.asarray(rows)[:, :count]
+    notes(values["loss"][:, times])
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,8 @@ class _Stops:
                 continue
             mine = _of_run(params, place)
             if scored:
-                for name, one in _scores(self.task, mine).items():
-                    self.values[name][place, time] = one
+                for name, row in _scores(self.task, mine).items():
+                    self.values[name][place, time] = row
             if time in self.plan.saved:
                 write_weights(self.folders[run], self.plan.saved[time], mine)
             if last and self.folders:
@@ -178,7 +181,7 @@ def _slice(params: PyTree, place: Int[Array, ""]) -> PyTree:
 
 
 def _of_run(params: PyTree, place: int) -> PyTree:
-    """A copy of one run's weights on one device; the program uses up the memory of all runs'."""
+    """A copy of one run's weights on one device; the next steps use up the memory of all runs'."""
     return jax.device_put(_slice(params, np.int32(place)), jax.local_devices()[0])
 
 
@@ -186,20 +189,20 @@ def _scores(task: Task, params: PyTree) -> Queries:
     if not task.scores:
         return {}
     weights = task.weights(params, task.frozen)
-    found = {name: np.asarray(score(weights), np.float32) for name, score in task.scores.items()}
-    for name, one in found.items():
-        if one.shape != (len(task.query_ids),):
+    rows = {name: np.asarray(score(weights), np.float32) for name, score in task.scores.items()}
+    for name, row in rows.items():
+        if row.shape != (len(task.query_ids),):
             raise Misuse(
                 f"task.scores[{name!r}]",
-                got=f"shape {one.shape}",
+                got=f"shape {row.shape}",
                 expected=f"one number for each of the {len(task.query_ids)} queries",
                 do="return an array in the order of task.query_ids",
             )
-    return found
+    return rows
 
 
 def _loads(groups: list[list[int]], runs: int) -> Iterator[list[int]]:
-    """Runs of one call of the program: a group for each device, the last one again if needed."""
+    """Runs of a call of the compiled steps: a group for each device, the last group repeated."""
     size = len(groups[0])
     for first in range(0, len(groups), runs // size):
         some = groups[first : first + runs // size]
@@ -208,13 +211,17 @@ def _loads(groups: list[list[int]], runs: int) -> Iterator[list[int]]:
 
 
 def _padded(
-    batches: Int[np.ndarray, "run some slot"], looks: Bool[np.ndarray, " some"], steps: int
+    batches: Batches, looks: Bool[np.ndarray, " step"], now: slice, steps: int
 ) -> tuple[Any, ...]:
-    """The program's arguments for a stretch that may be shorter than its longest."""
-    count = len(looks)
-    empty = ((0, 0), (0, steps - count), (0, 0))
+    """The compiled steps' arguments for a stretch that may be shorter than their longest."""
+    count = now.stop - now.start
+    missing = ((0, 0), (0, steps - count), (0, 0))
+    weight = batches.weight
     return (
-        np.pad(batches, empty, constant_values=EMPTY_SLOT),
-        np.pad(looks, (0, steps - count)),
+        Batches(
+            np.pad(batches.members[:, now], missing, constant_values=EMPTY_SLOT),
+            None if weight is None else np.pad(weight[:, now], missing),
+        ),
+        np.pad(looks[now], (0, steps - count)),
         np.int32(count),
     )

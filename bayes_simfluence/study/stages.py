@@ -14,10 +14,10 @@ from bayes_simfluence.evaluation.compare import FAILED, Compared, Failed, compar
 from bayes_simfluence.posterior.posterior import Posterior, load_posterior
 from bayes_simfluence.progress import Progress
 from bayes_simfluence.recording.config import RecordConfig
-from bayes_simfluence.recording.optimizers import optimizer_of
+from bayes_simfluence.recording.from_config import curricula_of, optimizer_of, task_of
 from bayes_simfluence.recording.record import record
 from bayes_simfluence.recording.session import record_from_config
-from bayes_simfluence.recording.text import curricula_of, task_of
+from bayes_simfluence.recording.settings import Evaluation
 from bayes_simfluence.report.tables import save_table
 from bayes_simfluence.study.cell import Cell, Split
 from bayes_simfluence.study.config import ALL
@@ -64,10 +64,8 @@ def _checkpoints(cell: Cell, retry: bool, progress: Progress) -> None:
         batch,
         optimizer_of(config),
         store=cell.pilot,
-        evaluate_every=config.steps,
-        checkpoints=_count(cell, config),
-        accumulate=config.accumulate,
-        remat=config.remat,
+        evaluation=Evaluation(evaluate_every=config.steps, checkpoints=_count(cell, config)),
+        placement=config.placement,
         resume=True,
         progress=progress,
     )

@@ -12,8 +12,9 @@ import optax
 import pytest
 
 from bayes_simfluence.data.curriculum import random_subset_epochs
-from bayes_simfluence.recording.program import fixed_of, measure_of
+from bayes_simfluence.recording.measure import fixed_of, measure_of
 from bayes_simfluence.recording.record import record
+from bayes_simfluence.recording.settings import Placement
 from bayes_simfluence.tasks.task import Task
 
 INPUTS, WIDTH, LABELS = 64, 384, 10
@@ -194,7 +195,9 @@ def test_small_runs_by_vmap_against_one_after_another(benchmark, tmp_path):
     def recording(steps, parallel):
         store = tmp_path / f"{next(stores)}.zarr"
         some = curricula[:, :steps]
-        return lambda: record(task, some, optimizer, store=store, parallel=parallel)
+        return lambda: record(
+            task, some, optimizer, store=store, placement=Placement(parallel=parallel)
+        )
 
     pairs = []
     for _ in range(3):
@@ -205,8 +208,9 @@ def test_small_runs_by_vmap_against_one_after_another(benchmark, tmp_path):
             ]
         )
     one, many = np.median(pairs, axis=0)
+    auto = Placement(parallel="auto")
     chosen = record(
-        task, curricula[:, :16], optimizer, store=tmp_path / "auto.zarr", parallel="auto"
+        task, curricula[:, :16], optimizer, store=tmp_path / "auto.zarr", placement=auto
     ).attrs["parallel"]
     benchmark.extra_info.update(ratio=one / many, one=one, many=many, auto=chosen)
     print(

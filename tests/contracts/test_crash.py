@@ -21,6 +21,7 @@ from bayes_simfluence.conventions import COMPLETE, UNRECORDED
 from bayes_simfluence.data.store import open_runs, open_store
 from bayes_simfluence.recording.features import Features
 from bayes_simfluence.recording.record import record
+from bayes_simfluence.recording.settings import Evaluation
 from bayes_simfluence.tasks.task import Task
 
 # A recording in this process must be the bit-for-bit reference of one in another.
@@ -61,7 +62,7 @@ def record_small(store, **settings):
         rng.integers(-1, 6, (RUNS, STEPS, 2)),
         optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.05, 0.0, STEPS)),
         store=store,
-        checkpoints=1,
+        evaluation=Evaluation(checkpoints=1),
         features=Features(
             rng.normal(size=(6, 2)).astype("f4"), rng.normal(size=(4, 2)).astype("f4"), 1.0
         ),

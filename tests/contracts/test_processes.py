@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bayes_simfluence.data.store import open_runs
+from bayes_simfluence.recording.settings import Placement
 
 # The recording in this process is the reference of those in others.
 pytestmark = [
@@ -18,7 +19,11 @@ pytestmark = [
 ]
 CRASH = str(Path(__file__).with_name("test_crash.py").absolute())
 shared = runpy.run_path(CRASH)
-START = f"import os, runpy, sys\nrecord = runpy.run_path({CRASH!r})['record_small']\n"
+START = (
+    "import os, runpy, sys\n"
+    "from bayes_simfluence.recording.settings import Placement\n"
+    f"record = runpy.run_path({CRASH!r})['record_small']\n"
+)
 QUIET = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
 
 
@@ -51,7 +56,8 @@ def test_two_processes_record_their_own_runs_into_one_store(tmp_path, reference)
     store = tmp_path / "runs.zarr"
     program = (
         "import warnings; warnings.simplefilter('ignore')\n"
-        "record(sys.argv[1], runs=slice(int(sys.argv[2]), int(sys.argv[3])), resume=True)\n"
+        "share = Placement(only=slice(int(sys.argv[2]), int(sys.argv[3])))\n"
+        "record(sys.argv[1], placement=share, resume=True)\n"
     )
     outputs([started(program, store, *share) for share in ((0, 3), (3, 6))])
     shared["assert_same_bits"](open_runs(store), reference[0])
@@ -101,7 +107,7 @@ def test_runs_are_spread_over_the_devices_and_keep_their_bits(tmp_path, referenc
     program = (
         "import jax\n"
         "record(sys.argv[1])\n"
-        "record(sys.argv[2], parallel=2)\n"
+        "record(sys.argv[2], placement=Placement(parallel=2))\n"
         "print(jax.local_device_count())\n"
     )
     flags = "--xla_force_host_platform_device_count=4"
@@ -109,5 +115,5 @@ def test_runs_are_spread_over_the_devices_and_keep_their_bits(tmp_path, referenc
     assert said[0].strip() == "4"
     shared["assert_same_bits"](open_runs(store), reference[0])
     assert shared["weights_in"](store) == reference[1]
-    two = shared["record_small"](tmp_path / "here.zarr", parallel=2)
+    two = shared["record_small"](tmp_path / "here.zarr", placement=Placement(parallel=2))
     shared["assert_same_bits"](open_runs(tmp_path / "two.zarr"), two)

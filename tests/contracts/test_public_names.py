@@ -15,6 +15,8 @@ from bayes_simfluence import conventions
 DOCUMENTED = [
     "Task",
     "record",
+    "Evaluation",
+    "Placement",
     "Recorder",
     "runs_from_arrays",
     "planned_runs",

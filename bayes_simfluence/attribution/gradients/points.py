@@ -24,7 +24,8 @@ def check_checkpoints(task: Task, checkpoints: Sequence[SavedWeights]) -> None:
             "checkpoints",
             got="none",
             expected="weights that were saved on the way of a run",
-            do="record(..., checkpoints=10) saves them, open_checkpoints(store, run) reads them",
+            do="record(..., evaluation=Evaluation(checkpoints=10)) saves them, "
+            "open_checkpoints(store, run) reads them",
         )
     for saved in checkpoints:
         weights_at(task, saved)

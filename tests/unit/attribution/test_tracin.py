@@ -15,6 +15,7 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.data.store import open_store
 from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors, open_checkpoints
 from bayes_simfluence.recording.record import record
+from bayes_simfluence.recording.settings import Evaluation
 from bayes_simfluence.tasks.task import Task
 
 TRAIN, QUERY, STEPS = 6, 4, 5
@@ -91,7 +92,14 @@ def test_gradient_similarities(task, checkpoints):
 
 def recorded(task, folder, *, optimizer, batch):
     """One run with the weights of every step, and its losses."""
-    record(task, batch[None], optimizer, store=folder, step_size=0.001, checkpoints=len(batch))
+    record(
+        task,
+        batch[None],
+        optimizer,
+        store=folder,
+        step_size=0.001,
+        evaluation=Evaluation(checkpoints=len(batch)),
+    )
     runs = open_store(folder)
     return open_checkpoints(folder, runs["run"].values[0]), runs["loss"].values[0].astype(float)
 

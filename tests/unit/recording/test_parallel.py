@@ -10,6 +10,7 @@ import pytest
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.recording import parallel as p
 from bayes_simfluence.recording.record import record
+from bayes_simfluence.recording.settings import Placement
 
 MIB = 2**20
 
@@ -49,14 +50,15 @@ def test_the_memory_of_this_machine_is_known():
 
 
 def test_auto_is_kept_with_the_store_and_taken_from_it(squares, curricula, tmp_path, monkeypatch):
-    settings = {"step_size": 0.1, "store": tmp_path / "runs.zarr", "parallel": "auto"}
+    settings = {"step_size": 0.1, "store": tmp_path / "runs.zarr"}
+    settings["placement"] = Placement(parallel="auto")
     optimizer = optax.sgd(0.1)
     runs = record(squares, curricula, optimizer, **settings)
     assert runs.attrs["parallel"] == 3
     monkeypatch.setattr(p, "fitting_runs", lambda *_, **__: 1)
     again = record(squares, curricula, optimizer, resume=True, **settings)
     assert again.attrs["parallel"] == 3
-    settings["parallel"] = 2
+    settings["placement"] = Placement(parallel=2)
     with pytest.raises(Misuse, match="a recording with other parallel"):
         record(squares, curricula, optimizer, resume=True, **settings)
 
@@ -70,18 +72,18 @@ def test_other_numbers_are_refused(squares, curricula, tmp_path, parallel):
             optax.sgd(0.1),
             step_size=0.1,
             store=tmp_path / "runs.zarr",
-            parallel=parallel,
+            placement=Placement(parallel=parallel),
         )
     assert not (tmp_path / "runs.zarr").exists()
 
 
 def test_the_compiler_counts_more_memory_for_more_work(squares):
-    from bayes_simfluence.recording.program import Program, Training
+    from bayes_simfluence.recording.compiled import CompiledSteps, Training
 
     training = Training(squares, optax.adam(0.1), lambda state, count: np.float32(0.1))
     sizes = [
-        p.program_bytes(
-            Program.of(training, 2, steps=4, parallel=at_once, devices=jax.devices()[:1]), 0
+        p.run_bytes(
+            CompiledSteps.of(training, 2, steps=4, parallel=at_once, devices=jax.devices()[:1]), 0
         )
         for at_once in (1, 8)
     ]

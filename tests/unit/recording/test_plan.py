@@ -5,20 +5,25 @@ import pytest
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.recording.plan import Plan, chosen_runs, units
+from bayes_simfluence.recording.settings import Evaluation
+
+
+def planned(steps, **settings):
+    return Plan(steps, Evaluation(**settings))
 
 
 def test_queries_are_measured_at_the_start_every_so_often_and_at_the_end():
-    assert Plan(5, evaluate_every=2).times == [0, 2, 4, 5]
-    assert Plan(4, evaluate_every=2).times == [0, 2, 4]
-    assert Plan(3, evaluate_every=9).times == [0, 3]
+    assert planned(5, evaluate_every=2).times == [0, 2, 4, 5]
+    assert planned(4, evaluate_every=2).times == [0, 2, 4]
+    assert planned(3, evaluate_every=9).times == [0, 3]
     assert Plan(2).times == [0, 1, 2]
     assert Plan(5).score_times == [0, 5]
-    assert Plan(5, scores_every=3).score_times == [0, 3, 5]
+    assert planned(5, scores_every=3).score_times == [0, 3, 5]
 
 
 def test_checkpoints_stand_in_the_middle_of_equal_parts():
-    assert Plan(96, checkpoints=1).saved == {48: 49}
-    assert Plan(3, checkpoints=3).saved == {0: 1, 1: 2, 2: 3}
+    assert planned(96, checkpoints=1).saved == {48: 49}
+    assert planned(3, checkpoints=3).saved == {0: 1, 1: 2, 2: 3}
     assert Plan(7).saved == {}
 
 
@@ -42,7 +47,7 @@ def test_stretches_cover_all_steps_and_never_cross_a_stop(steps, rng):
 )
 def test_impossible_plans_are_refused(settings, match):
     with pytest.raises(Misuse, match=match):
-        Plan(4, **settings).validate()
+        planned(4, **settings).validate()
 
 
 def test_units_hold_the_same_runs_whatever_is_recorded():

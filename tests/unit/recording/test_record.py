@@ -11,6 +11,7 @@ from bayes_simfluence.conventions import DIVERGED
 from bayes_simfluence.data.curriculum import with_replacement
 from bayes_simfluence.data.store import open_store
 from bayes_simfluence.recording.record import record
+from bayes_simfluence.recording.settings import Placement
 from bayes_simfluence.tasks.task import Task
 
 
@@ -84,8 +85,7 @@ def test_recording_is_the_plain_loop(tmp_path, optimizer, parallel):
         optimizer,
         store=tmp_path / "runs.zarr",
         step_size=0.1,
-        parallel=parallel,
-        query_chunk=None if parallel == 1 else 3,
+        placement=Placement(parallel=parallel, query_chunk=None if parallel == 1 else 3),
     )
     expected = np.stack([plain_loop(task, one, optimizer) for one in curricula])
     np.testing.assert_allclose(runs["loss"], expected, rtol=2e-4, atol=1e-5)
@@ -129,7 +129,7 @@ def test_a_diverging_run_is_kept_and_marked(tmp_path):
 
 def test_resume_finishes_what_is_left_and_changes_nothing_else(tmp_path):
     task, curricula = small_task(), some_curricula()
-    settings = {"step_size": 0.1, "parallel": 2}
+    settings = {"step_size": 0.1, "placement": Placement(parallel=2)}
     whole = record(task, curricula, optax.sgd(0.1), store=tmp_path / "whole.zarr", **settings)
     path = tmp_path / "runs.zarr"
     record(task, curricula, optax.sgd(0.1), store=path, **settings)

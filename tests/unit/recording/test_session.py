@@ -41,14 +41,14 @@ def test_settings_are_those_of_the_recording(squares, tmp_path, monkeypatch):
     assert [one.step for one in open_checkpoints(store, 2)] == [2, 4]
     parts = tmp_path / "parts.zarr"
     with pytest.warns(UserWarning, match="2 of 3 runs recorded"):
-        session.record_from_config(config, parts, runs=[0, 2], resume=True)
-    again = session.record_from_config(config, parts, runs=slice(1, 2), resume=True)
+        session.record_from_config(config, parts, only=[0, 2], resume=True)
+    again = session.record_from_config(config, parts, only=slice(1, 2), resume=True)
     xr.testing.assert_identical(again, runs)
 
 
 def test_a_number_of_runs_at_once_may_come_as_text():
-    assert RecordConfig(parallel="4").validate().at_once == 4
-    assert RecordConfig(parallel="auto").validate().at_once == "auto"
+    assert RecordConfig(parallel="4").validate().placement.parallel == 4
+    assert RecordConfig(parallel="auto").validate().placement.parallel == "auto"
     for bad in ("many", "0", 0):
         with pytest.raises(Misuse, match="parallel"):
             RecordConfig(parallel=bad).validate()

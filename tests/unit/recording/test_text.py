@@ -25,9 +25,8 @@ from bayes_simfluence.networks.heads import head_logits, with_head
 from bayes_simfluence.networks.network import Sequence
 from bayes_simfluence.networks.tensor_files import save_tensors
 from bayes_simfluence.recording.config import RecordConfig
-from bayes_simfluence.recording.optimizers import optimizer_of
+from bayes_simfluence.recording.from_config import curricula_of, optimizer_of, task_of
 from bayes_simfluence.recording.session import merged, record_from_config
-from bayes_simfluence.recording.text import curricula_of, task_of
 from bayes_simfluence.settings import config_from_yaml, config_path
 from bayes_simfluence.tasks.classification import classification_task
 from bayes_simfluence.tasks.pretrained import pretrained

@@ -19,16 +19,27 @@ from bayes_simfluence.recording.checkpoints import (
     open_checkpoints,
     with_tensors,
 )
-from bayes_simfluence.recording.program import Training, training_loss
+from bayes_simfluence.recording.compiled import Training, training_loss
 from bayes_simfluence.recording.record import record
+from bayes_simfluence.recording.settings import Evaluation, Placement
 from bayes_simfluence.tasks.task import Task
 
 SCHEDULE = optax.linear_schedule(0.05, 0.0, 7)
 
 
+def grouped(settings):
+    """Settings of ``record`` from those of its groups."""
+    groups = {"evaluation": Evaluation, "placement": Placement}
+    rest = dict(settings)
+    for name, group in groups.items():
+        mine = {field.name for field in dataclasses.fields(group)} & set(rest)
+        rest[name] = group(**{setting: rest.pop(setting) for setting in mine})
+    return rest
+
+
 def recorded(task, curricula, folder, name="runs", **settings):
     optimizer = settings.pop("optimizer", optax.adam(SCHEDULE))
-    settings = {"step_size": SCHEDULE, **settings}
+    settings = {"step_size": SCHEDULE, **grouped(settings)}
     return record(task, curricula, optimizer, store=folder / f"{name}.zarr", **settings)
 
 
@@ -51,7 +62,7 @@ def test_queries_measured_every_so_many_steps(squares, curricula, tmp_path, whol
 
 
 def test_queries_are_not_computed_where_they_are_not_measured(squares, curricula, tmp_path):
-    """Counted by the program itself, also where two runs train at once by vmap."""
+    """Counted by the compiled steps themselves, also where two runs train at once by vmap."""
     counted = []
 
     def loss(params, example):
@@ -144,7 +155,7 @@ def test_remat_keeps_less_for_the_backward_pass():
 
     def kept(remat):
         task = Task([jnp.eye(16)] * 3, loss, jnp.ones((8, 16)), jnp.ones((1, 16)), range(8), [0])
-        training = Training(task, optax.sgd(0.1), lambda state, count: 0.1, remat=remat)
+        training = Training(task, optax.sgd(0.1), lambda state, count: 0.1, Placement(remat=remat))
         batched = jax.vmap(training_loss(training), in_axes=(None, 0))
         backward = jax.vjp(lambda params: batched(params, task.train), task.params)[1]
         return sum(leaf.size for leaf in jax.tree.leaves(backward))
@@ -203,9 +214,9 @@ def test_some_runs_now_and_the_others_later_are_the_whole(squares, curricula, tm
     whole = recorded(squares, curricula, tmp_path, "all", parallel=2)
     store = tmp_path / "runs.zarr"
     with pytest.warns(UserWarning, match="1 of 3 runs recorded so far"):
-        recorded(squares, curricula, tmp_path, parallel=2, runs=[1], resume=True)
+        recorded(squares, curricula, tmp_path, parallel=2, only=[1], resume=True)
     with pytest.warns(UserWarning, match="2 of 3 runs recorded so far"):
-        recorded(squares, curricula, tmp_path, parallel=2, runs=slice(2, None), resume=True)
+        recorded(squares, curricula, tmp_path, parallel=2, only=slice(2, None), resume=True)
     again = recorded(squares, curricula, tmp_path, parallel=2, resume=True)
     for name in ("loss", "error", "close", "step_size"):
         np.testing.assert_array_equal(again[name], whole[name])
@@ -217,12 +228,12 @@ def test_a_run_that_another_process_records_is_refused(squares, curricula, tmp_p
 
     store = tmp_path / "runs.zarr"
     with pytest.warns(UserWarning, match="1 of 3 runs"):
-        recorded(squares, curricula, tmp_path, runs=[0], resume=True)
+        recorded(squares, curricula, tmp_path, only=[0], resume=True)
     with claimed(store, [1]):
         with pytest.raises(Misuse, match="run 1: got recorded right now by process"):
             recorded(squares, curricula, tmp_path, resume=True)
         with pytest.warns(UserWarning, match="2 of 3 runs"):
-            recorded(squares, curricula, tmp_path, resume=True, runs=[0, 2])
+            recorded(squares, curricula, tmp_path, resume=True, only=[0, 2])
 
 
 def test_resuming_with_other_measurements_is_refused(squares, curricula, tmp_path):
@@ -245,9 +256,10 @@ def test_resuming_with_other_measurements_is_refused(squares, curricula, tmp_pat
         ({"step_size": 0.0}, "step_size: got 0.0"),
         ({"step_size": None, "optimizer": optax.inject_hyperparams(optax.sgd)(0.0)}, "got 0 at"),
         ({"evaluate_every": 0}, "evaluate_every"),
+        ({"query_chunk": 0}, "query_chunk"),
         ({"accumulate": 5}, "at most the 4 slots"),
         ({"checkpoints": 8}, "at most the 7 steps"),
-        ({"runs": [5]}, r"numbers among 0\.\.2"),
+        ({"only": [5]}, r"numbers among 0\.\.2"),
         ({"distributed": True}, r"jax\.distributed\.initialize"),
     ],
 )

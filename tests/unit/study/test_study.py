@@ -18,7 +18,7 @@ from bayes_simfluence.attribution.simulators import additive_simulator
 from bayes_simfluence.attribution.tracin import grad_dot
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.progress import Silent
-from bayes_simfluence.recording.text import task_of
+from bayes_simfluence.recording.from_config import task_of
 from bayes_simfluence.study import methods, stages
 from bayes_simfluence.study.cell import Cell
 from bayes_simfluence.study.config import study_of

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.recording.lengths import length_groups
-from bayes_simfluence.recording.program import fixed_of, measure_of
+from bayes_simfluence.recording.measure import fixed_of, length_groups, measure_of
 from bayes_simfluence.tasks.causal import causal_task
 from bayes_simfluence.tasks.choice import choice_task
 from bayes_simfluence.tasks.classification import classification_task
@@ -339,7 +338,7 @@ def test_networks_of_another_kind_are_refused(toy, rows_of):
 
 @pytest.mark.parametrize("kind", ["causal", "choice", "choice by likelihood", "seq2seq"])
 def test_queries_without_their_padding_have_the_same_losses(kind, toy, rows_of, monkeypatch):
-    monkeypatch.setattr("bayes_simfluence.recording.lengths.MULTIPLE", 1)
+    monkeypatch.setattr("bayes_simfluence.recording.measure.MULTIPLE", 1)
     rest = {"answer": "yes", "label": "0", "one": "no", "two": "yes yes"}
     rows = [{"q": " ".join("abcd"[:length]), **rest} for length in (1, 4, 2)]
     files, of_choice = (rows_of(rows), rows_of(rows, "query")), {"options": ["one", "two"]}

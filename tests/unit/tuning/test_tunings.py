@@ -10,6 +10,7 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.networks.families import family_of
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.recording.record import record
+from bayes_simfluence.recording.settings import Placement
 from bayes_simfluence.tasks.task import Task
 from bayes_simfluence.tuning.base import Tuning
 from bayes_simfluence.tuning.layers import linear_layers, matched
@@ -345,7 +346,9 @@ def test_recording_trains_the_adapters_alone(tmp_path, rng):
     )
     curricula = np.array([[[0], [1]], [[2], [0]]])
     optimizer = optax.inject_hyperparams(optax.sgd)(0.01)
-    runs = record(task, curricula, optimizer, store=tmp_path / "runs.zarr", parallel=2)
+    runs = record(
+        task, curricula, optimizer, store=tmp_path / "runs.zarr", placement=Placement(parallel=2)
+    )
     assert runs.attrs["tuning"] == tuned.as_dict()
     for run, batches in enumerate(curricula[:, :, 0]):
         params, losses = tuned.params, []

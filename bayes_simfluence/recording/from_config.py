@@ -1,10 +1,11 @@
-"""The task and the curricula that a recording's settings describe, from its files of text."""
+"""What a recording's settings describe: its task, from files of text, curricula and optimizer."""
 
 from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
 import numpy as np
+import optax
 
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.conventions import Curricula
@@ -21,7 +22,7 @@ from bayes_simfluence.tasks.seq2seq import seq2seq_task
 from bayes_simfluence.tasks.task import Task
 from bayes_simfluence.tasks.templates import filled
 
-__all__ = ["curricula_of", "task_of"]
+__all__ = ["curricula_of", "optimizer_of", "task_of"]
 
 
 def task_of(config: RecordConfig) -> Task:
@@ -31,7 +32,7 @@ def task_of(config: RecordConfig) -> Task:
         Misuse: files, labels or checkpoint that do not fit the settings.
     """
     every_train, every_query = (
-        read_rows(one, id_field=config.id_field) for one in (config.train, config.query)
+        read_rows(path, id_field=config.id_field) for path in (config.train, config.query)
     )
     if _inputs(config, every_train) == _inputs(config, every_query):
         raise Misuse(
@@ -40,9 +41,10 @@ def task_of(config: RecordConfig) -> Task:
             expected="examples that are not trained on",
             do="point --query at a test or validation file",
         )
-    train = _draw("examples", every_train, config.examples, config.seed, stream=0)
-    query = _draw("queries", every_query, config.queries, config.seed, stream=1)
-    return _made(config, pretrained(load_checkpoint(config.checkpoint)), train, query, every_train)
+    train = _drawn("examples", every_train, config.examples, config.seed, stream=0)
+    query = _drawn("queries", every_query, config.queries, config.seed, stream=1)
+    model = pretrained(load_checkpoint(config.checkpoint))
+    return _task_of_kind(config, model, train, query, every_train)
 
 
 def curricula_of(config: RecordConfig) -> Curricula:
@@ -62,10 +64,33 @@ def curricula_of(config: RecordConfig) -> Curricula:
     )
 
 
-def _made(
+def optimizer_of(config: RecordConfig) -> optax.GradientTransformation:
+    """The optax optimizer that a recording's settings describe; its state holds the step size."""
+    rate = _schedule(config)
+    if config.optimizer == "adamw":
+        return optax.inject_hyperparams(optax.adamw)(rate, weight_decay=config.weight_decay)
+    if config.optimizer == "adam":
+        return optax.inject_hyperparams(optax.adam)(rate)
+    return optax.inject_hyperparams(optax.sgd)(rate, momentum=config.momentum or None)
+
+
+def _schedule(config: RecordConfig) -> optax.Schedule:
+    top, warm = config.learning_rate, config.warmup_steps
+    decay = max(config.steps - warm, 1)
+    after = {
+        "linear": optax.linear_schedule(top, 0.0, decay),
+        "cosine": optax.cosine_decay_schedule(top, decay),
+        "constant": optax.constant_schedule(top),
+    }[config.schedule]
+    if not warm:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, top, warm), after], [warm])
+
+
+def _task_of_kind(
     config: RecordConfig, model: Pretrained, train: Rows, query: Rows, every_train: Rows
 ) -> Task:
-    """The task of the settings' kind, with the settings that this kind has."""
+    """The task of the kind that is set, with the settings that this kind has."""
     common: dict[str, Any] = {
         "key": jax.random.fold_in(jax.random.key(config.seed), 2),
         "max_tokens": config.max_tokens,
@@ -136,10 +161,10 @@ def _label_texts(config: RecordConfig, rows: Rows) -> dict[str, str]:
     """Each label of the train file and its text: the label itself where none is given."""
     labels = _labels(config, rows)
     if not config.label_texts:
-        return {one: one for one in labels}
-    pairs = [one.partition("=") for one in _listed(config.label_texts)]
+        return {label: label for label in labels}
+    pairs = [pair.partition("=") for pair in _listed(config.label_texts)]
     texts = {label.strip(): text.strip() for label, _, text in pairs}
-    missing = [one for one in labels if not texts.get(one)]
+    missing = [label for label in labels if not texts.get(label)]
     if missing:
         raise Misuse(
             "label_texts",
@@ -151,10 +176,10 @@ def _label_texts(config: RecordConfig, rows: Rows) -> dict[str, str]:
 
 
 def _listed(words: str) -> Sequence[str]:
-    return [one.strip() for one in words.split(",") if one.strip()]
+    return [word.strip() for word in words.split(",") if word.strip()]
 
 
-def _draw(name: str, rows: Rows, count: int, seed: int, *, stream: int) -> Rows:
+def _drawn(name: str, rows: Rows, count: int, seed: int, *, stream: int) -> Rows:
     if count > len(rows.ids):
         raise Misuse(
             name,

@@ -1,0 +1,286 @@
+"""The compiled part of a recording: some steps of several runs, and all queries as they go.
+
+Written for one run; ``vmap`` and a mesh of devices stand outside. One compilation serves every
+stretch of a recording: how many of its steps to take and after which of them to measure are
+arguments.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from bayes_simfluence.conventions import EMPTY_SLOT
+from bayes_simfluence.recording.measure import Fixed, fixed_of, measure_of
+from bayes_simfluence.recording.settings import Placement
+from bayes_simfluence.tasks.task import Task
+
+__all__ = [
+    "Batches",
+    "Carry",
+    "CompiledSteps",
+    "Measured",
+    "StepSizeReader",
+    "Training",
+    "training_loss",
+]
+
+AXIS = "run"
+PartitionSpec: Any = jax.sharding.PartitionSpec
+Shaped: Any = jax.ShapeDtypeStruct
+
+
+class Batches(NamedTuple):
+    """What some steps train on.
+
+    Attributes:
+        members: indices into the training examples, -1 = empty slot.
+        weight: of the example in each slot, 0 in empty ones; ``None`` = all alike.
+    """
+
+    members: Int[Any, "*run slot"]
+    weight: Float[Any, "*run slot"] | None = None
+
+    @property
+    def filled(self) -> Bool[Array, "*run slot"]:
+        """Slots with an example that counts."""
+        filled = self.members != EMPTY_SLOT
+        return filled if self.weight is None else filled & (self.weight > 0)
+
+    @property
+    def total(self) -> Float[Array, ""] | Int[Array, ""]:
+        """Sum of the weights of one batch; 1 if it is empty."""
+        if self.weight is None:
+            return jnp.maximum(self.filled.sum(), 1)
+        total = self.weight.sum()
+        return jnp.where(total > 0, total, 1.0)
+
+    def sum_of(self, losses: Float[Array, " slot"]) -> Float[Array, ""]:
+        """The weighted sum of the losses of one batch's examples."""
+        weighted = losses if self.weight is None else self.weight * losses
+        return jnp.where(self.filled, weighted, 0.0).sum()
+
+
+class Carry(NamedTuple):
+    """What training carries from step to step."""
+
+    params: PyTree
+    optimizer: PyTree
+    taken: Int[Array, "*run"]
+
+
+class Measured(NamedTuple):
+    """What a stretch of steps leaves behind; NaN where nothing was measured."""
+
+    queries: dict[str, Float[Array, "*run step query"]]
+    step_size: Float[Array, "*run step"]
+
+
+StepSizeReader = Callable[[PyTree, Int[Array, ""]], Float[Array, ""]]
+"""The step size from the optimizer's state and the number of steps taken before."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a task is trained and measured.
+
+    Attributes:
+        step_size: reads the learning rate of the step that was just made.
+        placement: how a batch is split and its gradient taken, and how many queries are measured
+            at once.
+        weighted: whether batches come with weights.
+        always: whether queries are measured after every step.
+    """
+
+    task: Task
+    optimizer: optax.GradientTransformation
+    step_size: StepSizeReader
+    placement: Placement = field(default_factory=Placement)
+    weighted: bool = False
+    always: bool = True
+
+
+@dataclass(frozen=True)
+class CompiledSteps:
+    """A compiled stretch of steps.
+
+    Attributes:
+        runs: how many train in one call; all arguments and results but the shared ones have them
+            as their leading axis.
+        steps: most steps of one call.
+        begin: the carry of runs that start from the task's parameters.
+        place: puts the shared arguments where the compiled steps want them.
+        advance: ``(carry, fixed, batches, looks, count) -> (carry, measured)``; takes ``count``
+            steps, measures after those where ``looks``, and uses up the memory of ``carry``.
+    """
+
+    runs: int
+    steps: int
+    begin: Callable[[PyTree], Carry]
+    place: Callable[[Fixed], Fixed]
+    advance: Any
+
+    @classmethod
+    def of(
+        cls,
+        training: Training,
+        slots: int,
+        *,
+        steps: int,
+        parallel: int,
+        devices: list[jax.Device],
+    ) -> "CompiledSteps":
+        """Compile for ``parallel`` runs at once on each of ``devices``."""
+        runs = parallel * len(devices)
+        mesh = Mesh(np.asarray(devices), (AXIS,))
+        over, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((AXIS,), ()))
+        begin = jax.jit(partial(_begin, training.optimizer, runs), out_shardings=over)
+        stretch = _stretch(training, parallel, steps)
+        if len(devices) > 1:
+            split, whole = over.spec, everywhere.spec
+            stretch = jax.shard_map(
+                stretch,
+                mesh=mesh,
+                in_specs=(split, whole, split, whole, whole),
+                out_specs=(split, split),
+                check_vma=False,
+            )
+        task, slotted = training.task, (runs, steps, slots)
+        advance = jax.jit(stretch, donate_argnums=0).lower(
+            _shaped(jax.eval_shape(begin, task.params), over),
+            _shaped(fixed_of(task), everywhere),
+            Batches(
+                Shaped(slotted, jnp.int32, sharding=over),
+                Shaped(slotted, jnp.float32, sharding=over) if training.weighted else None,
+            ),
+            Shaped((steps,), jnp.bool_, sharding=everywhere),
+            Shaped((), jnp.int32, sharding=everywhere),
+        )
+        return cls(
+            runs,
+            steps,
+            begin,
+            lambda fixed: jax.device_put(fixed, everywhere),
+            advance.compile(),
+        )
+
+
+def training_loss(training: Training) -> Callable[[PyTree, PyTree], Float[Array, ""]]:
+    """The loss of one training example, with less kept for its backward pass under ``remat``.
+
+    Only the products with weights are kept then; the rest is computed again.
+    """
+    if not training.placement.remat:
+        return training.task.loss
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(training.task.loss, policy=policy)
+
+
+def _stretch(training: Training, parallel: int, steps: int) -> Callable[..., Any]:
+    """``parallel`` runs, with a leading axis of runs whatever their number."""
+    one_run = _one_run(training, steps)
+    if parallel > 1:
+        return jax.vmap(one_run, in_axes=(0, None, 0, None, None))
+
+    def alone(
+        carry: Carry,
+        fixed: Fixed,
+        batches: Batches,
+        looks: Bool[Array, " step"],
+        count: Int[Array, ""],
+    ) -> tuple[Carry, Measured]:
+        carry, batches = jax.tree.map(lambda leaf: leaf[0], (carry, batches))
+        ended = one_run(carry, fixed, batches, looks, count)
+        return jax.tree.map(lambda leaf: leaf[None], ended)
+
+    return alone
+
+
+def _one_run(training: Training, steps: int) -> Callable[..., tuple[Carry, Measured]]:
+    measure = measure_of(training.task, training.placement.query_chunk)
+    gradient = _gradient(training)
+
+    def stretch(
+        carry: Carry,
+        fixed: Fixed,
+        batches: Batches,
+        looks: Bool[Array, " step"],
+        count: Int[Array, ""],
+    ) -> tuple[Carry, Measured]:
+        shapes = jax.eval_shape(measure, carry.params, fixed)
+        nothing = jax.tree.map(lambda shape: jnp.full(shape.shape, jnp.nan, shape.dtype), shapes)
+
+        def step(at: Int[Array, ""], state: tuple[Carry, Measured]) -> tuple[Carry, Measured]:
+            (params, memory, taken), measured = state
+            slope = gradient(params, fixed, jax.tree.map(lambda leaf: leaf[at], batches))
+            updates, memory = training.optimizer.update(slope, memory, params)
+            params = optax.apply_updates(params, updates)
+            if training.always:
+                queries = measure(params, fixed)
+            else:
+                # The runs share ``looks``, so this stays a branch under vmap.
+                queries = jax.lax.cond(looks[at], lambda: measure(params, fixed), lambda: nothing)
+            seen = Measured(queries, training.step_size(memory, taken))
+            measured = jax.tree.map(lambda rows, row: rows.at[at].set(row), measured, seen)
+            return Carry(params, memory, taken + 1), measured
+
+        empty = Measured(
+            jax.tree.map(lambda row: jnp.repeat(row[None], steps, axis=0), nothing),
+            jnp.full(steps, jnp.nan),
+        )
+        return jax.lax.fori_loop(0, count, step, (carry, empty))
+
+    return stretch
+
+
+def _gradient(training: Training) -> Callable[[PyTree, Fixed, Batches], PyTree]:
+    """The gradient of the weighted mean loss of a batch, zero for an empty batch."""
+    task, loss = training.task, training_loss(training)
+
+    def share(
+        params: PyTree, fixed: Fixed, part: Batches, total: Float[Array, ""] | Int[Array, ""]
+    ) -> Float[Array, ""]:
+        """What some slots add to the mean loss of a batch whose weights sum to ``total``."""
+        places = jnp.where(part.filled, part.members, 0)
+        examples = jax.tree.map(lambda leaf: leaf[places], fixed.train)
+        losses = jax.vmap(loss, in_axes=(None, 0))(task.weights(params, fixed.frozen), examples)
+        return part.sum_of(losses) / total
+
+    def gradient(params: PyTree, fixed: Fixed, batch: Batches) -> PyTree:
+        total, parts = batch.total, training.placement.accumulate
+        if parts == 1:
+            return jax.grad(share)(params, fixed, batch, total)
+        missing = (0, -len(batch.members) % parts)
+        padded = Batches(
+            jnp.pad(batch.members, missing, constant_values=EMPTY_SLOT),
+            None if batch.weight is None else jnp.pad(batch.weight, missing),
+        )
+
+        def add(summed: PyTree, part: Batches) -> tuple[PyTree, None]:
+            more = jax.grad(share)(params, fixed, part, total)
+            return jax.tree.map(jnp.add, summed, more), None
+
+        zero = jax.tree.map(jnp.zeros_like, params)
+        split = jax.tree.map(lambda leaf: leaf.reshape(parts, -1), padded)
+        return jax.lax.scan(add, zero, split)[0]
+
+    return gradient
+
+
+def _begin(optimizer: optax.GradientTransformation, runs: int, params: PyTree) -> Carry:
+    carry = Carry(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], runs, axis=0), carry)
+
+
+def _shaped(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    return jax.tree.map(
+        lambda leaf: Shaped(jnp.shape(leaf), jnp.result_type(leaf), sharding=sharding),
+        tree,
+    )

@@ -1,0 +1,121 @@
+"""The store of one recording: made anew, or found to belong to this very recording."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Bool
+
+from bayes_simfluence.checks import Misuse
+from bayes_simfluence.conventions import UNRECORDED
+from bayes_simfluence.data.claims import alone_in
+from bayes_simfluence.data.metrics import check_metric_name
+from bayes_simfluence.data.store import create_store, open_store, stored_statuses
+from bayes_simfluence.files import PathLike, new_path
+from bayes_simfluence.recording.compiled import Batches
+from bayes_simfluence.recording.features import Features
+from bayes_simfluence.tasks.task import Task
+
+__all__ = ["StoredRecording"]
+
+
+@dataclass(frozen=True)
+class StoredRecording:
+    """What a store holds of a recording before its first run ends.
+
+    Attributes:
+        batches: of all runs, ``(run, step, slot)``.
+        attrs: of the store, beside the versions of packages and the number of runs at once.
+        features: of the task's examples, for the default model's prior.
+    """
+
+    path: PathLike
+    task: Task
+    batches: Batches
+    attrs: Mapping[str, Any]
+    features: Features | None = None
+
+    def prepare(
+        self, parallel: Callable[[int | None], int], *, resume: bool, overwrite: bool
+    ) -> None:
+        """Make the store, or see that the one to be resumed is of this recording.
+
+        Args:
+            parallel: the number of runs at once, from the one that the store to be resumed has.
+
+        Raises:
+            Misuse: a store that exists, or one of another recording.
+        """
+        path = Path(self.path)
+        if not (resume and path.exists()):
+            new_path(path, overwrite=overwrite)
+        with alone_in(path.absolute().parent):
+            stored = open_store(path) if resume and path.exists() else None
+            at_once = parallel(None if stored is None else stored.attrs.get("parallel"))
+            attrs = {**self.attrs, "versions": _versions(), "parallel": at_once}
+            if stored is None:
+                self._create(attrs, overwrite=overwrite)
+            else:
+                self._check_same(stored, attrs)
+
+    @property
+    def parallel(self) -> int:
+        """How many runs train at once on each device, once the store is there."""
+        return int(open_store(self.path).attrs["parallel"])
+
+    @property
+    def unrecorded(self) -> Bool[np.ndarray, " run"]:
+        """Runs that nobody has finished yet."""
+        return stored_statuses(self.path) == UNRECORDED
+
+    @property
+    def _metrics(self) -> tuple[str, ...]:
+        return (*self.task.metrics, *self.task.scores)
+
+    def _create(self, attrs: Mapping[str, Any], *, overwrite: bool) -> None:
+        features = self.features
+        create_store(
+            self.path,
+            curricula=self.batches.members,
+            weights=self.batches.weight,
+            train_ids=self.task.train_ids,
+            query_ids=self.task.query_ids,
+            attrs=attrs,
+            features={"train_feature": features.train, "query_feature": features.query}
+            if features
+            else {},
+            metrics=[check_metric_name(name) for name in self._metrics],
+            overwrite=overwrite,
+        )
+
+    def _check_same(self, stored: xr.Dataset, attrs: Mapping[str, Any]) -> None:
+        weights = [stored["weight"].values] if "weight" in stored else []
+        mine = [] if self.batches.weight is None else [self.batches.weight]
+        same = {
+            "curricula": np.array_equal(stored["batch"].values, self.batches.members),
+            "weights": np.array_equal(weights, mine),
+            "train ids": _same_ids(stored["train"], self.task.train_ids),
+            "query ids": _same_ids(stored["query"], self.task.query_ids),
+            **{f"metric {name}": name in stored for name in self._metrics},
+            **{name: stored.attrs.get(name) == value for name, value in attrs.items()},
+        }
+        other = [name for name, agrees in same.items() if not agrees]
+        if other:
+            raise Misuse(
+                str(self.path),
+                got=f"a recording with other {', '.join(other)}",
+                expected="the recording that is to be resumed",
+                do="repeat the settings it was started with, or record to a new path",
+            )
+
+
+def _same_ids(stored: xr.DataArray, ids: Any) -> bool:
+    return stored.values.astype(str).tolist() == [str(name) for name in ids]
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("bayes-simfluence", "jax", "optax", "numpy")}
