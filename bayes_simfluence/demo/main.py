@@ -43,16 +43,16 @@ DROPPED = 10
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found and wrote.
+    """Results of the demo.
 
     Attributes:
         table: methods x metrics on the held-out runs.
         verdict: of the Bayesian fit.
         query_text: of the query that its most harmful examples hurt most.
-        dropped: those examples: text, label, effect.
+        dropped: those examples: text, label, probability of being harmful.
         simulated: change of the query's final loss without them: median, low, high (90%).
         recorded: the same change when the run is really trained without them.
-        folder: where everything lies.
+        folder: where everything is written.
     """
 
     table: pd.DataFrame
@@ -65,7 +65,7 @@ class Demo:
 
 
 def run_demo(out: PathLike, *, seed: int = 0, progress: Progress | None = None) -> Demo:
-    """Pretrain, record, fit, simulate, compare, ask what if; everything is written to ``out``.
+    """Pretrain, record, fit, simulate, compare, try a counterfactual; write everything to ``out``.
 
     Raises:
         Misuse: ``out`` exists or cannot be written to.
@@ -95,12 +95,14 @@ def run_demo(out: PathLike, *, seed: int = 0, progress: Progress | None = None) 
     (folder / "table.md").write_text(markdown(table) + "\n", "utf-8")
     shown = {name: methods[name] for name in ("bayes", "ridge (paper)")}
     with progress.work("figures", 3) as meter:
-        simulated = {name: one.simulate(held_out, key=simulate_key) for name, one in shown.items()}
+        simulated = {
+            name: method.simulate(held_out, key=simulate_key) for name, method in shown.items()
+        }
         save_figure(plot_curves(simulated, held_out), folder / "curves.png")
         meter.advance()
         horizons = {
-            name: by_horizon(one, held_out, key=simulate_key)
-            for name, one in methods.items()
+            name: by_horizon(method, held_out, key=simulate_key)
+            for name, method in methods.items()
             if name != "initial loss kept"
         }
         save_figure(plot_coverage(horizons), folder / "coverage.png")
@@ -145,7 +147,7 @@ def _counterfactual(
     key: jax.Array,
     progress: Progress,
 ) -> tuple[str, pd.DataFrame, tuple[float, float, float], float]:
-    """Drop what hurts one query most from a held-out run; simulate that, and train it for real."""
+    """Drop from a held-out run what hurts a query most; simulate that, and train it for real."""
     run = held_out.isel(run=slice(0, 1))
     batch = run["batch"].values[0]
     effects = posterior.samples(key=key)["staying"].isel(train=np.unique(batch[batch >= 0]))
@@ -153,10 +155,10 @@ def _counterfactual(
     worst = mean.values.argsort(axis=1)[:, -DROPPED:]
     hurt = np.take_along_axis(mean.values, worst, axis=1).sum(axis=1)
     query = held_out["query"].values[int(hurt.argmax())]
-    mine = effects.sel(query=query)
-    harmful = mine["train"].values[worst[int(hurt.argmax())]][::-1]
+    of_query = effects.sel(query=query)
+    harmful = of_query["train"].values[worst[int(hurt.argmax())]][::-1]
     planned = edit_runs(run, drop, harmful)
-    before, after = (posterior.simulate(one, key=key) for one in (run, planned))
+    before, after = (posterior.simulate(curriculum, key=key) for curriculum in (run, planned))
     actual = record(
         task_of(config),
         planned["batch"].values,
@@ -168,10 +170,10 @@ def _counterfactual(
     truth = (run.isel(run=0).sel(query=query)["loss"], actual.isel(run=0).sel(query=query)["loss"])
     figure = plot_two(before, after, query=query, names=names, recorded=truth)
     save_figure(figure, folder / "counterfactual.png")
-    save_figure(plot_effects(mine, unit="log-odds"), folder / "effects.png")
+    save_figure(plot_effects(of_query, unit="log-odds"), folder / "effects.png")
     change = (after["mean_loss"] - before["mean_loss"]).sel(query=query).isel(run=0, time=-1)
     low, middle, high = np.quantile(change.values, [0.05, 0.5, 0.95])
-    dropped = _described(mine.sel(train=harmful), folder / "train.jsonl")
+    dropped = _described(of_query.sel(train=harmful), folder / "train.jsonl")
     dropped.to_csv(folder / "dropped.csv")
     rows = read_rows(folder / "query.jsonl")
     return (
@@ -184,7 +186,7 @@ def _counterfactual(
 
 def _described(effects: xr.DataArray, file: Path) -> pd.DataFrame:
     rows = read_rows(file)
-    places = [rows.ids.index(str(one)) for one in effects["train"].values]
+    places = [rows.ids.index(str(name)) for name in effects["train"].values]
     return pd.DataFrame(
         {
             "text": [rows.fields[place]["text"] for place in places],

@@ -1,6 +1,6 @@
 """A small BERT made on the spot: words of a few texts, random tensors, brief masked-word training.
 
-What comes out is an ordinary checkpoint folder (config, tokenizer, safetensors).
+The result is an ordinary checkpoint folder (config, tokenizer, safetensors).
 """
 
 import string
@@ -54,7 +54,7 @@ def _write_tokenizer(texts: Sequence[str], folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = sorted({word for text in texts for word in _words(text)})
-    letters = [*string.ascii_lowercase, *(f"##{one}" for one in string.ascii_lowercase)]
+    letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
     vocabulary = list(dict.fromkeys([*SPECIAL, *words, *letters]))
     codes = {word: code for code, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordPiece(codes, unk_token="[UNK]"))
@@ -62,7 +62,7 @@ def _write_tokenizer(texts: Sequence[str], folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
-        special_tokens=[(one, codes[one]) for one in ("[CLS]", "[SEP]")],
+        special_tokens=[(token, codes[token]) for token in ("[CLS]", "[SEP]")],
     )
     special = zip(("pad", "unk", "cls", "sep", "mask"), SPECIAL, strict=True)
     PreTrainedTokenizerFast(
@@ -106,8 +106,8 @@ def _random_tensors(vocabulary: int, key: jax.Array) -> Tensors:
         shapes[f"{inside}.output.dense.weight"] = (HIDDEN, INNER)
     keys = jax.random.split(key, len(shapes))
     tensors = {
-        name: 0.05 * jax.random.normal(one, shape)
-        for one, (name, shape) in zip(keys, shapes.items(), strict=True)
+        name: 0.05 * jax.random.normal(tensor_key, shape)
+        for tensor_key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
     for name, shape in shapes.items():
         if "encoder" in name:
@@ -115,7 +115,7 @@ def _random_tensors(vocabulary: int, key: jax.Array) -> Tensors:
     norms = ["embeddings.LayerNorm"]
     for layer in range(LAYERS):
         norms += [
-            f"encoder.layer.{layer}.{one}.LayerNorm" for one in ("attention.output", "output")
+            f"encoder.layer.{layer}.{part}.LayerNorm" for part in ("attention.output", "output")
         ]
     for norm in norms:
         tensors[f"{norm}.weight"], tensors[f"{norm}.bias"] = jnp.ones(HIDDEN), jnp.zeros(HIDDEN)
@@ -135,9 +135,9 @@ def _trained(
     optimizer = optax.adamw(optax.cosine_decay_schedule(RATE, STEPS), weight_decay=0.01)
     mask = SPECIAL.index("[MASK]")
 
-    def loss(params: Tensors, chosen: Int[Array, " batch"], one: jax.Array) -> Float[Array, ""]:
+    def loss(params: Tensors, chosen: Int[Array, " batch"], hide: jax.Array) -> Float[Array, ""]:
         words, seen = tokens[chosen], attended[chosen]
-        hidden_word = jax.random.bernoulli(one, MASKED, words.shape) & (words >= len(SPECIAL))
+        hidden_word = jax.random.bernoulli(hide, MASKED, words.shape) & (words >= len(SPECIAL))
         shown = jnp.where(hidden_word, mask, words)
 
         def encode(words: Int[Array, " token"], seen: Bool[Array, " token"]) -> Array:
@@ -148,9 +148,9 @@ def _trained(
         right = jnp.take_along_axis(scores, words[..., None], axis=-1)[..., 0]
         return -jnp.where(hidden_word, right, 0.0).sum() / jnp.maximum(hidden_word.sum(), 1)
 
-    def step(carry: Any, one: jax.Array) -> Any:
+    def step(carry: Any, step_key: jax.Array) -> Any:
         params, memory = carry
-        pick, hide = jax.random.split(one)
+        pick, hide = jax.random.split(step_key)
         chosen = jax.random.choice(pick, len(tokens), (BATCH,))
         value, gradient = jax.value_and_grad(loss)(params, chosen, hide)
         updates, memory = optimizer.update(gradient, memory, params)

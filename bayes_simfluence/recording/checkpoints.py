@@ -77,15 +77,15 @@ def open_checkpoints(store: PathLike, run: object) -> list[SavedWeights]:
     """
     runs = open_store(store)
     folder = _folder_of(store, run)
-    place = [str(one) for one in runs["run"].values].index(str(run))
+    place = runs["run"].values.astype(str).tolist().index(str(run))
     rates = runs["step_size"].values[place] if "step_size" in runs else None
-    found = []
+    checkpoints = []
     for path in sorted(folder.iterdir()):
-        if said := NAMED.fullmatch(path.name):
-            step = int(said[1])
+        if named := NAMED.fullmatch(path.name):
+            step = int(named[1])
             rate = float("nan") if rates is None else float(rates[step - 1])
-            found.append(SavedWeights(step, rate, _read(path)))
-    return found
+            checkpoints.append(SavedWeights(step, rate, _read(path)))
+    return checkpoints
 
 
 def final_weights(store: PathLike, run: object) -> dict[str, np.ndarray]:
@@ -128,7 +128,7 @@ def named_tensors(params: PyTree) -> dict[str, np.ndarray]:
     named = {_path(keys): np.ascontiguousarray(leaf) for keys, leaf in leaves}
     if len(named) < len(leaves):
         paths = [_path(keys) for keys, _ in leaves]
-        repeated = {one for one in paths if paths.count(one) > 1}
+        repeated = {path for path in paths if paths.count(path) > 1}
         raise Misuse(
             "task.params",
             got=f"more than one array called {shorten(repeated)}",
@@ -153,7 +153,7 @@ def _path(keys: tuple[object, ...]) -> str:
 
 
 def _folder_of(store: PathLike, run: object) -> Path:
-    choice_of("run", str(run), [str(one) for one in open_store(store)["run"].values])
+    choice_of("run", str(run), open_store(store)["run"].values.astype(str).tolist())
     folder = Path(store) / CHECKPOINTS / str(run)
     if not folder.is_dir():
         raise Misuse(

@@ -125,7 +125,7 @@ class RecordConfig:
                 raise Misuse(
                     name,
                     got=f"{getattr(self, name)!r} for the task {self.task}",
-                    expected=f"it for {' or '.join(tasks)} only",
+                    expected=f"it only for {' or '.join(tasks)}",
                     do=f"leave it out, or set --task {tasks[0]}",
                 )
         needed = {"choice": "choices_fields", "causal": "completion"}
@@ -143,7 +143,7 @@ class RecordConfig:
                 "label_texts",
                 got="it and a completion",
                 expected="one of the two",
-                do="leave one out",
+                do="leave one of them out",
             )
 
     @property

@@ -14,9 +14,9 @@ from bayes_simfluence.tasks.task import Task
 __all__ = ["Fixed", "fixed_of", "length_groups", "measure_of"]
 
 GROUPS = 3
-"""Most groups: each is compiled for itself."""
+"""Most groups, since each is compiled separately."""
 MULTIPLE = 8
-"""Lengths are rounded up to it: odd shapes are no faster."""
+"""Lengths are rounded up to a multiple of it; odd shapes are no faster."""
 
 
 class Fixed(NamedTuple):

@@ -40,7 +40,7 @@ def parallel_of(
     shared: PyTree,
     alone: Callable[[], CompiledSteps],
 ) -> int:
-    """Runs at once on each device: what was asked for, else what a store says, else what fits.
+    """Runs at once on each device: as many as are asked for, as a store has, or as fit.
 
     Args:
         asked: a number or ``"auto"``.
@@ -53,32 +53,32 @@ def parallel_of(
     if stored is not None:
         return stored
     shared_bytes = tree_bytes(shared)
-    each = run_bytes(alone(), shared_bytes)
-    return fitting_runs(runs, devices, each=each, shared=shared_bytes)
+    needed = run_bytes(alone(), shared_bytes)
+    return fitting_runs(runs, devices, needed=needed, shared=shared_bytes)
 
 
-def fitting_runs(runs: int, devices: Sequence[Any], *, each: int, shared: int) -> int:
+def fitting_runs(runs: int, devices: Sequence[Any], *, needed: int, shared: int) -> int:
     """How many of ``runs`` fit a device at once and gain from it, in groups of one size.
 
     Args:
         devices: JAX devices of one kind.
-        each: bytes that a run needs for itself.
+        needed: bytes that a run needs for itself.
         shared: bytes that all runs of a device use together.
     """
     free = _free_bytes(devices[0], len(devices))
     per_device = -(-runs // len(devices))
     most = min(MOST, per_device)
     if devices[0].platform == "cpu":
-        most = min(most, MOST_ON_CPU if each <= SMALL else 1)
+        most = min(most, MOST_ON_CPU if needed <= SMALL else 1)
     if free is not None:
-        most = min(most, int((SHARE * free - shared) // max(each, 1)))
+        most = min(most, int((SHARE * free - shared) // max(needed, 1)))
     groups = -(-per_device // max(most, 1))
     chosen = -(-per_device // groups)
     log.info(
         "%d runs at once on each of %d devices: %.1f MiB a run, %s free",
         chosen,
         len(devices),
-        each / 2**20,
+        needed / 2**20,
         "unknown" if free is None else f"{free / 2**20:.0f} MiB",
     )
     return chosen

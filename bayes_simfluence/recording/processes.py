@@ -34,18 +34,17 @@ class Processes:
         """
         if distributed is False:
             return cls()
-        found = cls(jax.process_index(), jax.process_count())
         if distributed and not jax.distributed.is_initialized():
             raise Misuse(
                 "distributed",
                 got="a process that belongs to no jax.distributed job",
-                expected="several processes that know one another",
+                expected="one of several processes of a jax.distributed job",
                 do="call jax.distributed.initialize() before anything else of JAX",
             )
-        return found
+        return cls(jax.process_index(), jax.process_count())
 
     def share(self, items: Sequence[Item]) -> list[Item]:
-        """Every so many of ``items``; over all processes, each item once."""
+        """This process's part of ``items``; over all processes, each item once."""
         return list(items[self.number :: self.count])
 
     def once(self, work: Callable[[], None]) -> None:
@@ -78,20 +77,20 @@ class Processes:
             multihost_utils.sync_global_devices("bayes_simfluence record")
 
 
-def join_processes(said: str) -> None:
+def join_processes(job: str) -> None:
     """Make this process one of a ``jax.distributed`` job.
 
     Args:
-        said: ``auto``, where SLURM, Open MPI or Kubernetes tell JAX about the job, or
-            ``HOST:PORT,PROCESSES,NUMBER``: the address of process 0, how many there are, and which
-            one this is, from 0.
+        job: ``auto``, where JAX can ask SLURM, Open MPI or Kubernetes, or
+            ``HOST:PORT,PROCESSES,NUMBER``: the address of process 0, the number of processes, and
+            the number of this one, from 0.
 
     Raises:
         Misuse: neither, or JAX finds no such job.
     """
-    parts = said.split(",")
+    parts = job.split(",")
     try:
-        if said == "auto":
+        if job == "auto":
             jax.distributed.initialize()
         else:
             address, count, number = parts[0], *map(int, parts[1:])
@@ -99,7 +98,7 @@ def join_processes(said: str) -> None:
     except (ValueError, RuntimeError) as error:
         raise Misuse(
             "distributed",
-            got=f"{said!r} ({error})",
+            got=f"{job!r} ({error})",
             expected="'auto' in a job that JAX knows, or HOST:PORT,PROCESSES,NUMBER",
-            do="say them, as in --distributed localhost:5000,2,0",
+            do="give all three, as in --distributed localhost:5000,2,0",
         ) from error

@@ -121,7 +121,7 @@ def _record_share(
     processes: Processes,
     progress: Progress,
 ) -> None:
-    """Record the ``chosen`` runs that fall to this process and that nobody has recorded."""
+    """Record this process's share of the ``chosen`` runs, unless they are recorded already."""
     stored, total = recording.stored, len(chosen)
     groups = [group for group in units(total, stored.parallel) if chosen[group].any()]
     mine = processes.share(groups)

@@ -24,7 +24,7 @@ class Frame:
         places: position of each training example, by its id as text.
         by_position: whether whole numbers are positions, since no id reads as one.
         steps, slots: length of each run, most examples in a batch.
-        sized: whether runs tell their step sizes.
+        sized: whether runs have step sizes.
     """
 
     train: np.ndarray
@@ -37,36 +37,45 @@ class Frame:
 
 
 class RecordedRun:
-    """One run under way, told of each step; made by ``Recorder.run``."""
+    """A run under way, which takes each of its steps; made by ``Recorder.run``."""
 
     def __init__(self, frame: Frame, initial: Float[np.ndarray, " query"], run_id: Any) -> None:
         self.run_id = run_id
         self._frame = frame
         self._losses = [initial]
         self._batches: list[Int[np.ndarray, " slot"]] = []
+        self._weights: list[Float[np.ndarray, " slot"] | None] = []
         self._sizes: list[float | None] = []
         self._diverged = False
         self._over = False
 
-    def step(self, batch_ids: Any, losses: Any = None, step_size: Any = None) -> None:
+    def step(
+        self, batch_ids: Any, losses: Any = None, step_size: Any = None, weights: Any = None
+    ) -> None:
         """One update: the examples of its batch, and every query's loss after it.
 
         Args:
             batch_ids: ids of the examples; ``None`` is an empty slot, and so is -1 where no id
                 reads so. Where the ids are text and none reads as a number, whole numbers are
                 positions in ``train_ids``.
-            losses: nats, one per query in the order of ``query_ids``; ``None`` where nobody
-                looked. A loss that is not finite marks the whole run as diverged.
+            losses: nats, one per query in the order of ``query_ids``; ``None`` where they were not
+                measured. A loss that is not finite marks the whole run as diverged.
             step_size: the optimizer's learning rate at this step; at all steps or at none.
+            weights: of the examples in the batch's mean loss, in the order of ``batch_ids``,
+                finite and >= 0; all alike when omitted. Only those of a batch relative to one
+                another matter.
 
         Raises:
-            Misuse: unknown ids, too large a batch, another number of losses, a step after the end.
+            Misuse: unknown ids, too large a batch, another number of losses or weights, a step
+                after the end.
         """
         where = self._where(len(self._batches) + 1)
         batch = _positions(f"batch_ids {where}", batch_ids, self._frame)
+        weight = None if weights is None else _weight_row(f"weights {where}", weights, batch)
         row = loss_row(f"losses {where}", losses, self._frame)
         size = self._size(where, step_size)
         self._batches.append(batch)
+        self._weights.append(weight)
         self._losses.append(row)
         self._sizes.append(size)
         self._diverged |= losses is not None and not bool(np.isfinite(row).all())
@@ -119,7 +128,7 @@ class RecordedRun:
 
         Raises:
             Misuse: fewer steps than the other runs, or none; a query whose later losses were
-                never looked at.
+                never measured.
         """
         self.end()
         expected = self._frame.steps
@@ -130,13 +139,18 @@ class RecordedRun:
                 expected=f"{expected or 'at least 1'}, as in every run of this recording",
                 do="train it to the end; it was not written",
             )
-        width = self._frame.slots or max(1, *(len(one) for one in self._batches))
+        width = self._frame.slots or max(1, *(len(members) for members in self._batches))
         batch = np.full((1, len(self._batches), width), EMPTY_SLOT, np.int32)
-        for place, members in enumerate(self._batches):
-            batch[0, place, : len(members)] = members
+        weight = np.ones(batch.shape, np.float32)
+        for step, (members, row) in enumerate(zip(self._batches, self._weights, strict=True)):
+            batch[0, step, : len(members)] = members
+            if row is not None:
+                weight[0, step, : len(members)] = row
+        weighted = any(row is not None for row in self._weights)
         return runs_from_arrays(
             batch=batch,
             loss=np.stack(self._losses)[None],
+            weight=weight if weighted else None,
             step_size=None if self._sizes[0] is None else np.array([self._sizes]),
             train_ids=self._frame.train,
             query_ids=self._frame.query,
@@ -156,7 +170,7 @@ def _positions(what: str, batch_ids: Any, frame: Frame) -> Int[np.ndarray, " slo
             expected="a list of the examples' ids",
             do="pass a list, also of a single one",
         )
-    names = [one.item() if hasattr(one, "item") else one for one in listed]
+    names = [name.item() if hasattr(name, "item") else name for name in listed]
     if frame.slots is not None and len(names) > frame.slots:
         raise Misuse(
             what,
@@ -164,8 +178,8 @@ def _positions(what: str, batch_ids: Any, frame: Frame) -> Int[np.ndarray, " slo
             expected=f"at most {frame.slots} slots",
             do="pass slots=... when the first run is recorded, as many as the largest batch has",
         )
-    found = [_position(one, frame) for one in names]
-    unknown = [one for one, place in zip(names, found, strict=True) if place is None]
+    places = [_position(name, frame) for name in names]
+    unknown = [name for name, place in zip(names, places, strict=True) if place is None]
     if unknown:
         raise Misuse(
             what,
@@ -173,20 +187,43 @@ def _positions(what: str, batch_ids: Any, frame: Frame) -> Int[np.ndarray, " slo
             expected=f"ids among {shorten(frame.places)}",
             do="name the examples as train_ids does",
         )
-    return np.array(found, np.int32)
+    return np.array(places, np.int32)
 
 
-def _position(one: Any, frame: Frame) -> int | None:
-    whole = isinstance(one, int) and not isinstance(one, bool)
-    if one is not None and str(one) in frame.places:
-        return frame.places[str(one)]
-    if one is None or (whole and one == EMPTY_SLOT):
+def _position(name: Any, frame: Frame) -> int | None:
+    whole = isinstance(name, int) and not isinstance(name, bool)
+    if name is not None and str(name) in frame.places:
+        return frame.places[str(name)]
+    if name is None or (whole and name == EMPTY_SLOT):
         return EMPTY_SLOT
-    return one if whole and frame.by_position and 0 <= one < len(frame.train) else None
+    return name if whole and frame.by_position and 0 <= name < len(frame.train) else None
+
+
+def _weight_row(
+    what: str, weights: Any, batch: Int[np.ndarray, " slot"]
+) -> Float[np.ndarray, " slot"]:
+    """Weights of a batch's slots, 0 in empty ones."""
+    row = _array(what, weights)
+    if row.shape != batch.shape or not np.isfinite(row).all() or (row < 0).any():
+        raise Misuse(
+            what,
+            got=f"{shorten(row.ravel())} of shape {row.shape}",
+            expected=f"a finite weight >= 0 for each of the {len(batch)} examples",
+            do="pass them in the order of batch_ids",
+        )
+    row = np.where(batch == EMPTY_SLOT, np.float32(0), row)
+    if (batch != EMPTY_SLOT).any() and not row.any():
+        raise Misuse(
+            what,
+            got="weights that sum to 0",
+            expected="a positive sum, since the batch has examples",
+            do="give one of them a positive weight, or pass an empty batch",
+        )
+    return row
 
 
 def loss_row(what: str, losses: Any, frame: Frame) -> Float[np.ndarray, " query"]:
-    """Losses as an array over queries; NaN where nobody looked."""
+    """Losses as an array over queries; NaN where they were not measured."""
     if losses is None:
         return np.full(len(frame.query), np.nan, np.float32)
     row = _array(what, losses)
@@ -195,14 +232,14 @@ def loss_row(what: str, losses: Any, frame: Frame) -> Float[np.ndarray, " query"
             what,
             got=f"shape {row.shape}",
             expected=f"({len(frame.query)},), one loss per query",
-            do="pass the losses in the order of query_ids, or None where nobody looked",
+            do="pass the losses in the order of query_ids, or None where they were not measured",
         )
     return row
 
 
 def _array(what: str, value: Any) -> Float[np.ndarray, "..."]:
     try:
-        with np.errstate(over="ignore"):  # an infinite loss is judged by whoever asked
+        with np.errstate(over="ignore"):  # the caller decides what an infinite number means
             return np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise Misuse(

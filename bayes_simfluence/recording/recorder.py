@@ -1,4 +1,4 @@
-"""Recording of any training loop: it tells what each step trained on and the losses after it."""
+"""Recording of any training loop, which reports each step's examples and the losses after it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -82,8 +82,8 @@ class Recorder:
         self._frame = Frame(
             train,
             _ids("query_ids", query_ids),
-            {str(one): place for place, one in enumerate(train)},
-            not any(str(one).removeprefix("-").isdecimal() for one in train),
+            {str(name): place for place, name in enumerate(train)},
+            not any(str(name).removeprefix("-").isdecimal() for name in train),
             None if steps is None else positive_integer("steps", steps),
             None if slots is None else positive_integer("slots", slots),
         )
@@ -130,7 +130,9 @@ class Recorder:
             run.end()
         self._write(run)
 
-    def step(self, batch_ids: Any, losses: Any = None, step_size: Any = None) -> None:
+    def step(
+        self, batch_ids: Any, losses: Any = None, step_size: Any = None, weights: Any = None
+    ) -> None:
         """As ``RecordedRun.step``, where the whole block of the recorder is one run.
 
         Raises:
@@ -146,7 +148,7 @@ class Recorder:
             )
         if self._current is None:
             self._current = self._begin(None, self._run_id)
-        self._current.step(batch_ids, losses, step_size)
+        self._current.step(batch_ids, losses, step_size, weights)
 
     def _go_on(self, stored: xr.Dataset) -> None:
         """Take the frame of a store that holds runs already."""
@@ -158,11 +160,11 @@ class Recorder:
                     expected=f"the {stored.sizes[name]} ids of {self._path}, in their order",
                     do="record these runs into a store of their own",
                 )
-        for name, said in (("step", self._frame.steps), ("slot", self._frame.slots)):
-            if said not in (None, stored.sizes[name]):
+        for name, size in (("step", self._frame.steps), ("slot", self._frame.slots)):
+            if size not in (None, stored.sizes[name]):
                 raise Misuse(
                     f"{name}s",
-                    got=said,
+                    got=size,
                     expected=f"{stored.sizes[name]}, as in {self._path}",
                     do="leave it out, or record these runs into a store of their own",
                 )
@@ -193,12 +195,11 @@ class Recorder:
         return RecordedRun(self._frame, initial, self._new_id(run_id))
 
     def _new_id(self, run_id: str | int | None) -> str | int:
-        used = {str(one) for one in self._run_ids}
+        used = {str(name) for name in self._run_ids}
         text = bool(self._run_ids) and isinstance(self._run_ids[0], str)
         if run_id is None:
-            number = next(
-                one for one in range(len(used), 2 * len(used) + 1) if str(one) not in used
-            )
+            candidates = range(len(used), 2 * len(used) + 1)
+            number = next(number for number in candidates if str(number) not in used)
             return str(number) if text else number
         if str(run_id) in used:
             raise Misuse(
@@ -243,13 +244,13 @@ class Recorder:
 def _ids(what: str, ids: Ids | int) -> np.ndarray:
     if isinstance(ids, int | np.integer):
         return np.arange(positive_integer(what, ids))
-    found = np.asarray(ids)
-    _, counts = np.unique(found.astype(str), return_counts=True)
-    if found.ndim != 1 or not len(found) or (counts > 1).any():
+    names = np.asarray(ids)
+    _, counts = np.unique(names.astype(str), return_counts=True)
+    if names.ndim != 1 or not len(names) or (counts > 1).any():
         raise Misuse(
             what,
-            got=f"{len(found.ravel())} ids, {int((counts > 1).sum())} of them repeated",
+            got=f"{len(names.ravel())} ids, {int((counts > 1).sum())} of them repeated",
             expected="a flat list with every id once",
             do="rename them, or pass their number",
         )
-    return found
+    return names

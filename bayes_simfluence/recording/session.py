@@ -24,7 +24,7 @@ __all__ = ["merged", "record_from_config"]
 
 
 def merged(*layers: Mapping[str, Any]) -> RecordConfig:
-    """Settings from layers, the last one that names a setting decides; validated.
+    """Validated settings from layers; of those that name a setting the last one decides.
 
     >>> merged({"runs": 8}, {"runs": 16}).runs
     16
@@ -42,7 +42,7 @@ def record_from_config(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """Record the runs that ``config`` describes into ``store``; its settings go beside it.
+    """Record the runs that ``config`` describes into ``store``, and save its settings beside it.
 
     Args:
         only, distributed: as in ``Placement``.

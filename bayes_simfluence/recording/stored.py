@@ -1,4 +1,4 @@
-"""The store of one recording: made anew, or found to belong to this very recording."""
+"""The store of a recording: made anew, or checked to belong to the recording that is resumed."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,10 +42,10 @@ class StoredRecording:
     def prepare(
         self, parallel: Callable[[int | None], int], *, resume: bool, overwrite: bool
     ) -> None:
-        """Make the store, or see that the one to be resumed is of this recording.
+        """Make the store, or check that the one to be resumed belongs to this recording.
 
         Args:
-            parallel: the number of runs at once, from the one that the store to be resumed has.
+            parallel: gives the number of runs at once, from that of a store to be resumed.
 
         Raises:
             Misuse: a store that exists, or one of another recording.
@@ -69,7 +69,7 @@ class StoredRecording:
 
     @property
     def unrecorded(self) -> Bool[np.ndarray, " run"]:
-        """Runs that nobody has finished yet."""
+        """Runs that are not finished yet."""
         return stored_statuses(self.path) == UNRECORDED
 
     @property

@@ -32,17 +32,17 @@ def devices(count, *, free=None, platform="gpu"):
     ],
 )
 def test_as_many_as_fit_in_equal_groups(runs, count, free, expected):
-    found = p.fitting_runs(runs, devices(count, free=free * MIB), each=10 * MIB, shared=5 * MIB)
+    found = p.fitting_runs(runs, devices(count, free=free * MIB), needed=10 * MIB, shared=5 * MIB)
     assert found == expected
 
 
 def test_on_a_cpu_large_runs_train_one_by_one(monkeypatch):
     monkeypatch.setattr(p, "host_memory", lambda: 2**40)
     cpu = devices(1, platform="cpu")
-    assert p.fitting_runs(32, cpu, each=3 * MIB, shared=0) == 1
-    assert p.fitting_runs(32, cpu, each=MIB, shared=0) == 16
+    assert p.fitting_runs(32, cpu, needed=3 * MIB, shared=0) == 1
+    assert p.fitting_runs(32, cpu, needed=MIB, shared=0) == 16
     monkeypatch.setattr(p, "host_memory", lambda: MIB)
-    assert p.fitting_runs(32, cpu, each=MIB, shared=0) == 1
+    assert p.fitting_runs(32, cpu, needed=MIB, shared=0) == 1
 
 
 def test_the_memory_of_this_machine_is_known():
