@@ -44,7 +44,7 @@ def losses_of(model: Network, x: jax.Array, y: jax.Array) -> jax.Array:
 @nnx.jit
 def train_step(model: Network, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array) -> None:
     """One update on the mean loss of a batch."""
-    gradient = nnx.grad(lambda one: losses_of(one, x, y).mean())(model)
+    gradient = nnx.grad(lambda network: losses_of(network, x, y).mean())(model)
     optimizer.update(model, gradient)
 
 

@@ -1,4 +1,4 @@
-"""Recording runs of the transformers ``Trainer`` by a callback: PyTorch trains, we look on.
+"""Recording runs of the transformers ``Trainer`` by a callback: PyTorch trains, we record.
 
     python examples/05_recorder_trainer.py [--out FOLDER]
 
@@ -41,21 +41,21 @@ TRAIN, QUERY, RUNS, FITTED, PER_RUN, TOKENS = 40, 6, 8, 6, 24, 8
 def made_up_sentences(seed: int) -> list[dict[str, Any]]:
     """Sentences of random words, most of them from their own class's half of the vocabulary."""
     rng = np.random.default_rng(seed)
-    found = []
+    sentences = []
     for number in range(TRAIN + QUERY):
         label = number % 2
         own = rng.random(TOKENS) < 0.75
         words = rng.integers(0, 24, TOKENS) + 4 + 24 * np.where(own, label, 1 - label)
-        found.append({"id": f"s{number}", "input_ids": words.tolist(), "label": label})
-    return found
+        sentences.append({"id": f"s{number}", "input_ids": words.tolist(), "label": label})
+    return sentences
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch that keeps the examples' ids."""
     return {
-        "input_ids": torch.tensor([one["input_ids"] for one in examples]),
-        "labels": torch.tensor([one["label"] for one in examples]),
-        "ids": [one["id"] for one in examples],
+        "input_ids": torch.tensor([example["input_ids"] for example in examples]),
+        "labels": torch.tensor([example["label"] for example in examples]),
+        "ids": [example["id"] for example in examples],
     }
 
 
@@ -131,14 +131,14 @@ def main() -> None:
             attention_probs_dropout_prob=0.0,
         )
     )
-    initial = {name: one.clone() for name, one in model.state_dict().items()}
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     store = options.out / "runs.zarr"
     with (
         tempfile.TemporaryDirectory() as scratch,
         bs.Recorder(
             store,
-            train_ids=[one["id"] for one in train],
-            query_ids=[one["id"] for one in queries],
+            train_ids=[sentence["id"] for sentence in train],
+            query_ids=[sentence["id"] for sentence in queries],
             provenance={"model": "tiny random BERT", "framework": "transformers Trainer"},
         ) as recorder,
     ):

@@ -84,9 +84,9 @@ def random_tensors(folder: Path, key: jax.Array) -> Tensors:
     shapes["ln_f.weight"] = (WIDTH,)
     keys = jax.random.split(key, len(shapes))
     tensors: Tensors = {}
-    for (name, shape), one in zip(shapes.items(), keys, strict=True):
+    for (name, shape), tensor_key in zip(shapes.items(), keys, strict=True):
         norm = len(shape) == 1
-        tensors[name] = jnp.ones(shape) if norm else 0.02 * jax.random.normal(one, shape)
+        tensors[name] = jnp.ones(shape) if norm else 0.02 * jax.random.normal(tensor_key, shape)
         if name not in ("wte.weight", "wpe.weight"):
             tensors[name.replace(".weight", ".bias")] = jnp.zeros(shape[-1])
     return tensors
@@ -98,13 +98,13 @@ def pretrain(network: Network, tensors: Tensors, stream: jax.Array, steps: int) 
     segment, next_token = min(50, steps), network.logits
 
     def loss(tensors: Tensors, starts: jax.Array) -> jax.Array:
-        def one(start: jax.Array) -> jax.Array:
+        def mean_loss(start: jax.Array) -> jax.Array:
             tokens = jax.lax.dynamic_slice(stream, (start,), (LENGTH,))
             seen = jnp.ones(LENGTH, bool)
             logits = next_token(tensors, Sequence(tokens, jnp.zeros_like(tokens), seen))
             return mean_nats(logits[:-1], tokens[1:], seen[1:])
 
-        return jax.vmap(one)(starts).mean()
+        return jax.vmap(mean_loss)(starts).mean()
 
     def step(carry: tuple, key: jax.Array) -> tuple:
         params, memory = carry
@@ -155,7 +155,7 @@ def main() -> None:
         for name, part in (("train", other[:40]), ("query", other[40:])):
             given.out.mkdir(parents=True, exist_ok=True)
             path = given.out / f"{name}.jsonl"
-            path.write_text("".join(json.dumps({"text": one}) + "\n" for one in part))
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
             setattr(given, name, path)
     else:
         texts = [json.loads(line)["text"] for line in given.text.read_text().splitlines()]

@@ -45,8 +45,8 @@ def small_task():
             "v": jnp.asarray(rng.normal(size=5), jnp.float32),
         },
         loss=loss,
-        train={name: jnp.asarray(one[:6]) for name, one in data.items()},
-        query={name: jnp.asarray(one[6:]) for name, one in data.items()},
+        train={name: jnp.asarray(rows[:6]) for name, rows in data.items()},
+        query={name: jnp.asarray(rows[6:]) for name, rows in data.items()},
         train_ids=list("abcdef"),
         query_ids=list("wxyz"),
         metrics={"below": lambda params, example: loss(params, example) < 0.5},
@@ -191,32 +191,32 @@ def reference(tmp_path_factory):
 def finished_runs(store, reference):
     """Number of runs marked complete, after checking that each is the reference's."""
     try:
-        found = open_store(store)
+        stored = open_store(store)
     except Misuse as error:
         assert "nothing there" in str(error)
         assert not store.exists()
         return 0
-    done = found["status"].values == COMPLETE
-    assert set(found["status"].values) <= {COMPLETE, UNRECORDED}
+    done = stored["status"].values == COMPLETE
+    assert set(stored["status"].values) <= {COMPLETE, UNRECORDED}
     for name in ("batch", "loss", "step_size", "below", "norm"):
-        np.testing.assert_array_equal(found[name].values[done], reference[name].values[done])
+        np.testing.assert_array_equal(stored[name].values[done], reference[name].values[done])
     for name in ("train_feature", "query_feature"):
-        np.testing.assert_array_equal(found[name], reference[name])
+        np.testing.assert_array_equal(stored[name], reference[name])
     return int(done.sum())
 
 
 def weights_in(store):
     """Name -> bytes of every file of weights."""
     folder = store / "checkpoints"
-    files = [one for one in folder.rglob("*") if one.is_file()]
-    return {str(one.relative_to(folder)): one.read_bytes() for one in files}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def assert_same_bits(found, reference):
-    xr.testing.assert_identical(found, reference)
+def assert_same_bits(runs, reference):
+    xr.testing.assert_identical(runs, reference)
     for name in reference.variables:
-        assert found[name].dtype == reference[name].dtype
-        assert found[name].values.tobytes() == reference[name].values.tobytes(), name
+        assert runs[name].dtype == reference[name].dtype
+        assert runs[name].values.tobytes() == reference[name].values.tobytes(), name
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -38,10 +38,10 @@ def started(program, *words, **environment):
 
 
 def outputs(processes):
-    found = [one.communicate(timeout=240) for one in processes]
-    for process, (_, errors) in zip(processes, found, strict=True):
+    written = [process.communicate(timeout=240) for process in processes]
+    for process, (_, errors) in zip(processes, written, strict=True):
         assert process.returncode == 0, errors
-    return [out for out, _ in found]
+    return [out for out, _ in written]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,9 @@ def test_two_processes_record_their_own_runs_into_one_store(tmp_path, reference)
 
 
 def free_port():
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
 
 
 def test_two_processes_of_jax_distributed_share_the_runs(tmp_path, reference):
@@ -92,11 +92,11 @@ def test_two_processes_of_jax_distributed_share_the_runs(tmp_path, reference):
         "runs = record(sys.argv[1], overwrite=True, progress=Counted())\n"
         "print('runs', runs.sizes['run'])\n"
     )
-    said = outputs([started(program, store, f"{address},2,{number}") for number in range(2)])
+    output = outputs([started(program, store, f"{address},2,{number}") for number in range(2)])
     half = shared["RUNS"] // 2 * shared["STEPS"]
     for number, error in enumerate(("Misuse", "WorkFailed")):
-        told = said[number].splitlines()[-3:]
-        assert told == [f"error {error}", f"steps {half}", f"runs {shared['RUNS']}"]
+        lines = output[number].splitlines()[-3:]
+        assert lines == [f"error {error}", f"steps {half}", f"runs {shared['RUNS']}"]
     shared["assert_same_bits"](open_runs(store), reference[0])
     assert shared["weights_in"](store) == reference[1]
 
@@ -111,8 +111,8 @@ def test_runs_are_spread_over_the_devices_and_keep_their_bits(tmp_path, referenc
         "print(jax.local_device_count())\n"
     )
     flags = "--xla_force_host_platform_device_count=4"
-    said = outputs([started(program, store, tmp_path / "two.zarr", XLA_FLAGS=flags)])
-    assert said[0].strip() == "4"
+    output = outputs([started(program, store, tmp_path / "two.zarr", XLA_FLAGS=flags)])
+    assert output[0].strip() == "4"
     shared["assert_same_bits"](open_runs(store), reference[0])
     assert shared["weights_in"](store) == reference[1]
     two = shared["record_small"](tmp_path / "here.zarr", placement=Placement(parallel=2))

@@ -23,7 +23,7 @@ def demo(tmp_path_factory):
 
 
 def test_it_writes_everything_it_promises(demo):
-    written = {one.name for one in demo.folder.iterdir()}
+    written = {path.name for path in demo.folder.iterdir()}
     promised = {
         "runs.zarr", "runs.yaml", "posterior.nc", "table.csv", "table.md", "curves.png",
         "coverage.png", "effects.png", "counterfactual.png", "dropped.csv",
@@ -67,11 +67,11 @@ def test_the_texts_that_ship_are_clean():
 def test_pretraining_makes_a_checkpoint_that_depends_on_its_seed(tmp_path, monkeypatch):
     monkeypatch.setattr("bayes_simfluence.demo.pretrain.STEPS", 50)
     texts = ["a good day.", "a bad day.", "good food."]
-    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         pretrained_checkpoint(texts, tmp_path / name, key=jax.random.key(seed), progress=Silent())
-    one, again, other = (load_checkpoint(tmp_path / name) for name in ("one", "again", "other"))
+    first, again, other = (load_checkpoint(tmp_path / name) for name in ("first", "again", "other"))
     words = "embeddings.word_embeddings.weight"
-    assert (one.tensors[words] == again.tensors[words]).all()
-    assert (one.tensors[words] != other.tensors[words]).any()
-    tokenizer = load_tokenizer(tmp_path / "one")
+    assert (first.tensors[words] == again.tensors[words]).all()
+    assert (first.tensors[words] != other.tensors[words]).any()
+    tokenizer = load_tokenizer(tmp_path / "first")
     assert tokenizer.decode(tokenizer("good zebra")["input_ids"]).startswith("[CLS] good z")

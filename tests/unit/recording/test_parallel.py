@@ -17,8 +17,8 @@ MIB = 2**20
 
 def devices(count, *, free=None, platform="gpu"):
     stats = None if free is None else {"bytes_limit": free + 5, "bytes_in_use": 5}
-    one = SimpleNamespace(memory_stats=lambda: stats, platform=platform)
-    return [one] * count
+    device = SimpleNamespace(memory_stats=lambda: stats, platform=platform)
+    return [device] * count
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,8 @@ def devices(count, *, free=None, platform="gpu"):
     ],
 )
 def test_as_many_as_fit_in_equal_groups(runs, count, free, expected):
-    found = p.fitting_runs(runs, devices(count, free=free * MIB), needed=10 * MIB, shared=5 * MIB)
-    assert found == expected
+    chosen = p.fitting_runs(runs, devices(count, free=free * MIB), needed=10 * MIB, shared=5 * MIB)
+    assert chosen == expected
 
 
 def test_on_a_cpu_large_runs_train_one_by_one(monkeypatch):

@@ -50,12 +50,12 @@ def some_curricula(runs=3, steps=12, slots=2, seed=0):
 def plain_loop(task, curriculum, optimizer):
     """The definition: one step after the other, one example after the other."""
     params, memory = task.params, optimizer.init(task.params)
-    example = lambda examples, one: jax.tree.map(lambda leaf: leaf[one], examples)  # noqa: E731
-    queries = [example(task.query, one) for one in range(len(task.query_ids))]
+    example = lambda examples, place: jax.tree.map(lambda leaf: leaf[place], examples)  # noqa: E731
+    queries = [example(task.query, place) for place in range(len(task.query_ids))]
     losses = [[float(task.loss(params, query)) for query in queries]]
     for members in curriculum:
-        filled = [int(one) for one in members if one >= 0]
-        gradients = [jax.grad(task.loss)(params, example(task.train, one)) for one in filled]
+        filled = [int(member) for member in members if member >= 0]
+        gradients = [jax.grad(task.loss)(params, example(task.train, member)) for member in filled]
         zero = jax.tree.map(jnp.zeros_like, params)
         size = max(len(filled), 1)
         total = jax.tree.map(lambda *parts: sum(parts), zero, *gradients)
@@ -87,7 +87,7 @@ def test_recording_is_the_plain_loop(tmp_path, optimizer, parallel):
         step_size=0.1,
         placement=Placement(parallel=parallel, query_chunk=None if parallel == 1 else 3),
     )
-    expected = np.stack([plain_loop(task, one, optimizer) for one in curricula])
+    expected = np.stack([plain_loop(task, curriculum, optimizer) for curriculum in curricula])
     np.testing.assert_allclose(runs["loss"], expected, rtol=2e-4, atol=1e-5)
     np.testing.assert_array_equal(runs["batch"], curricula)
     assert runs["train"].values.tolist() == list("abcdef")
@@ -96,8 +96,8 @@ def test_recording_is_the_plain_loop(tmp_path, optimizer, parallel):
 
 def test_the_step_size_is_the_one_used(tmp_path):
     schedule = optax.linear_schedule(0.1, 0.0, 12)
-    told = optax.inject_hyperparams(optax.sgd)(schedule)
-    runs = record(small_task(), some_curricula(1), told, store=tmp_path / "a.zarr")
+    injected = optax.inject_hyperparams(optax.sgd)(schedule)
+    runs = record(small_task(), some_curricula(1), injected, store=tmp_path / "a.zarr")
     expected = [0.1 * (1 - step / 12) for step in range(12)]
     np.testing.assert_allclose(runs["step_size"][0], expected, rtol=1e-5)
     given = record(

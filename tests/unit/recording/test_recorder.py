@@ -78,7 +78,7 @@ def test_a_recorded_loop_is_what_record_records(tmp_path):
 
 
 def test_ids_positions_and_empty_slots(tmp_path):
-    said = {
+    batches = {
         "ids": ["c", None],
         "short": ["c"],
         "array": np.array(["c"]),
@@ -86,7 +86,7 @@ def test_ids_positions_and_empty_slots(tmp_path):
         "int64": np.array([2, -1]),
         "scalars": [np.int64(2), None],
     }
-    for name, batch in said.items():
+    for name, batch in batches.items():
         with recorder_at(tmp_path / f"{name}.zarr", slots=2, initial_loss=[1.0, 2.0]) as recorder:
             recorder.step(batch, [0.5, 0.6])
         runs = open_runs(tmp_path / f"{name}.zarr")
@@ -168,8 +168,8 @@ def record_and_die(path, instant):
     one_run(recorder)
     rename = Path.rename
 
-    def rename_and_die(one, other):
-        done = rename(one, other)
+    def rename_and_die(source, target):
+        done = rename(source, target)
         if instant == "replacing":
             os.kill(os.getpid(), signal.SIGKILL)
         return done
@@ -201,11 +201,11 @@ def test_a_killed_process_leaves_the_runs_before_it(tmp_path, instant):
         assert open_runs(path)["run"].values.tolist() == [0]
         one_run(recorder)
     assert open_runs(path)["run"].values.tolist() == [0, 1]
-    assert [one.name for one in tmp_path.iterdir()] == ["runs.zarr"]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.zarr"]
 
 
 def beginnings(path):
-    """What cannot begin: (what is done, what is said)."""
+    """What cannot begin: (the attempt, its message)."""
     yield lambda: recorder_at(path, append=True, overwrite=True), r"append, overwrite: got both"
     yield lambda: recorder_at(path, train_ids=["a", "b", "a"]), r"train_ids: got 3 ids, 1 of them"
     yield lambda: recorder_at(path, query_ids=[]), r"query_ids: got 0 ids"
@@ -222,8 +222,8 @@ def beginnings(path):
 
 
 def test_what_cannot_begin(tmp_path):
-    for begin, said in beginnings(tmp_path / "runs.zarr"):
-        with pytest.raises(Misuse, match=said):
+    for begin, message in beginnings(tmp_path / "runs.zarr"):
+        with pytest.raises(Misuse, match=message):
             begin()
     assert list(tmp_path.iterdir()) == []
 
@@ -250,12 +250,12 @@ STEPS = {
 
 @pytest.mark.parametrize("case", STEPS)
 def test_a_step_that_does_not_fit_is_refused_and_the_run_goes_on(tmp_path, case):
-    step, said = STEPS[case]
+    step, message = STEPS[case]
     with recorder_at(tmp_path / "runs.zarr") as recorder:
         one_run(recorder)
         with recorder.run(initial_loss=[1.0, 2.0]) as run:
             run.step(["a"], [0.5, 0.6], 0.1)
-            with pytest.raises(Misuse, match=said):
+            with pytest.raises(Misuse, match=message):
                 run.step(*step)
             run.step(["b"], None, 0.1)
             run.step(["c"], None, 0.1)
@@ -300,19 +300,19 @@ def test_runs_of_other_length_size_or_name_are_refused(tmp_path):
     assert open_runs(path).sizes["run"] == 1
     with pytest.raises(Misuse, match=r"recorder.step: got a recorder that was not entered, or is"):
         recorder.step(["a"])
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["runs.zarr"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs.zarr"]
 
 
 def test_appending_to_another_recording_is_refused(tmp_path):
     path = tmp_path / "runs.zarr"
     one_run(recorder_at(path, slots=2))
-    for settings, said in (
+    for settings, message in (
         ({"train_ids": TRAIN[::-1]}, r"train_ids: got other ids than the store's; expected the 6"),
         ({"query_ids": ["x"]}, r"query_ids: got other ids"),
         ({"steps": 4}, r"steps: got 4; expected 3, as in .*runs.zarr"),
         ({"slots": 1}, r"slots: got 1; expected 2"),
     ):
-        with pytest.raises(Misuse, match=said):
+        with pytest.raises(Misuse, match=message):
             recorder_at(path, append=True, **settings)
     recorder = recorder_at(path, append=True, steps=3, slots=2)
     with (

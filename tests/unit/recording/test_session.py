@@ -38,7 +38,7 @@ def test_settings_are_those_of_the_recording(squares, tmp_path, monkeypatch):
     assert runs.attrs["settings"]["parallel"] == "auto"
     looked = np.isfinite(runs["loss"]).all(("run", "query")).values
     assert np.flatnonzero(looked).tolist() == [0, 3, 4]
-    assert [one.step for one in open_checkpoints(store, 2)] == [2, 4]
+    assert [saved.step for saved in open_checkpoints(store, 2)] == [2, 4]
     parts = tmp_path / "parts.zarr"
     with pytest.warns(UserWarning, match="2 of 3 runs recorded"):
         session.record_from_config(config, parts, only=[0, 2], resume=True)

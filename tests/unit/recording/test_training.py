@@ -54,9 +54,9 @@ def test_queries_measured_every_so_many_steps(squares, curricula, tmp_path, whol
     runs = recorded(squares, curricula, tmp_path, evaluate_every=every, parallel=parallel)
     times = sorted({*range(0, 8, every), 7})
     for name in ("loss", "error", "close"):
-        found = runs[name].values
-        np.testing.assert_allclose(found[:, times], whole[name][:, times], rtol=1e-4, atol=1e-5)
-        assert np.isnan(np.delete(found, times, axis=1)).all()
+        values = runs[name].values
+        np.testing.assert_allclose(values[:, times], whole[name][:, times], rtol=1e-4, atol=1e-5)
+        assert np.isnan(np.delete(values, times, axis=1)).all()
     assert (runs["status"] == 1).all()
     np.testing.assert_allclose(runs["step_size"], whole["step_size"])
 
@@ -124,7 +124,7 @@ def test_scores_are_computed_between_steps(squares, curricula, tmp_path, every):
     times = [0, 3, 6, 7] if every else [0, 7]
     assert np.isnan(np.delete(runs["largest"].values, times, axis=1)).all()
     for run in range(3):
-        steps = [one.tensors["v"] for one in open_checkpoints(tmp_path / "runs.zarr", run)]
+        steps = [saved.tensors["v"] for saved in open_checkpoints(tmp_path / "runs.zarr", run)]
         steps.append(final_weights(tmp_path / "runs.zarr", run)["v"])
         expected = [np.abs(steps[time] + 1.0).max() for time in times]
         np.testing.assert_allclose(runs["largest"][run, times, 1] / 2, expected, rtol=1e-6)
@@ -166,9 +166,9 @@ def test_remat_keeps_less_for_the_backward_pass():
 def test_checkpoints_are_the_weights_their_steps_start_from(squares, curricula, tmp_path, whole):
     recorded(squares, curricula, tmp_path, checkpoints=3, parallel=2)
     for run in range(3):
-        found = open_checkpoints(tmp_path / "runs.zarr", run)
-        assert [one.step for one in found] == [2, 4, 6]
-        for step, step_size, tensors in found:
+        checkpoints = open_checkpoints(tmp_path / "runs.zarr", run)
+        assert [saved.step for saved in checkpoints] == [2, 4, 6]
+        for step, step_size, tensors in checkpoints:
             assert step_size == pytest.approx(0.05 * (1 - (step - 1) / 7))
             weights = jax.tree.map(jnp.asarray, with_tensors(squares.params, tensors))
             losses = jax.vmap(squares.loss, in_axes=(None, 0))(weights, squares.query)
