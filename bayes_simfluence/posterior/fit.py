@@ -117,10 +117,7 @@ def _weighed(simulator: Simulator, runs: RunArrays, key: jax.Array) -> dict[str,
     # Densities beyond single precision belong to runs that no weights can leave out.
     with np.errstate(over="ignore"):
         density = simulator.log_likelihood(
-            runs.of_queries(some),
-            runs.loss[:, :, some],
-            key=key,
-            draws=min(simulator.draws, MOST_DRAWS),
+            runs.of_queries(some), key=key, draws=min(simulator.draws, MOST_DRAWS)
         )
     if density is None:
         return {}

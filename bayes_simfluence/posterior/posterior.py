@@ -17,7 +17,7 @@ from bayes_simfluence.data.netcdf import read_group, write_groups
 from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path
 from bayes_simfluence.inference.verdict import Verdict
-from bayes_simfluence.posterior.arrays import planned_arrays
+from bayes_simfluence.posterior.arrays import recorded_arrays
 from bayes_simfluence.posterior.arviz import (
     LIKELIHOOD,
     LIMIT_BYTES,
@@ -212,8 +212,8 @@ class Posterior:
         self, loss: Float[np.ndarray, "run time query"], key: jax.Array, draws: int
     ) -> dict[str, xr.Dataset]:
         """Groups of the data, and of their log densities where the simulator has any."""
-        planned = planned_arrays(self.runs, self.runs["train"].values, self.runs["query"].values)
-        density = self.simulator.log_likelihood(planned, loss, key=key, draws=draws)
+        recorded = recorded_arrays(self.runs)._replace(loss=loss)
+        density = self.simulator.log_likelihood(recorded, key=key, draws=draws)
         # Every draw has its density at the same steps.
         known = loss[:, 1:] if density is None else density[0, 0]
         kept = np.isfinite(known).any(axis=(0, 2))

@@ -115,12 +115,7 @@ class AffineSimulator:
         return {name: (dims, one) for name, one in zip("ab", found, strict=True)}
 
     def log_likelihood(
-        self,
-        runs: RunArrays,
-        loss: Float[np.ndarray, "run time query"],
-        *,
-        key: jax.Array,
-        draws: int,
+        self, runs: RunArrays, *, key: jax.Array, draws: int
     ) -> Float[np.ndarray, "chain draw run step query"] | None:
         """Of every step, where the noise is white; over a gap in the record, of several steps.
 
@@ -128,7 +123,7 @@ class AffineSimulator:
         """
         if self.noise is None or self.residual is not None:
             return None
-        later = loss[:, 1:]
+        later = runs.loss[:, 1:]
         found = np.empty((1, draws, *later.shape), np.float32)
         shares = self._weights(runs)
         for start, a, b in self._chunks(runs.query, key, draws):

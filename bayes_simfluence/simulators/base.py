@@ -59,12 +59,7 @@ class Simulator(Protocol):
         """Draws of what was inferred: name -> (dimensions from chain, draw on, values)."""
 
     def log_likelihood(
-        self,
-        runs: RunArrays,
-        loss: Float[np.ndarray, "run time query"],
-        *,
-        key: jax.Array,
-        draws: int,
+        self, runs: RunArrays, *, key: jax.Array, draws: int
     ) -> Float[np.ndarray, "chain draw run step query"] | None:
         """Log density (natural log, per nat) of each loss given its run's earlier ones.
 

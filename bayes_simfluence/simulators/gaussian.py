@@ -102,12 +102,7 @@ class GaussianSimulator:
         return Simulated(*(in_nats(deviation) for deviation in deviations))
 
     def log_likelihood(
-        self,
-        runs: RunArrays,
-        loss: Float[np.ndarray, "run time query"],
-        *,
-        key: jax.Array,
-        draws: int,
+        self, runs: RunArrays, *, key: jax.Array, draws: int
     ) -> Float[np.ndarray, "chain draw run step query"]:
         """Of the steps ``rows``, which the fit conditioned on; NaN at all others.
 
@@ -116,11 +111,11 @@ class GaussianSimulator:
         the result memory holds one query's draws.
         """
         rows = self.rows[self.rows < runs.steps]
-        density = np.full((1, draws, *loss[:, 1:].shape), np.nan, np.float32)
+        density = np.full((1, draws, *runs.loss[:, 1:].shape), np.nan, np.float32)
         posterior = self._conditioned(runs.steps)
         planned = self._planned(posterior, runs, rows)
         with double_precision():
-            seen = jnp.asarray(loss[:, 1:][:, rows], float)
+            seen = jnp.asarray(runs.loss[:, 1:][:, rows], float)
             change = link_of(self.model.link, seen) - planned.centre
             slope = log_slope(self.model.link, seen)
             roots, pattern = whitening(planned.error, np.isfinite(np.asarray(change)))

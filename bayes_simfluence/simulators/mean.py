@@ -52,14 +52,7 @@ class MeanSimulator:
         """The one trajectory there is."""
         return {"change": (("chain", "draw", "time", "query"), self.change[None, None])}
 
-    def log_likelihood(
-        self,
-        runs: RunArrays,
-        loss: Float[np.ndarray, "run time query"],
-        *,
-        key: jax.Array,
-        draws: int,
-    ) -> None:
+    def log_likelihood(self, runs: RunArrays, *, key: jax.Array, draws: int) -> None:
         """Resampled residuals have no density."""
         return None
 

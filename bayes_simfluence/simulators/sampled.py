@@ -96,12 +96,7 @@ class SampledSimulator:
         return named
 
     def log_likelihood(
-        self,
-        runs: RunArrays,
-        loss: Float[np.ndarray, "run time query"],
-        *,
-        key: jax.Array,
-        draws: int,
+        self, runs: RunArrays, *, key: jax.Array, draws: int
     ) -> Float[np.ndarray, "chain draw run step query"]:
         """Log density (1/nats) of each loss given the run's earlier ones; NaN where none was seen.
 
@@ -113,16 +108,16 @@ class SampledSimulator:
         """
         chosen, shape = self._chosen(draws)
         with double_precision():
-            linked = link_of(self.model.link, jnp.asarray(loss, float))
+            linked = link_of(self.model.link, jnp.asarray(runs.loss, float))
             gaps = gaps_of(self.model, np.asarray(linked))
             drawn = self._drawn(gaps.positions, runs.query)
             density = _densities(
                 self.model, gaps, self._of_query(), chosen, self.units,
                 self._in_units(runs), linked, jnp.asarray(drawn),
             )  # fmt: skip
-            jacobian = log_slope(self.model.link, jnp.asarray(loss[:, 1:], float))
+            jacobian = log_slope(self.model.link, jnp.asarray(runs.loss[:, 1:], float))
             density = np.asarray(density + jacobian[None], np.float32)
-        density = np.where(np.isfinite(loss[None, :, 1:]), density, np.nan)
+        density = np.where(np.isfinite(runs.loss[None, :, 1:]), density, np.nan)
         return density.reshape(*shape, *density.shape[1:])
 
     def _drawn(

@@ -89,7 +89,7 @@ def exposure(batch, count):
 def test_a_step_of_white_noise_is_a_normal_around_its_prediction(rng, key, keep, count):
     simulator, plan = affine(rng, keep=keep, count=count), planned(rng)
     loss = recorded(rng, plan)
-    found = simulator.log_likelihood(plan, loss, key=key, draws=DRAWS)
+    found = simulator.log_likelihood(plan._replace(loss=loss), key=key, draws=DRAWS)
     assert found.shape == (1, DRAWS, RUNS, STEPS, QUERY)
     a, b = (simulator.samples(key=key, draws=DRAWS)[name][1][0].astype(float) for name in "ab")
     expected = np.zeros_like(found[0])
@@ -109,7 +109,7 @@ def test_a_step_of_white_noise_is_a_normal_around_its_prediction(rng, key, keep,
 def test_gaps_in_the_record_of_white_noise_are_integrated_out(rng, key):
     simulator, plan = affine(rng), planned(rng)
     loss = recorded(rng, plan, gaps=True)
-    found = simulator.log_likelihood(plan, loss, key=key, draws=2)[0, -1]
+    found = simulator.log_likelihood(plan._replace(loss=loss), key=key, draws=2)[0, -1]
     np.testing.assert_array_equal(np.isnan(found), np.isnan(loss[:, 1:]))
     a, b = (simulator.samples(key=key, draws=2)[name][1][0, -1].astype(float) for name in "ab")
     for at, query in enumerate(plan.query):
@@ -154,7 +154,7 @@ def test_what_has_no_density_says_so(rng, key):
         MeanSimulator(residual[0], residual),
     )
     for simulator in without:
-        assert simulator.log_likelihood(plan, loss, key=key, draws=2) is None
+        assert simulator.log_likelihood(plan._replace(loss=loss), key=key, draws=2) is None
 
 
 def error_of(post, steps):
@@ -184,7 +184,7 @@ def test_a_run_of_smooth_error_is_a_dense_normal(rng, key, link, steps, gaps, df
     post = gaussian(rng, link=link, df=df)
     plan, draws = planned(rng, steps=steps), 4
     loss = recorded(rng, plan, gaps)
-    found = post.log_likelihood(plan, loss, key=key, draws=draws)
+    found = post.log_likelihood(plan._replace(loss=loss), key=key, draws=draws)
     rows = ROWS[steps > ROWS]
     assert found.shape == (1, draws, RUNS, steps, QUERY)
     kept = np.zeros(loss[:, 1:].shape, bool)
@@ -233,7 +233,7 @@ def test_a_density_of_a_loss_integrates_to_one_in_nats(rng, key):
     many = plan.take(np.zeros(len(grid), int))
     loss = np.full((len(grid), STEPS + 1, QUERY), np.nan)
     loss[:, 1] = grid[:, None]
-    found = post.log_likelihood(many, loss, key=key, draws=2)[0, :, :, 0]
+    found = post.log_likelihood(many._replace(loss=loss), key=key, draws=2)[0, :, :, 0]
     mass = np.trapezoid(np.exp(found.astype(float)), grid, axis=1)
     np.testing.assert_allclose(mass, 1.0, atol=1e-3)
 
@@ -256,5 +256,5 @@ def test_losses_of_zero_have_a_density(rng, key):
     post, plan = gaussian(rng, link="log-odds"), planned(rng)
     loss = recorded(rng, plan)
     loss[:, 2] = 0.0
-    found = post.log_likelihood(plan, loss, key=key, draws=2)
+    found = post.log_likelihood(plan._replace(loss=loss), key=key, draws=2)
     assert np.isfinite(found[:, :, :, ROWS]).all()

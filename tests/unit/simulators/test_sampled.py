@@ -313,7 +313,7 @@ def test_step_sizes_are_asked_for_where_the_fit_had_them(rng):
 
 
 def likelihood(simulator, plan, loss):
-    return simulator.log_likelihood(plan, loss, key=KEY, draws=10)
+    return simulator.log_likelihood(plan._replace(loss=loss), key=KEY, draws=10)
 
 
 @pytest.mark.parametrize("link", ["log", "log-odds"])
