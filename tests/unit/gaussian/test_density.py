@@ -232,7 +232,7 @@ def test_a_density_of_a_loss_integrates_to_one_in_nats(rng, key):
     grid = np.linspace(1e-4, 12.0, 4000)
     many = plan.take(np.zeros(len(grid), int))
     loss = np.full((len(grid), STEPS + 1, QUERY), np.nan)
-    loss[:, 1] = grid[:, None]
+    loss[:, 0], loss[:, 1] = many.initial, grid[:, None]
     found = post.log_likelihood(many._replace(loss=loss), key=key, draws=2)[0, :, :, 0]
     mass = np.trapezoid(np.exp(found.astype(float)), grid, axis=1)
     np.testing.assert_allclose(mass, 1.0, atol=1e-3)
