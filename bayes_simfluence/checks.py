@@ -1,4 +1,4 @@
-"""Errors that say what was got, what was expected, what to do; and the checks that raise them."""
+"""Errors that name what was got, what was expected and what to do, and checks that raise them."""
 
 import math
 from collections.abc import Collection, Iterable
@@ -26,9 +26,9 @@ Value = TypeVar("Value")
 
 
 class Misuse(ValueError):
-    """Something was asked for that cannot be done; raised before any work starts.
+    """A request that cannot be carried out; raised before any work starts.
 
-    The message is one line: what it is about, what was got, what is expected, what to do.
+    The message is a single line: its subject, what was got, what is expected, what to do.
     """
 
     def __init__(self, what: str, *, got: object, expected: str, do: str) -> None:
@@ -37,7 +37,7 @@ class Misuse(ValueError):
 
 
 class WorkFailed(RuntimeError):
-    """Valid work that could not be finished (a full disk, a corrupt file found half way)."""
+    """Valid work that could not be finished (a full disk, a corrupt file in the middle of it)."""
 
 
 class FitFailed(WorkFailed):
@@ -49,7 +49,7 @@ class FitWarning(UserWarning):
 
 
 class RunsWarning(UserWarning):
-    """Runs that are usable only in part."""
+    """Runs of which only a part can be used."""
 
 
 def shorten(values: Iterable[object], limit: int = 5) -> str:

@@ -1,6 +1,6 @@
-"""The command ``bayes-simfluence``: one verb per job, JAX imported when a job needs it.
+"""The command ``bayes-simfluence``: a verb per job; JAX is imported when a job needs it.
 
-Exit code 0 = done, 2 = misuse (one line says what was got, what is expected, what to do), 1 = the
+Exit code 0 = done, 2 = misuse (a line names what was got, what is expected, what to do), 1 = the
 work itself failed.
 """
 
@@ -25,12 +25,13 @@ from bayes_simfluence.commands.record import record
 from bayes_simfluence.commands.sbc import sbc
 from bayes_simfluence.commands.simulate import simulate
 from bayes_simfluence.commands.study import study
+from bayes_simfluence.files import first_line
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="bayes-simfluence",
-    help="A posterior over simulated training runs: what would the loss have been, how sure?",
+    help="A posterior over simulated training runs: what would the loss have been, and how sure?",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -80,8 +81,10 @@ def main() -> None:
     except Exception as error:
         if _State.debug:
             raise
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        print(f"error: {type(error).__name__}: {said} (--debug shows where)", file=sys.stderr)
+        print(
+            f"error: {type(error).__name__}: {first_line(error)} (--debug shows where)",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

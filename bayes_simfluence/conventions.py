@@ -6,8 +6,8 @@
 | ``step`` 1..T | one update; ``batch[run, step, slot]`` holds indices into ``train``, -1 = empty |
 | weight | ``weight[run, step, slot]`` >= 0 of the example in a slot; 1 where not recorded |
 | ``time`` 0..T | a point between updates; ``loss[run, time, query]``, time 0 = before any update |
-| not recorded | NaN in ``loss`` of a complete run: nobody looked then; never at time 0 |
-| metric | more than the loss of a query (accuracy, margin); NaN where nobody looked |
+| not recorded | NaN in ``loss`` of a complete run: not measured at that time; never at time 0 |
+| metric | measured of a query beside its loss (accuracy, margin); NaN where not measured |
 | ``train`` | a training example; its coordinate holds the examples' stable ids |
 | ``query`` | an evaluation example (the paper's z_test); its coordinate holds stable ids |
 | ``chain``, ``draw`` | posterior draws, in ArviZ order |

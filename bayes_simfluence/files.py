@@ -1,4 +1,4 @@
-"""Writing files and folders all or nothing, and only where nothing is lost."""
+"""Writing files and folders whole or not at all, and never over something by accident."""
 
 import os
 import shutil
@@ -21,10 +21,10 @@ def new_path(path: PathLike, *, overwrite: bool = False) -> Path:
             str(path),
             got="something that exists",
             expected="a new path",
-            do="choose another path, or say overwrite (a recording: resume)",
+            do="choose another path, or pass overwrite (to go on with a recording: resume)",
         )
     parent = path.absolute().parent
-    existing = next(one for one in (parent, *parent.parents) if one.exists())
+    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise Misuse(
             str(path),
@@ -37,7 +37,7 @@ def new_path(path: PathLike, *, overwrite: bool = False) -> Path:
 
 @contextmanager
 def atomically(path: PathLike) -> Iterator[Path]:
-    """A path to write to; what is there moves to ``path`` when the block ends well."""
+    """A path to write to; what was written there moves to ``path`` when the block succeeds."""
     path = Path(path).absolute()
     partial, old = path.with_name(f".{path.name}.partial"), old_path(path)
     try:
@@ -58,13 +58,13 @@ def atomically(path: PathLike) -> Iterator[Path]:
 
 
 def old_path(path: PathLike) -> Path:
-    """Where a folder at ``path`` stands aside while another takes its place."""
+    """Where the folder at ``path`` is kept while another takes its place."""
     path = Path(path).absolute()
     return path.with_name(f".{path.name}.old")
 
 
 def first_line(error: BaseException) -> str:
-    """What ``error`` says, in one line."""
+    """The first line of an error's message."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

@@ -1,4 +1,4 @@
-"""Progress of long work: an object that is told of it, silent unless the caller brings another."""
+"""Progress of long work, reported to an object; the default one is silent."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -9,7 +9,7 @@ __all__ = ["Bars", "Meter", "Progress", "Silent"]
 
 @runtime_checkable
 class Meter(Protocol):
-    """One piece of work under way."""
+    """Work in progress."""
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         """``amount`` more units are done; ``note`` is a short state such as the current loss."""
@@ -17,7 +17,7 @@ class Meter(Protocol):
 
 @runtime_checkable
 class Progress(Protocol):
-    """Where work announces itself; results never depend on which one listens."""
+    """Receives reports of work; results never depend on it."""
 
     def work(self, label: str, total: int | None) -> AbstractContextManager[Meter]:
         """A context that yields the meter of ``total`` units (None = not known)."""
@@ -29,7 +29,7 @@ class _SilentMeter:
 
 
 class Silent:
-    """Says nothing; the default in the library."""
+    """Shows nothing; the default in the library."""
 
     @contextmanager
     def work(self, label: str, total: int | None) -> Iterator[Meter]:

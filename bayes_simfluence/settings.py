@@ -1,12 +1,12 @@
-"""Settings in one dataclass for Python, command line and YAML: layers, types, files.
+"""Settings of a dataclass, the same in Python, on the command line and in YAML.
 
 A settings class is a frozen dataclass whose fields are made by ``say``; their annotations are
-``str``, ``int``, ``float``, ``bool``, unions of these, and ``None`` for "not said".
+``str``, ``int``, ``float``, ``bool``, unions of these, and ``None`` for "left out".
 """
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -28,14 +28,17 @@ WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 
 
 def say(help: str, default: Any, choices: tuple[str, ...] = ()) -> Any:
-    """A field of a settings class, with what its option says of it."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+    """A field of a settings class, with the help and the choices of its option."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 def kinds_of(config: type[Any]) -> dict[str, tuple[type, ...]]:
-    """Types that each setting may have; ``NoneType`` among them when it may be left unsaid."""
+    """Types that each setting may have; ``NoneType`` among them when it may be left out."""
     hints = get_type_hints(config)
-    return {one.name: get_args(hints[one.name]) or (hints[one.name],) for one in fields(config)}
+    return {
+        field.name: get_args(hints[field.name]) or (hints[field.name],)
+        for field in dataclasses.fields(config)
+    }
 
 
 def layered(config: type[Config], *layers: Mapping[str, Any]) -> Config:
@@ -54,22 +57,25 @@ def layered(config: type[Config], *layers: Mapping[str, Any]) -> Config:
             expected=f"names among {shorten(kinds, 50)}",
             do="correct them",
         )
-    examples = {one.name: one.default for one in fields(config)}  # type: ignore[arg-type]
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     return config(
-        **{name: _typed(name, one, kinds[name], examples[name]) for name, one in settings.items()}
+        **{
+            name: _typed(name, value, kinds[name], defaults[name])
+            for name, value in settings.items()
+        }
     )
 
 
 def check_choices(config: Any) -> None:
     """Raise when a setting is none of its choices."""
-    for one in fields(config):
-        value = getattr(config, one.name)
-        if one.metadata["choices"] and value is not None:
-            choice_of(one.name, value, one.metadata["choices"])
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata["choices"] and value is not None:
+            choice_of(field.name, value, field.metadata["choices"])
 
 
 def config_path(result: PathLike) -> Path:
-    """Where the resolved settings behind a result lie: beside it."""
+    """The file beside a result that holds its resolved settings."""
     return Path(result).with_suffix(".yaml")
 
 
@@ -111,7 +117,7 @@ def _typed(name: str, value: Any, kinds: tuple[type, ...], example: Any) -> Any:
         with suppress(ValueError):
             return float(value)
     if type(value) not in kinds:
-        expected = " or ".join(WORDS[one] for one in kinds if one in WORDS)
+        expected = " or ".join(WORDS[kind] for kind in kinds if kind in WORDS)
         shown = "" if example is None else f", as in {name}: {example!r}"
         raise Misuse(name, got=repr(value), expected=expected, do=f"correct it{shown}")
     return value

@@ -1,6 +1,7 @@
 """``compare``: saved posteriors and scores against one another and baselines, on held-out runs."""
 
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from bayes_simfluence.commands.options import (
     Seed,
     Select,
     apart,
+    named_files,
     opened,
     posteriors_of,
     printed,
@@ -52,7 +54,10 @@ def compare(
         bool, typer.Option("--ridge", help="Add ridge linear, additive and multiplicative.")
     ] = False,
     reference: Annotated[
-        str, typer.Option(help="NAME of a method; adds each MSE over its MSE, run by run the same.")
+        str,
+        typer.Option(
+            help="NAME of a method; adds the ratio of each MSE to its MSE, over the same runs."
+        ),
     ] = "",
     draws: Draws = 200,
     seed: Seed = 0,
@@ -80,7 +85,7 @@ def compare(
     else:
         known = next(iter(methods.values())).runs
     apart({**methods, "--fitted": _Fitted(known)}, held_out)
-    for name, path in _named(scores or []).items():
+    for name, path in named_files(scores or []).items():
         methods[name] = partial(_additive, load_scores(path), known)
     if ridge:
         for kind in ("linear", "additive", "multiplicative"):
@@ -133,12 +138,6 @@ def _check(
         )
 
 
-def _named(words: list[str]) -> dict[str, str]:
-    """Files by name, from ``NAME=FILE`` or ``FILE``."""
-    pairs = [one.partition("=") for one in words]
-    return {name if sign else Path(name).stem: path or name for name, sign, path in pairs}
-
-
 def _additive(scores: Any, runs: Any) -> Any:
     from bayes_simfluence.attribution.simulators import additive_simulator
 
@@ -154,18 +153,18 @@ def _ridge(kind: Any, runs: Any, key: Any) -> Any:
 
 
 def show_metrics(table: Any, metrics: list[str]) -> None:
-    """Print a comparison, the best of each column in bold; below it, what failed."""
+    """Print a comparison, the best of each column in bold, and below it the methods that failed."""
     from rich.table import Column, Table
 
     from bayes_simfluence.report.tables import SHORT, best_of
 
-    shown = Table(Column("method", no_wrap=True), *(SHORT[one] for one in metrics))
+    shown = Table(Column("method", no_wrap=True), *(SHORT[metric] for metric in metrics))
     best = {metric: best_of(table, metric) for metric in metrics}
     for method, row in table.iterrows():
-        cells = ["" if row[one] != row[one] else f"{row[one]:.3g}" for one in metrics]
+        figures = ["" if isnan(row[metric]) else f"{row[metric]:.3g}" for metric in metrics]
         marked = [
-            f"[bold]{cell}[/bold]" if best[one] == method else cell
-            for one, cell in zip(metrics, cells, strict=True)
+            f"[bold]{figure}[/bold]" if best[metric] == method else figure
+            for metric, figure in zip(metrics, figures, strict=True)
         ]
         shown.add_row(str(method), *marked)
     printed(shown)

@@ -1,5 +1,6 @@
 """``diagnose``: how a saved fit went."""
 
+from math import isnan
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,9 +72,9 @@ def _summary(table: Any) -> None:
 
     shown = Table(
         Column("hyperparameter", no_wrap=True),
-        *(Column(SHORT.get(one, one), justify="right") for one in table.columns),
+        *(Column(SHORT.get(name, name), justify="right") for name in table.columns),
     )
     for name, row in table.iterrows():
-        cells = ["" if one != one else f"{one:.3g}" for one in row]
-        shown.add_row(escape(str(name)), *cells)
+        figures = ["" if isnan(value) else f"{value:.3g}" for value in row]
+        shown.add_row(escape(str(name)), *figures)
     printed(shown)

@@ -14,7 +14,7 @@ __all__ = ["export_runs"]
 def export_runs(
     runs: RunsFile,
     out: Annotated[Path, typer.Option(help="New file: .csv, .parquet or .npz.")],
-    format: Annotated[str, typer.Option(help="One of these; told by the name if empty.")] = "",
+    format: Annotated[str, typer.Option(help="One of these; found from the name if empty.")] = "",
     select: Select = "",
     overwrite: Overwrite = False,
 ) -> None:

@@ -32,11 +32,11 @@ def _fit(
     strict: Annotated[bool, typer.Option("--strict", help="Fail when the verdict is bad.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Fit a simulator to recorded runs and save its posterior."""
     new_files(out, config_path(out), overwrite=overwrite)
-    settings = config_of(FitConfig, config, given)
+    settings = config_of(FitConfig, config, options)
     model, method = settings.parts()
 
     import jax

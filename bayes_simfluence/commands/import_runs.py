@@ -18,7 +18,7 @@ def import_runs(
     ],
     out: Annotated[Path, typer.Option(help="New store for the runs (.zarr).")],
     format: Annotated[
-        str, typer.Option(help="csv, parquet, npz or gptdynamics; told by the path if empty.")
+        str, typer.Option(help="csv, parquet, npz or gptdynamics; found from the path if empty.")
     ] = "",
     column: Annotated[
         list[str] | None,
@@ -32,7 +32,7 @@ def import_runs(
     overwrite: Overwrite = False,
 ) -> None:
     """Bring runs that were recorded elsewhere into a store."""
-    pairs = [one.partition("=") for one in column or []]
+    pairs = [text.partition("=") for text in column or []]
     wrong = [ours for ours, separator, theirs in pairs if not (ours and separator and theirs)]
     if wrong:
         raise Misuse(

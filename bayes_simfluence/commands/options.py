@@ -1,4 +1,4 @@
-"""What the verbs share: options, options made of a settings class, and files named by them."""
+"""What the verbs share: options, options made from a settings class, and the files they name."""
 
 import inspect
 from collections.abc import Callable
@@ -27,6 +27,7 @@ __all__ = [
     "apart",
     "config_of",
     "figure_saved",
+    "named_files",
     "new_files",
     "opened",
     "positions",
@@ -60,29 +61,29 @@ Posteriors = Annotated[
 
 
 def with_settings(verb: Callable[..., None], settings: type[Any]) -> Callable[..., None]:
-    """``verb`` with one more option per setting, straight from the settings' dataclass.
+    """``verb`` with an option for each setting besides its own.
 
-    The verb takes settings that were given as keywords besides its own options.
+    The verb gets the settings that the user passed as keywords.
     """
     own = [
-        one
-        for one in inspect.signature(verb, eval_str=True).parameters.values()
-        if one.kind is not inspect.Parameter.VAR_KEYWORD
+        parameter
+        for parameter in inspect.signature(verb, eval_str=True).parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
     kinds = kinds_of(settings)
-    for one in fields(settings):
+    for field in fields(settings):
         # Words are parsed later, numbers by typer.
-        kind = str if str in kinds[one.name] else kinds[one.name][0]
-        choices = ", ".join(one.metadata["choices"])
-        said = f"{one.metadata['help']}{': ' if choices else ''}{choices}"
-        if one.default is not None:
-            said += f" (default {one.default!r})"
+        kind = str if str in kinds[field.name] else kinds[field.name][0]
+        choices = ", ".join(field.metadata["choices"])
+        help = f"{field.metadata['help']}{': ' if choices else ''}{choices}"
+        if field.default is not None:
+            help += f" (default {field.default!r})"
         own.append(
             inspect.Parameter(
-                one.name,
+                field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[kind | None, typer.Option(help=said, show_default=False)],
+                annotation=Annotated[kind | None, typer.Option(help=help, show_default=False)],
             )
         )
 
@@ -91,18 +92,18 @@ def with_settings(verb: Callable[..., None], settings: type[Any]) -> Callable[..
 
     command.__name__, command.__doc__ = verb.__name__, verb.__doc__
     command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
-    command.__annotations__ = {one.name: one.annotation for one in own}
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in own}
     return command
 
 
-def config_of(settings: type[Any], config: Path | None, given: dict[str, Any]) -> Any:
-    """Settings from a YAML file and the options that were given, which overrule it."""
-    said = {name: one for name, one in given.items() if one is not None}
-    return layered(settings, *([config_from_yaml(config)] if config else []), said)
+def config_of(settings: type[Any], config: Path | None, options: dict[str, Any]) -> Any:
+    """Settings from a YAML file, overruled by the options that the user passed."""
+    passed = {name: value for name, value in options.items() if value is not None}
+    return layered(settings, *([config_from_yaml(config)] if config else []), passed)
 
 
 def printed(table: Any) -> None:
-    """A rich table, wide enough for its numbers where no terminal says how wide it may be."""
+    """Print a rich table; wide enough for its numbers where there is no terminal to ask."""
     from rich.console import Console
 
     console = Console()
@@ -150,19 +151,19 @@ def posteriors_of(named: list[str]) -> dict[str, Any]:
     """Saved posteriors by name, from ``NAME=FILE`` or ``FILE``."""
     from bayes_simfluence.posterior.posterior import load_posterior
 
-    found = {}
-    for one in named:
-        name, separator, path = one.partition("=")
-        if not separator:
-            name, path = Path(one).stem, one
-        found[name] = load_posterior(path)
-    return found
+    return {name: load_posterior(path) for name, path in named_files(named).items()}
+
+
+def named_files(words: list[str]) -> dict[str, str]:
+    """Files by name, from ``NAME=FILE`` or ``FILE``."""
+    pairs = [word.partition("=") for word in words]
+    return {name if sign else Path(name).stem: path or name for name, sign, path in pairs}
 
 
 def apart(methods: dict[str, Any], held_out: Any) -> None:
     """Raise when a posterior was fitted to a run that it is to be judged on."""
-    for name, one in methods.items():
-        fitted = set(_curricula(one.runs))
+    for name, method in methods.items():
+        fitted = set(_curricula(method.runs))
         names = held_out["run"].values.astype(str)
         seen = [
             run

@@ -42,10 +42,10 @@ def _record(
         ),
     ] = "",
     quiet: Quiet = False,
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Fine-tune a checkpoint in many runs and record every query's loss at every step."""
-    settings = config_of(RecordConfig, config, given).validate()
+    settings = config_of(RecordConfig, config, options).validate()
     share = positions(only, settings.runs, "--only") if only else None
     if distributed:
         from bayes_simfluence.recording.processes import join_processes

@@ -42,11 +42,11 @@ def _sbc(
     config: Config = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Simulate recordings of these curricula from the prior, fit each, and test the ranks."""
     new_files(out, figure, overwrite=overwrite)
-    settings = config_of(FitConfig, config, given)
+    settings = config_of(FitConfig, config, options)
     model, method = settings.parts()
     count = positive_integer("queries", queries)
     _check(settings.method, simulations)

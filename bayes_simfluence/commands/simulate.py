@@ -77,7 +77,7 @@ def simulate(
     chosen = _band_of(band, probability, simultaneous, calibration, calibration_select)
     fitted = load_posterior(posterior)
     recorded = selected(opened(runs), select, "--select")
-    ids = [one.strip() for one in drop.split(",") if one.strip()]
+    ids = [name.strip() for name in drop.split(",") if name.strip()]
     planned = edits.edit_runs(recorded, edits.drop, ids) if ids else recorded
     with progress_of(quiet).work("simulate", 1) as meter:
         simulated = fitted.simulate(planned, key=jax.random.key(seed), draws=draws, band=chosen)
@@ -86,7 +86,7 @@ def simulate(
         write_groups(partial, {"/": simulated})
     print(f"{planned.sizes['run']} runs x {simulated.sizes['draw']} draws in {out}")
     if chosen is not None:
-        print(_said_of(simulated["low"].attrs))
+        print(_sentence_of(simulated["low"].attrs))
     truth = None if ids else recorded
     figure_saved(lambda: plot_curves({"simulated": simulated}, truth), figure, overwrite=overwrite)
 
@@ -99,17 +99,17 @@ def _check_band(
     calibration_select: str,
 ) -> None:
     choice_of("--band", band, ["", *BANDS])
-    for option, said, wanted in (
+    for option, passed, wanted in (
         ("--probability", probability is not None, BANDS),
         ("--simultaneous", simultaneous, BANDS),
         ("--calibration", calibration is not None, BANDS[1:]),
         ("--calibration-select", bool(calibration_select), BANDS[1:]),
     ):
-        if said and band not in wanted:
+        if passed and band not in wanted:
             raise Misuse(
                 option,
                 got=f"--band {band}" if band else "no --band",
-                expected=" or ".join(f"--band {one}" for one in wanted),
+                expected=" or ".join(f"--band {name}" for name in wanted),
                 do="add it, or leave the option out",
             )
     if calibration_select and calibration is None:
@@ -117,7 +117,7 @@ def _check_band(
             "--calibration-select",
             got="no --calibration",
             expected="a file of runs",
-            do="say --calibration RUNS",
+            do="pass --calibration RUNS",
         )
 
 
@@ -140,9 +140,9 @@ def _band_of(
     return Credible(share, simultaneous) if band else None
 
 
-def _said_of(about: dict[str, Any]) -> str:
+def _sentence_of(about: dict[str, Any]) -> str:
     whole = "whole trajectories" if about["simultaneous"] else "each time"
-    said = f"{about['kind']} band of {about['probability']:.0%} for {whole}: low, high"
+    sentence = f"{about['kind']} band of {about['probability']:.0%} for {whole}: low, high"
     if "n_calibration" not in about:
-        return said
-    return f"{said} (calibrated on {about['n_calibration']} runs, {about['calibration']})"
+        return sentence
+    return f"{sentence} (calibrated on {about['n_calibration']} runs, {about['calibration']})"

@@ -12,7 +12,9 @@ __all__ = ["study"]
 
 def study(
     config: Annotated[Path, typer.Option(help="YAML with the study's settings.")],
-    out: Annotated[Path, typer.Option(help="Folder of the study; goes on with one begun there.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the study; a study begun there is continued.")
+    ],
     stage: Annotated[
         list[str] | None,
         typer.Option(

@@ -1,4 +1,4 @@
-"""Rows of JSON lines, CSV, Parquet or a Hugging Face dataset: fields by name, errors by line."""
+"""Rows of JSON lines, CSV, Parquet or a Hugging Face dataset, and errors that name their line."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -37,9 +37,9 @@ class Rows:
         return Rows(
             self.source,
             self.unit,
-            [self.numbers[one] for one in chosen],
-            [self.ids[one] for one in chosen],
-            [self.fields[one] for one in chosen],
+            [self.numbers[place] for place in chosen],
+            [self.ids[place] for place in chosen],
+            [self.fields[place] for place in chosen],
         )
 
     def where(self, at: int) -> str:
@@ -103,20 +103,20 @@ def read_rows(source: Any, *, id_field: str = "id") -> Rows:
     return _rows(str(path), "line", _csv(path) if kind == ".csv" else _json(path), id_field)
 
 
-def _rows(source: str, unit: str, found: Numbered, id_field: str) -> Rows:
-    if not found:
+def _rows(source: str, unit: str, numbered: Numbered, id_field: str) -> Rows:
+    if not numbered:
         raise Misuse(
             source, got="an empty file", expected=f"at least one {unit}", do="check the file"
         )
-    numbers, fields = [number for number, _ in found], [row for _, row in found]
+    numbers, fields = [number for number, _ in numbered], [row for _, row in numbered]
     ids = [
         str(number if row.get(id_field) is None else row[id_field])
         for number, row in zip(numbers, fields, strict=True)
     ]
     places: dict[str, list[int]] = {}
-    for one, number in zip(ids, numbers, strict=True):
-        places.setdefault(one, []).append(number)
-    repeated = {one: at for one, at in places.items() if len(at) > 1}
+    for name, number in zip(ids, numbers, strict=True):
+        places.setdefault(name, []).append(number)
+    repeated = {name: at for name, at in places.items() if len(at) > 1}
     if repeated:
         where = shorten(number for at in repeated.values() for number in at)
         raise Misuse(
@@ -171,7 +171,7 @@ def _dataset(source: Any) -> Numbered:
         raise Misuse(
             "dataset",
             got=f"several splits {shorten(source.column_names)}",
-            expected="one of them",
+            expected="a single split",
             do="pick one: dataset['train']",
         )
     return list(enumerate((dict(row) for row in source.with_format(None)), 1))

@@ -117,7 +117,7 @@ def test_a_saved_posterior_simulates_the_same(posteriors, held_out, tmp_path, me
     assert (again.left_out is None) == (posterior.left_out is None)
     if again.left_out is not None:
         xr.testing.assert_equal(again.left_out, posterior.left_out)
-    with pytest.raises(Misuse, match=r"something that exists.*say overwrite"):
+    with pytest.raises(Misuse, match=r"something that exists.*pass overwrite"):
         posterior.save(path)
     posterior.save(path, overwrite=True)
     assert [one.name for one in tmp_path.iterdir()] == ["posterior.nc"]
