@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from bayes_simfluence import cli
 from bayes_simfluence.attribution.score_files import save_scores
 from bayes_simfluence.attribution.scores import score_array
 from bayes_simfluence.attribution.simulators import additive_simulator
+from bayes_simfluence.commands.options import apart
 from bayes_simfluence.evaluation.synthetic import linear_runs
 from bayes_simfluence.posterior.config import FitConfig
 from bayes_simfluence.recording.config import RecordConfig
@@ -403,3 +405,13 @@ def test_help_is_quick_and_imports_no_jax():
         subprocess.run([sys.executable, "-c", code], check=True)
         took.append(time.perf_counter() - start)
     assert min(took) < 5.0  # 0.4 s on a quiet machine; a busy one must not fail the build
+
+
+def test_a_curriculum_with_other_weights_is_another_run():
+    batch, loss = [[[0, 1]]], [[[0.7], [0.6]]]
+    plain = bs.runs_from_arrays(batch=batch, loss=loss)
+    ones = bs.runs_from_arrays(batch=batch, loss=loss, weight=[[[1.0, 1.0]]])
+    other = bs.runs_from_arrays(batch=batch, loss=loss, weight=[[[2.0, 1.0]]])
+    apart({"p": SimpleNamespace(runs=plain)}, other)
+    with pytest.raises(bs.Misuse, match="posterior 'p': got a fit to the runs to compare on: 0"):
+        apart({"p": SimpleNamespace(runs=plain)}, ones)
