@@ -215,14 +215,14 @@ MISUSES = {
 
 @pytest.mark.parametrize("case", sorted(MISUSES))
 def test_misuse_is_one_line_and_exit_code_2(case, command, runs, tmp_path, monkeypatch):
-    words, said = MISUSES[case]
+    words, message = MISUSES[case]
     monkeypatch.chdir(tmp_path)
-    before = sorted(one.name for one in tmp_path.iterdir())
+    before = sorted(file.name for file in tmp_path.iterdir())
     code, _, errors = command(*(str(runs) if word == "RUNS" else word for word in words))
     assert code == 2
     assert len(errors.strip().splitlines()) == 1
-    assert __import__("re").search(said, errors), errors
-    assert sorted(one.name for one in tmp_path.iterdir()) == before
+    assert __import__("re").search(message, errors), errors
+    assert sorted(file.name for file in tmp_path.iterdir()) == before
 
 
 def test_fitted_runs_are_not_held_out(command, runs, tmp_path):

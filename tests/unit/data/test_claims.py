@@ -19,19 +19,19 @@ def claim_of(folder, **owner):
 
 def test_claims_are_held_released_and_leave_nothing(tmp_path):
     with claimed(tmp_path, [1, 3]) as claims:
-        assert sorted(one.name for one in (tmp_path / "claims").iterdir()) == ["1", "3"]
+        assert sorted(file.name for file in (tmp_path / "claims").iterdir()) == ["1", "3"]
         claims.release(1)
         claims.release(1)
-        assert [one.name for one in (tmp_path / "claims").iterdir()] == ["3"]
+        assert [file.name for file in (tmp_path / "claims").iterdir()] == ["3"]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_a_living_process_records_is_refused(tmp_path):
-    said = rf"run 3: got recorded right now by process {os.getpid()} of .*runs="
+    message = rf"run 3: got recorded right now by process {os.getpid()} of .*runs="
     with claimed(tmp_path, [3]) as claims:
-        with pytest.raises(Misuse, match=said), claimed(tmp_path, [2, 3]):
+        with pytest.raises(Misuse, match=message), claimed(tmp_path, [2, 3]):
             pass
-        assert [one.name for one in (tmp_path / "claims").iterdir()] == ["3"], "none or all"
+        assert [file.name for file in (tmp_path / "claims").iterdir()] == ["3"], "none or all"
         claims.release(3)
         with claimed(tmp_path, [3]):
             pass
@@ -73,8 +73,8 @@ def test_a_claim_whose_writer_was_killed_is_taken_over(tmp_path):
 
 def test_a_claim_of_another_host_stands(tmp_path):
     claim_of(tmp_path / "claims", host="elsewhere", pid=1, born="1")
-    said = r"process 1 of elsewhere.*remove .*claims/3"
-    with pytest.raises(Misuse, match=said), claimed(tmp_path, [3]):
+    message = r"process 1 of elsewhere.*remove .*claims/3"
+    with pytest.raises(Misuse, match=message), claimed(tmp_path, [3]):
         pass
 
 

@@ -1,4 +1,4 @@
-"""Folders as GPTfluence's public code writes them, and what is said of those that are broken."""
+"""Folders as GPTfluence's public code writes them, and what is message of those that are broken."""
 
 import json
 
@@ -55,8 +55,8 @@ def test_a_folder_of_runs(root):
     assert runs["query"].values.tolist() == list(QUERIES)
     for seed in range(2):
         ids = runs["train"].values[runs["batch"].values[seed]]
-        assert ids.tolist() == [one["samples_id"] for one in batches_of(seed)]
-        expected = [[x["loss"] for x in one["loss_trajectory"]] for one in losses_of(seed)]
+        assert ids.tolist() == [entry["samples_id"] for entry in batches_of(seed)]
+        expected = [[x["loss"] for x in entry["loss_trajectory"]] for entry in losses_of(seed)]
         np.testing.assert_array_equal(runs["loss"][seed].T, expected)
     assert (runs["status"] == COMPLETE).all() and "step_size" not in runs
     assert runs.attrs["imported_from"] == "gptdynamics" and runs.attrs["batch_size"] == 2
@@ -74,8 +74,8 @@ def test_without_losses_before_training_the_first_ones_are_time_0(root):
         runs = import_runs(root)
     assert runs.sizes["step"] == STEPS - 1 and runs.attrs["first_step"] == 1
     ids = runs["train"].values[runs["batch"].values[0]]
-    assert ids.tolist() == [one["samples_id"] for one in batches_of(0)[1:]]
-    expected = [[x["loss"] for x in one["loss_trajectory"]] for one in losses_of(0, first=1)]
+    assert ids.tolist() == [entry["samples_id"] for entry in batches_of(0)[1:]]
+    expected = [[x["loss"] for x in entry["loss_trajectory"]] for entry in losses_of(0, first=1)]
     np.testing.assert_array_equal(runs["loss"][0].T, expected)
 
 
@@ -100,8 +100,8 @@ def test_losses_every_few_steps_and_short_batches(root):
 
 
 def test_batches_as_one_list(root):
-    lists = [one["samples_id"] for one in batches_of(0)]
-    flat = [one for members in lists for one in members]
+    lists = [entry["samples_id"] for entry in batches_of(0)]
+    flat = [name for members in lists for name in members]
     expected = import_runs(root)["batch"]
     for text in (json.dumps(lists), json.dumps(flat, indent=1)):
         written(root / RUNS[0], text, losses_of(0))
@@ -174,11 +174,11 @@ FLAWS = {
 
 @pytest.mark.parametrize("case", FLAWS)
 def test_a_flaw_is_named_with_its_place(root, case):
-    batches, losses, said = FLAWS[case]
+    batches, losses, message = FLAWS[case]
     folder = written(
         root / RUNS[0], batches or batches_of(0), losses_of(0) if losses is None else losses
     )
-    with pytest.raises(Misuse, match=said) as raised:
+    with pytest.raises(Misuse, match=message) as raised:
         import_runs(root)
     assert str(folder.parent) in str(raised.value)
 

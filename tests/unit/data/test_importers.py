@@ -230,14 +230,14 @@ TABLES = {
 
 @pytest.mark.parametrize("case", TABLES)
 def test_a_flaw_of_a_table_is_named_with_its_place(tmp_path, case):
-    lines, said = TABLES[case]
-    with pytest.raises(Misuse, match=said) as raised:
+    lines, message = TABLES[case]
+    with pytest.raises(Misuse, match=message) as raised:
         import_runs(written(tmp_path, *lines))
     assert case in ("infinite", "never") or "runs.csv" in str(raised.value)
 
 
 def test_a_flaw_of_a_header_or_its_names(tmp_path):
-    for header, columns, said in (
+    for header, columns, message in (
         (
             "run,step,examples,query,nll,lr",
             None,
@@ -252,7 +252,7 @@ def test_a_flaw_of_a_header_or_its_names(tmp_path):
         (HEADER, {"step_size": "lr"}, r"expected also lr"),
         (HEADER, {"rate": "step_size"}, r"columns: got names of rate; expected names of run, step"),
     ):
-        with pytest.raises(Misuse, match=said):
+        with pytest.raises(Misuse, match=message):
             import_runs(written(tmp_path, *GOOD, header=header), columns=columns)
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(Misuse, match=r"empty.csv: got an empty file"):
@@ -296,7 +296,7 @@ def test_what_lies_beside_a_table_must_be_ours_and_agree(tmp_path):
 
 def test_flaws_of_arrays(tmp_path):
     good = {"batch": np.array([[[0, 1]]]), "loss": np.array([[[0.7], [0.6]]])}
-    for wrong, said in (
+    for wrong, message in (
         ({"losses": good["loss"]}, r"got arrays batch, loss, losses; .*rename losses"),
         ({"train_ids": np.array(["a", 1], object)}, r"cannot be read .*no Python objects"),
         ({"attrs": np.array("[]")}, r"array 'attrs': got no JSON object"),
@@ -304,7 +304,7 @@ def test_flaws_of_arrays(tmp_path):
         ({"loss": np.array([[[0.7]]])}, r"loss: got shape"),
     ):
         np.savez(tmp_path / "runs.npz", **{**good, **wrong})
-        with pytest.raises(Misuse, match=said):
+        with pytest.raises(Misuse, match=message):
             import_runs(tmp_path / "runs.npz")
     np.savez(tmp_path / "runs.npz", loss=good["loss"])
     with pytest.raises(Misuse, match=r"got arrays loss; expected batch, loss, .*add batch"):
@@ -327,11 +327,11 @@ def test_paths_and_formats(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(Misuse, match=r"name and content of no known format.*csv, parquet, np"):
         import_runs(tmp_path / "folder")
-    for format, said in (
+    for format, message in (
         ("excel", r"'excel'; expected one of csv"),
         ("gptdynamics", r"of csv, pa"),
     ):
-        with pytest.raises(Misuse, match=said):
+        with pytest.raises(Misuse, match=message):
             export_runs(runs, tmp_path / "runs.csv", format)
     path = export_runs(runs, tmp_path / "runs.txt", "csv")
     with pytest.raises(Misuse, match=r"columns: got format npz; expected a long table"):

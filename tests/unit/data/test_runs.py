@@ -175,8 +175,8 @@ def test_identifiability_agrees_with_brute_force(rng):
         batch = rng.integers(-1, 8, (2, 2, 3))
         loss = np.zeros((2, 3, 1))
         found = identifiability(runs_from_arrays(batch=batch, loss=loss, train_ids=range(8)))
-        assert {int(one) for one in found.never_seen} == set(range(8)) - set(batch.ravel())
-        together = {frozenset(int(one) for one in group) for group in found.always_together}
+        assert {int(name) for name in found.never_seen} == set(range(8)) - set(batch.ravel())
+        together = {frozenset(int(name) for name in group) for group in found.always_together}
         assert together == brute_force_together(batch, 8)
 
 

@@ -64,7 +64,7 @@ def test_a_store_is_version_3_consolidated_and_one_chunk_a_run(rng, tmp_path):
     root = json.loads((path / "zarr.json").read_text())
     assert root["zarr_format"] == 3
     assert "loss" in root["consolidated_metadata"]["metadata"]
-    assert sorted(one.name for one in (path / "loss" / "c").iterdir()) == ["0", "1", "2"]
+    assert sorted(file.name for file in (path / "loss" / "c").iterdir()) == ["0", "1", "2"]
 
 
 def test_nothing_is_written_over_unless_told(rng, tmp_path):
@@ -75,7 +75,7 @@ def test_nothing_is_written_over_unless_told(rng, tmp_path):
     xr.testing.assert_identical(s.open_runs(path), first)
     s.save_runs(second, path, overwrite=True)
     xr.testing.assert_identical(s.open_runs(path), second)
-    assert [one.name for one in tmp_path.iterdir()] == ["runs.zarr"]
+    assert [file.name for file in tmp_path.iterdir()] == ["runs.zarr"]
 
 
 def test_append_joins_runs_and_refuses_others(rng, tmp_path):
@@ -107,7 +107,7 @@ def test_what_is_no_store_is_named(tmp_path):
 
 def test_a_corrupt_chunk_is_an_error_not_numbers(rng, tmp_path):
     path = s.save_runs(some_runs(rng), tmp_path / "runs.zarr")
-    chunk = next(one for one in (path / "loss" / "c" / "1").rglob("*") if one.is_file())
+    chunk = next(file for file in (path / "loss" / "c" / "1").rglob("*") if file.is_file())
     chunk.write_bytes(chunk.read_bytes()[:-7])
     with pytest.raises(Misuse, match=r"cannot be read"):
         s.open_runs(path)
@@ -151,11 +151,11 @@ def test_a_killed_writers_leftovers_are_swept(rng, tmp_path):
         attrs={},
     )
     leftovers = [path / "loss/c/1/0/0.ab.partial", path / "status/c/1.ab.partial"]
-    for one in leftovers:
-        one.parent.mkdir(parents=True, exist_ok=True)
-        one.write_text("half")
+    for file in leftovers:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("half")
     s.write_run(path, 1, runs["loss"].values[1], runs["step_size"].values[1])
-    assert not any(one.exists() for one in leftovers)
+    assert not any(file.exists() for file in leftovers)
 
 
 def test_a_failure_while_writing_leaves_what_was_there(tmp_path):
@@ -164,7 +164,7 @@ def test_a_failure_while_writing_leaves_what_was_there(tmp_path):
     with pytest.raises(WorkFailed, match="could not be written"), atomically(path) as partial:
         partial.write_text("half")
         raise OSError(28, "No space left on device")
-    assert path.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["thing"]
+    assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["thing"]
 
 
 def test_an_interrupted_replacement_says_where_the_old_one_is(rng, tmp_path):
@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(rng, tmp_path):
 def test_recordings_that_ship_follow_the_standard_protocol(name):
     runs = validate_runs(s.example_runs(name))
     sizes = {"run": 32, "step": 96, "time": 97, "query": 50, "train": 200, "slot": 4}
-    assert {one: runs.sizes[one] for one in sizes} == sizes
+    assert {dim: runs.sizes[dim] for dim in sizes} == sizes
     assert (runs["status"] == COMPLETE).all() and runs.sizes["feature"] == 64
     for batch in runs["batch"].values:
         members, times = np.unique(batch, return_counts=True)

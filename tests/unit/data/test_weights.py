@@ -100,7 +100,7 @@ def test_weights_are_chosen_before_runs_are_recorded(tmp_path):
         attrs={},
     )
     np.testing.assert_array_equal(store.open_store(path)["weight"], WEIGHT)
-    assert sorted(one.name for one in (path / "weight" / "c").iterdir()) == ["0", "1"]
+    assert sorted(file.name for file in (path / "weight" / "c").iterdir()) == ["0", "1"]
 
 
 @pytest.mark.parametrize("first", [None, WEIGHT])
