@@ -40,13 +40,35 @@ class Table:
 
 
 def read_csv(path: Path) -> Table:
-    """A CSV file (RFC 4180, UTF-8, with or without byte order mark) with a header; blank lines
-    are left out.
+    """A CSV file with a header (RFC 4180, UTF-8, a byte order mark is allowed); skips blank lines.
 
     Raises:
         Misuse: not UTF-8, an empty file, a name twice, a row that cannot be read or is of another
             length than the header.
     """
+    rows, lines = _csv_rows(path)
+    header = rows[0]
+    if len(set(header)) < len(header):
+        raise Misuse(
+            f"{path} line {lines[0]}",
+            got=f"the header {shorten(header, 8)}",
+            expected="a different name for every column",
+            do="rename the columns in the first line",
+        )
+    for row, line in zip(rows, lines, strict=True):
+        if len(row) != len(header):
+            raise Misuse(
+                f"{path} line {line}",
+                got=f"{len(row)} values",
+                expected=f"{len(header)}, one for each of {shorten(header, 8)}",
+                do="put texts with commas in double quotes",
+            )
+    columns = zip(*rows, strict=True)
+    return Table(path, {name: values for name, *values in columns}, lines[1:])
+
+
+def _csv_rows(path: Path) -> tuple[list[list[str]], list[int]]:
+    """The rows of a CSV file, header first, and the number of each row's first line."""
     text = utf8_text(path).removeprefix("\ufeff")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[list[str]] = []
@@ -72,24 +94,7 @@ def read_csv(path: Path) -> Table:
             expected="a line with the names of the columns, and rows",
             do="check the file",
         )
-    header = rows[0]
-    if len(set(header)) < len(header):
-        raise Misuse(
-            f"{path} line {lines[0]}",
-            got=f"the header {shorten(header, 8)}",
-            expected="a different name for every column",
-            do="rename the columns in the first line",
-        )
-    for row, line in zip(rows, lines, strict=True):
-        if len(row) != len(header):
-            raise Misuse(
-                f"{path} line {line}",
-                got=f"{len(row)} values",
-                expected=f"{len(header)}, one for each of {shorten(header, 8)}",
-                do="put texts with commas in double quotes",
-            )
-    columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
-    return Table(path, {name: values[1:] for name, values in columns.items()}, lines[1:])
+    return rows, lines
 
 
 def read_parquet(path: Path) -> Table:
