@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bayes_simfluence.networks import bert
 from bayes_simfluence.networks.checkpoint import load_tokenizer
 from bayes_simfluence.networks.network import Sequence as Tokens
+from bayes_simfluence.networks.network import Settings
 from bayes_simfluence.networks.tensor_files import Tensors, save_tensors
 from bayes_simfluence.progress import Progress
 
@@ -124,7 +125,7 @@ def _random_tensors(vocabulary: int, key: jax.Array) -> Tensors:
 
 def _trained(
     tensors: Tensors,
-    settings: bert.BertSettings,
+    settings: Settings,
     tokens: Int[Array, "text token"],
     attended: Bool[Array, "text token"],
     *,

@@ -3,11 +3,10 @@
 MiniLM checkpoints are BERT. RoBERTa is BERT with other positions (``roberta``).
 """
 
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bayes_simfluence.networks.layers import (
     ACTIVATIONS,
@@ -19,15 +18,14 @@ from bayes_simfluence.networks.layers import (
     places,
     split_heads,
 )
-from bayes_simfluence.networks.network import Family, Network, Sequence
+from bayes_simfluence.networks.network import Family, Network, Sequence, Settings, encoder
 from bayes_simfluence.networks.requirements import (
     Shapes,
     check_option,
     check_tensors,
-    dense_shapes,
-    norm_shapes,
     prefix_of,
     quotient,
+    weight_and_bias,
 )
 from bayes_simfluence.networks.tensor_files import Tensors
 
@@ -36,12 +34,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAMILY",
-    "BertSettings",
+    "LayerNames",
     "encode",
+    "layers_shapes",
     "network",
     "pooler_shapes",
     "settings_of",
     "shapes_of",
+    "through_layers",
 ]
 
 UNUSED = (
@@ -55,27 +55,34 @@ UNUSED = (
 """Buffers, and heads that ``hidden`` does not pass."""
 
 
-@dataclass(frozen=True)
-class BertSettings:
-    """What the forward pass needs of a BERT configuration.
+class LayerNames(NamedTuple):
+    """What a checkpoint calls the parts of a layer; ``layer`` stands before the layer's number."""
 
-    Attributes:
-        layers, heads: depth, and attention heads of a layer.
-        epsilon: added to the variance in layer norm.
-        activation: name in ``ACTIVATIONS``.
-        prefix: what stands before ``embeddings.`` in the tensor names ("" or "bert.").
-    """
-
-    layers: int
-    heads: int
-    epsilon: float
-    activation: str
-    prefix: str = ""
+    layer: str
+    query: str
+    key: str
+    value: str
+    output: str
+    attention_norm: str
+    up: str
+    down: str
+    norm: str
 
 
-def settings_of(
-    config: "PretrainedConfig", tensors: Tensors, *, family: str = "bert"
-) -> BertSettings:
+NAMES = LayerNames(
+    layer="encoder.layer",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    output="attention.output.dense",
+    attention_norm="attention.output.LayerNorm",
+    up="intermediate.dense",
+    down="output.dense",
+    norm="output.LayerNorm",
+)
+
+
+def settings_of(config: "PretrainedConfig", tensors: Tensors, *, family: str = "bert") -> Settings:
     """The settings of a checkpoint's ``config.json``, checked against its tensors.
 
     Args:
@@ -90,39 +97,48 @@ def settings_of(
     prefix = prefix_of(tensors, "embeddings.", f"{family}.")
     quotient(config, "hidden_size", "num_attention_heads")
     check_tensors(tensors, shapes_of(config, prefix), UNUSED)
-    return BertSettings(
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.layer_norm_eps,
-        check_option(config, "hidden_act", list(ACTIVATIONS)),
-        prefix,
+    return Settings(
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        epsilon=config.layer_norm_eps,
+        activation=check_option(config, "hidden_act", list(ACTIVATIONS)),
+        prefix=prefix,
     )
 
 
 def shapes_of(config: "PretrainedConfig", prefix: str = "") -> Shapes:
     """The tensors that ``encode`` reads."""
-    width, wide = config.hidden_size, config.intermediate_size
-    start = f"{prefix}embeddings"
-    shapes: Shapes = {
+    width, start = config.hidden_size, f"{prefix}embeddings"
+    return {
         f"{start}.word_embeddings.weight": (config.vocab_size, width),
         f"{start}.position_embeddings.weight": (config.max_position_embeddings, width),
         f"{start}.token_type_embeddings.weight": (config.type_vocab_size, width),
-        **norm_shapes(f"{start}.LayerNorm", width),
+        **weight_and_bias(f"{start}.LayerNorm", width),
+        **layers_shapes(NAMES, prefix, config.num_hidden_layers, width, config.intermediate_size),
     }
-    for layer in range(config.num_hidden_layers):
-        name = f"{prefix}encoder.layer.{layer}"
-        for part in ("self.query", "self.key", "self.value", "output.dense"):
-            shapes |= dense_shapes(f"{name}.attention.{part}", width, width)
-        shapes |= norm_shapes(f"{name}.attention.output.LayerNorm", width)
-        shapes |= dense_shapes(f"{name}.intermediate.dense", wide, width)
-        shapes |= dense_shapes(f"{name}.output.dense", width, wide)
-        shapes |= norm_shapes(f"{name}.output.LayerNorm", width)
+
+
+def layers_shapes(names: LayerNames, prefix: str, layers: int, width: int, inner: int) -> Shapes:
+    """The tensors that ``through_layers`` reads.
+
+    Args:
+        inner: width between the two layers of the feed-forward part.
+    """
+    shapes: Shapes = {}
+    for layer in range(layers):
+        name = f"{prefix}{names.layer}.{layer}"
+        for part in (names.query, names.key, names.value, names.output):
+            shapes |= weight_and_bias(f"{name}.{part}", width, width)
+        shapes |= weight_and_bias(f"{name}.{names.attention_norm}", width)
+        shapes |= weight_and_bias(f"{name}.{names.up}", inner, width)
+        shapes |= weight_and_bias(f"{name}.{names.down}", width, inner)
+        shapes |= weight_and_bias(f"{name}.{names.norm}", width)
     return shapes
 
 
 def pooler_shapes(config: "PretrainedConfig", tensors: Tensors, prefix: str) -> Shapes:
     """The tensors of the tanh layer over the first token, none where the checkpoint has none."""
-    shapes = dense_shapes(f"{prefix}pooler.dense", config.hidden_size, config.hidden_size)
+    shapes = weight_and_bias(f"{prefix}pooler.dense", config.hidden_size, config.hidden_size)
     if not any(name in tensors for name in shapes):
         return {}
     check_tensors({name: tensors[name] for name in shapes if name in tensors}, shapes)
@@ -130,7 +146,7 @@ def pooler_shapes(config: "PretrainedConfig", tensors: Tensors, prefix: str) -> 
 
 
 def encode(
-    settings: BertSettings,
+    settings: Settings,
     tensors: Tensors,
     sequence: Sequence,
     positions: Int[Array, " token"] | None = None,
@@ -148,40 +164,39 @@ def encode(
         + embed(tensors[f"{start}.token_type_embeddings.weight"], sequence.segments)
     )
     hidden = layer_norm(tensors, f"{start}.LayerNorm", hidden, settings.epsilon)
-    mask = everywhere(len(hidden), sequence.attended)
+    return through_layers(settings, NAMES, tensors, hidden, sequence.attended)
+
+
+def through_layers(
+    settings: Settings,
+    names: LayerNames,
+    tensors: Tensors,
+    hidden: Float[Array, "token hidden"],
+    attended: Bool[Array, " token"],
+) -> Float[Array, "token hidden"]:
+    """Hidden states after all layers, whose norms follow each residual, from the embeddings."""
+    mask = everywhere(len(hidden), attended)
     for layer in range(settings.layers):
-        name = f"{settings.prefix}encoder.layer.{layer}"
+        name = f"{settings.prefix}{names.layer}.{layer}"
         query, key, value = (
-            split_heads(dense(tensors, f"{name}.attention.self.{part}", hidden), settings.heads)
-            for part in ("query", "key", "value")
+            split_heads(dense(tensors, f"{name}.{part}", hidden), settings.heads)
+            for part in (names.query, names.key, names.value)
         )
         mixed = attend(query, key, value, mask, scale=query.shape[-1] ** -0.5)
-        mixed = hidden + dense(tensors, f"{name}.attention.output.dense", mixed)
-        hidden = layer_norm(tensors, f"{name}.attention.output.LayerNorm", mixed, settings.epsilon)
-        inner = dense(tensors, f"{name}.intermediate.dense", hidden)
-        inner = ACTIVATIONS[settings.activation](inner)
-        mixed = hidden + dense(tensors, f"{name}.output.dense", inner)
-        hidden = layer_norm(tensors, f"{name}.output.LayerNorm", mixed, settings.epsilon)
+        mixed = hidden + dense(tensors, f"{name}.{names.output}", mixed)
+        hidden = layer_norm(tensors, f"{name}.{names.attention_norm}", mixed, settings.epsilon)
+        inner = ACTIVATIONS[settings.activation](dense(tensors, f"{name}.{names.up}", hidden))
+        mixed = hidden + dense(tensors, f"{name}.{names.down}", inner)
+        hidden = layer_norm(tensors, f"{name}.{names.norm}", mixed, settings.epsilon)
     return hidden
 
 
 def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
-    """The network of a BERT checkpoint.
-
-    Raises:
-        Misuse: an option not built here, or tensors that the configuration does not describe.
-    """
+    """The network of a BERT checkpoint; raises what ``settings_of`` raises."""
     settings = settings_of(config, tensors)
     pooler = pooler_shapes(config, tensors, settings.prefix)
-    return Network(
-        family=config.model_type,
-        kind="encoder",
-        hidden=partial(encode, settings),
-        positions=config.max_position_embeddings,
-        width=config.hidden_size,
-        vocabulary=config.vocab_size,
-        shapes={**shapes_of(config, settings.prefix), **pooler},
-    )
+    shapes = {**shapes_of(config, settings.prefix), **pooler}
+    return encoder(config, partial(encode, settings), shapes)
 
 
 FAMILY = Family(

@@ -3,38 +3,28 @@
 BERT of half the depth, without segments and pooler, under tensor names of its own.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from jaxtyping import Array, Float
 
-from bayes_simfluence.networks.layers import (
-    ACTIVATIONS,
-    attend,
-    dense,
-    embed,
-    everywhere,
-    layer_norm,
-    places,
-    split_heads,
-)
-from bayes_simfluence.networks.network import Family, Network, Sequence
+from bayes_simfluence.networks.bert import LayerNames, layers_shapes, through_layers
+from bayes_simfluence.networks.layers import ACTIVATIONS, embed, layer_norm, places
+from bayes_simfluence.networks.network import Family, Network, Sequence, Settings, encoder
 from bayes_simfluence.networks.requirements import (
     Shapes,
     check_option,
     check_tensors,
-    dense_shapes,
-    norm_shapes,
     prefix_of,
     quotient,
+    weight_and_bias,
 )
 from bayes_simfluence.networks.tensor_files import Tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["FAMILY", "DistilBertSettings", "encode", "network", "settings_of", "shapes_of"]
+__all__ = ["FAMILY", "encode", "network", "settings_of", "shapes_of"]
 
 EPSILON = 1e-12
 """Added to the variance in layer norm; no option of the configuration."""
@@ -43,23 +33,20 @@ UNUSED = (r"vocab_.*", r"(pre_)?classifier\..*", r"qa_outputs\..*", r"(.*\.)?pos
 """Heads that ``hidden`` does not pass, and buffers."""
 
 
-@dataclass(frozen=True)
-class DistilBertSettings:
-    """What the forward pass needs of a DistilBERT configuration.
-
-    Attributes:
-        layers, heads: depth, and attention heads of a layer.
-        activation: name in ``ACTIVATIONS``.
-        prefix: what stands before ``embeddings.`` in the tensor names ("" or "distilbert.").
-    """
-
-    layers: int
-    heads: int
-    activation: str
-    prefix: str = ""
+NAMES = LayerNames(
+    layer="transformer.layer",
+    query="attention.q_lin",
+    key="attention.k_lin",
+    value="attention.v_lin",
+    output="attention.out_lin",
+    attention_norm="sa_layer_norm",
+    up="ffn.lin1",
+    down="ffn.lin2",
+    norm="output_layer_norm",
+)
 
 
-def settings_of(config: "PretrainedConfig", tensors: Tensors) -> DistilBertSettings:
+def settings_of(config: "PretrainedConfig", tensors: Tensors) -> Settings:
     """The settings of a checkpoint's ``config.json``, checked against its tensors.
 
     Raises:
@@ -69,68 +56,41 @@ def settings_of(config: "PretrainedConfig", tensors: Tensors) -> DistilBertSetti
     quotient(config, "dim", "n_heads")
     check_tensors(tensors, shapes_of(config, prefix), UNUSED)
     activation = check_option(config, "activation", list(ACTIVATIONS))
-    return DistilBertSettings(config.n_layers, config.n_heads, activation, prefix)
+    return Settings(
+        layers=config.n_layers,
+        heads=config.n_heads,
+        epsilon=EPSILON,
+        activation=activation,
+        prefix=prefix,
+    )
 
 
 def shapes_of(config: "PretrainedConfig", prefix: str = "") -> Shapes:
     """The tensors that ``encode`` reads."""
     start = f"{prefix}embeddings"
-    shapes: Shapes = {
+    return {
         f"{start}.word_embeddings.weight": (config.vocab_size, config.dim),
         f"{start}.position_embeddings.weight": (config.max_position_embeddings, config.dim),
-        **norm_shapes(f"{start}.LayerNorm", config.dim),
+        **weight_and_bias(f"{start}.LayerNorm", config.dim),
+        **layers_shapes(NAMES, prefix, config.n_layers, config.dim, config.hidden_dim),
     }
-    for layer in range(config.n_layers):
-        name = f"{prefix}transformer.layer.{layer}"
-        for part in ("q_lin", "k_lin", "v_lin", "out_lin"):
-            shapes |= dense_shapes(f"{name}.attention.{part}", config.dim, config.dim)
-        shapes |= norm_shapes(f"{name}.sa_layer_norm", config.dim)
-        shapes |= dense_shapes(f"{name}.ffn.lin1", config.hidden_dim, config.dim)
-        shapes |= dense_shapes(f"{name}.ffn.lin2", config.dim, config.hidden_dim)
-        shapes |= norm_shapes(f"{name}.output_layer_norm", config.dim)
-    return shapes
 
 
 def encode(
-    settings: DistilBertSettings, tensors: Tensors, sequence: Sequence
+    settings: Settings, tensors: Tensors, sequence: Sequence
 ) -> Float[Array, "token hidden"]:
     """Hidden states of the last layer for one sequence; its segments are not used."""
     start = f"{settings.prefix}embeddings"
     hidden = embed(tensors[f"{start}.word_embeddings.weight"], sequence.tokens)
     hidden = hidden + places(tensors[f"{start}.position_embeddings.weight"], sequence.tokens)
-    hidden = layer_norm(tensors, f"{start}.LayerNorm", hidden, EPSILON)
-    mask = everywhere(len(hidden), sequence.attended)
-    for layer in range(settings.layers):
-        name = f"{settings.prefix}transformer.layer.{layer}"
-        query, key, value = (
-            split_heads(dense(tensors, f"{name}.attention.{part}", hidden), settings.heads)
-            for part in ("q_lin", "k_lin", "v_lin")
-        )
-        mixed = attend(query, key, value, mask, scale=query.shape[-1] ** -0.5)
-        mixed = hidden + dense(tensors, f"{name}.attention.out_lin", mixed)
-        hidden = layer_norm(tensors, f"{name}.sa_layer_norm", mixed, EPSILON)
-        inner = ACTIVATIONS[settings.activation](dense(tensors, f"{name}.ffn.lin1", hidden))
-        mixed = hidden + dense(tensors, f"{name}.ffn.lin2", inner)
-        hidden = layer_norm(tensors, f"{name}.output_layer_norm", mixed, EPSILON)
-    return hidden
+    hidden = layer_norm(tensors, f"{start}.LayerNorm", hidden, settings.epsilon)
+    return through_layers(settings, NAMES, tensors, hidden, sequence.attended)
 
 
 def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
-    """The network of a DistilBERT checkpoint.
-
-    Raises:
-        Misuse: an option not built here, or tensors that the configuration does not describe.
-    """
+    """The network of a DistilBERT checkpoint; raises what ``settings_of`` raises."""
     settings = settings_of(config, tensors)
-    return Network(
-        family=config.model_type,
-        kind="encoder",
-        hidden=partial(encode, settings),
-        positions=config.max_position_embeddings,
-        width=config.dim,
-        vocabulary=config.vocab_size,
-        shapes=shapes_of(config, settings.prefix),
-    )
+    return encoder(config, partial(encode, settings), shapes_of(config, settings.prefix))
 
 
 FAMILY = Family(

@@ -19,15 +19,15 @@ from bayes_simfluence.networks.layers import (
     places,
     split_heads,
 )
-from bayes_simfluence.networks.network import Family, Network, Sequence, decoder
+from bayes_simfluence.networks.network import Family, Network, Sequence, Settings, decoder
 from bayes_simfluence.networks.requirements import (
     Shapes,
     check_option,
     check_tensors,
     head_name,
-    norm_shapes,
     prefix_of,
     quotient,
+    weight_and_bias,
 )
 from bayes_simfluence.networks.tensor_files import Tensors
 
@@ -46,29 +46,17 @@ UNUSED = (
 """Buffers, and heads that ``hidden_states`` does not pass."""
 
 
-@dataclass(frozen=True)
-class GPT2Settings:
+@dataclass(frozen=True, kw_only=True)
+class GPT2Settings(Settings):
     """What the forward pass needs of a GPT-2 configuration.
 
     Attributes:
-        layers, heads: depth, and attention heads of a layer.
-        epsilon: added to the variance in layer norm.
-        activation: name in ``ACTIVATIONS``.
         scaled: scores are divided by the root of a head's size.
         scaled_by_layer: and by the layer's number, from 1.
-        prefix: what stands before ``wte.`` in the tensor names ("" or "transformer.").
-        head: name of the output layer's weight, the word embeddings' where they are tied; None
-            where the checkpoint has none.
     """
 
-    layers: int
-    heads: int
-    epsilon: float
-    activation: str
     scaled: bool
     scaled_by_layer: bool
-    prefix: str
-    head: str | None
 
 
 def settings_of(config: "PretrainedConfig", tensors: Tensors) -> GPT2Settings:
@@ -83,14 +71,14 @@ def settings_of(config: "PretrainedConfig", tensors: Tensors) -> GPT2Settings:
     head = head_name(config, tensors, f"{prefix}wte.weight", "lm_head.weight")
     check_tensors(tensors, shapes_of(config, prefix, head), UNUSED)
     return GPT2Settings(
-        config.n_layer,
-        config.n_head,
-        config.layer_norm_epsilon,
-        check_option(config, "activation_function", list(ACTIVATIONS)),
-        config.scale_attn_weights,
-        config.scale_attn_by_inverse_layer_idx,
-        prefix,
-        head,
+        layers=config.n_layer,
+        heads=config.n_head,
+        epsilon=config.layer_norm_epsilon,
+        activation=check_option(config, "activation_function", list(ACTIVATIONS)),
+        prefix=prefix,
+        head=head,
+        scaled=config.scale_attn_weights,
+        scaled_by_layer=config.scale_attn_by_inverse_layer_idx,
     )
 
 
@@ -100,14 +88,14 @@ def shapes_of(config: "PretrainedConfig", prefix: str = "", head: str | None = N
     shapes: Shapes = {
         f"{prefix}wte.weight": (config.vocab_size, width),
         f"{prefix}wpe.weight": (config.n_positions, width),
-        **norm_shapes(f"{prefix}ln_f", width),
+        **weight_and_bias(f"{prefix}ln_f", width),
     }
     for layer in range(config.n_layer):
         name = f"{prefix}h.{layer}"
-        shapes |= norm_shapes(f"{name}.ln_1", width)
+        shapes |= weight_and_bias(f"{name}.ln_1", width)
         shapes |= _conv_shapes(f"{name}.attn.c_attn", 3 * width, width)
         shapes |= _conv_shapes(f"{name}.attn.c_proj", width, width)
-        shapes |= norm_shapes(f"{name}.ln_2", width)
+        shapes |= weight_and_bias(f"{name}.ln_2", width)
         shapes |= _conv_shapes(f"{name}.mlp.c_fc", inner, width)
         shapes |= _conv_shapes(f"{name}.mlp.c_proj", width, inner)
     return shapes | ({head: (config.vocab_size, width)} if head else {})
@@ -137,21 +125,10 @@ def hidden_states(
 
 
 def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
-    """The network of a GPT-2 checkpoint.
-
-    Raises:
-        Misuse: an option not built here, or tensors that the configuration does not describe.
-    """
+    """The network of a GPT-2 checkpoint; raises what ``settings_of`` raises."""
     settings = settings_of(config, tensors)
-    return decoder(
-        config.model_type,
-        partial(hidden_states, settings),
-        settings.head,
-        positions=config.n_positions,
-        width=config.n_embd,
-        vocabulary=config.vocab_size,
-        shapes=shapes_of(config, settings.prefix, settings.head),
-    )
+    shapes = shapes_of(config, settings.prefix, settings.head)
+    return decoder(config, partial(hidden_states, settings), shapes, settings.head)
 
 
 FAMILY = Family(

@@ -21,16 +21,15 @@ from bayes_simfluence.networks.layers import (
     rotate,
     split_heads,
 )
-from bayes_simfluence.networks.network import Family, Network, Sequence, decoder
+from bayes_simfluence.networks.network import Family, Network, Sequence, Settings, decoder
 from bayes_simfluence.networks.requirements import (
     Shapes,
     check_option,
     check_tensors,
-    dense_shapes,
     head_name,
-    norm_shapes,
     prefix_of,
     quotient,
+    weight_and_bias,
 )
 from bayes_simfluence.networks.rotary import frequencies_of
 from bayes_simfluence.networks.tensor_files import Tensors
@@ -51,29 +50,17 @@ UNUSED = (
 """Buffers, and heads that ``hidden_states`` does not pass."""
 
 
-@dataclass(frozen=True)
-class GPTNeoXSettings:
+@dataclass(frozen=True, kw_only=True)
+class GPTNeoXSettings(Settings):
     """What the forward pass needs of a GPT-NeoX configuration.
 
     Attributes:
-        layers, heads: depth, and attention heads of a layer.
-        epsilon: added to the variance in layer norm.
-        activation: name in ``ACTIVATIONS``.
         parallel: attention and feed-forward both read the layer's input.
         frequencies: of the rotary embedding, radians a token.
-        prefix: what stands before ``layers.`` in the tensor names ("" or "gpt_neox.").
-        head: name of the output layer's weight, the word embeddings' where they are tied; None
-            where the checkpoint has none.
     """
 
-    layers: int
-    heads: int
-    epsilon: float
-    activation: str
     parallel: bool
     frequencies: Float[np.ndarray, " pair"]
-    prefix: str
-    head: str | None
 
 
 def settings_of(config: "PretrainedConfig", tensors: Tensors) -> GPTNeoXSettings:
@@ -89,14 +76,14 @@ def settings_of(config: "PretrainedConfig", tensors: Tensors) -> GPTNeoXSettings
     )
     check_tensors(tensors, shapes_of(config, prefix, head), UNUSED)
     return GPTNeoXSettings(
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.layer_norm_eps,
-        check_option(config, "hidden_act", list(ACTIVATIONS)),
-        config.use_parallel_residual,
-        frequencies_of(config, size),
-        prefix,
-        head,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        epsilon=config.layer_norm_eps,
+        activation=check_option(config, "hidden_act", list(ACTIVATIONS)),
+        prefix=prefix,
+        head=head,
+        parallel=config.use_parallel_residual,
+        frequencies=frequencies_of(config, size),
     )
 
 
@@ -106,16 +93,16 @@ def shapes_of(config: "PretrainedConfig", prefix: str = "", head: str | None = N
     bias = getattr(config, "attention_bias", True)
     shapes: Shapes = {
         f"{prefix}embed_in.weight": (config.vocab_size, width),
-        **norm_shapes(f"{prefix}final_layer_norm", width),
+        **weight_and_bias(f"{prefix}final_layer_norm", width),
     }
     for layer in range(config.num_hidden_layers):
         name = f"{prefix}layers.{layer}"
-        shapes |= norm_shapes(f"{name}.input_layernorm", width)
-        shapes |= dense_shapes(f"{name}.attention.query_key_value", 3 * width, width, bias=bias)
-        shapes |= dense_shapes(f"{name}.attention.dense", width, width, bias=bias)
-        shapes |= norm_shapes(f"{name}.post_attention_layernorm", width)
-        shapes |= dense_shapes(f"{name}.mlp.dense_h_to_4h", inner, width)
-        shapes |= dense_shapes(f"{name}.mlp.dense_4h_to_h", width, inner)
+        shapes |= weight_and_bias(f"{name}.input_layernorm", width)
+        shapes |= weight_and_bias(f"{name}.attention.query_key_value", 3 * width, width, bias=bias)
+        shapes |= weight_and_bias(f"{name}.attention.dense", width, width, bias=bias)
+        shapes |= weight_and_bias(f"{name}.post_attention_layernorm", width)
+        shapes |= weight_and_bias(f"{name}.mlp.dense_h_to_4h", inner, width)
+        shapes |= weight_and_bias(f"{name}.mlp.dense_4h_to_h", width, inner)
     return shapes | ({head: (config.vocab_size, width)} if head else {})
 
 
@@ -145,21 +132,10 @@ def hidden_states(
 
 
 def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
-    """The network of a GPT-NeoX or Pythia checkpoint.
-
-    Raises:
-        Misuse: an option not built here, or tensors that the configuration does not describe.
-    """
+    """The network of a GPT-NeoX or Pythia checkpoint; raises what ``settings_of`` raises."""
     settings = settings_of(config, tensors)
-    return decoder(
-        config.model_type,
-        partial(hidden_states, settings),
-        settings.head,
-        positions=config.max_position_embeddings,
-        width=config.hidden_size,
-        vocabulary=config.vocab_size,
-        shapes=shapes_of(config, settings.prefix, settings.head),
-    )
+    shapes = shapes_of(config, settings.prefix, settings.head)
+    return decoder(config, partial(hidden_states, settings), shapes, settings.head)
 
 
 FAMILY = Family(

@@ -21,16 +21,15 @@ from bayes_simfluence.networks.layers import (
     rotate,
     split_heads,
 )
-from bayes_simfluence.networks.network import Family, Network, Sequence, decoder
+from bayes_simfluence.networks.network import Family, Network, Sequence, Settings, decoder
 from bayes_simfluence.networks.requirements import (
     Shapes,
     check_option,
     check_tensors,
-    dense_shapes,
     head_name,
-    norm_shapes,
     prefix_of,
     quotient,
+    weight_and_bias,
 )
 from bayes_simfluence.networks.rotary import frequencies_of
 from bayes_simfluence.networks.tensor_files import Tensors
@@ -50,30 +49,19 @@ UNUSED = (
 """Buffers, and heads that ``hidden_states`` does not pass."""
 
 
-@dataclass(frozen=True)
-class LlamaSettings:
+@dataclass(frozen=True, kw_only=True)
+class LlamaSettings(Settings):
     """What the forward pass needs of a Llama configuration.
 
     Attributes:
-        layers, heads, groups: depth, attention heads of a layer, heads of its keys and values.
-        epsilon: added to the mean square in RMS norm.
-        activation: name in ``ACTIVATIONS``.
+        groups: heads of a layer's keys and values.
         frequencies: of the rotary embedding, radians a token.
         window: how many tokens a token sees at most, None = all to its left.
-        prefix: what stands before ``layers.`` in the tensor names ("" or "model.").
-        head: name of the output layer's weight, the word embeddings' where they are tied; None
-            where the checkpoint has none.
     """
 
-    layers: int
-    heads: int
     groups: int
-    epsilon: float
-    activation: str
     frequencies: Float[np.ndarray, " pair"]
     window: int | None
-    prefix: str
-    head: str | None
 
 
 def settings_of(config: "PretrainedConfig", tensors: Tensors) -> LlamaSettings:
@@ -89,15 +77,15 @@ def settings_of(config: "PretrainedConfig", tensors: Tensors) -> LlamaSettings:
     head = head_name(config, tensors, f"{prefix}embed_tokens.weight", "lm_head.weight")
     check_tensors(tensors, shapes_of(config, prefix, head), UNUSED)
     return LlamaSettings(
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.rms_norm_eps,
-        check_option(config, "hidden_act", list(ACTIVATIONS)),
-        frequencies_of(config, _size(config)),
-        config.sliding_window if config.model_type == "mistral" else None,
-        prefix,
-        head,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        epsilon=config.rms_norm_eps,
+        activation=check_option(config, "hidden_act", list(ACTIVATIONS)),
+        prefix=prefix,
+        head=head,
+        groups=config.num_key_value_heads,
+        frequencies=frequencies_of(config, _size(config)),
+        window=config.sliding_window if config.model_type == "mistral" else None,
     )
 
 
@@ -110,20 +98,20 @@ def shapes_of(config: "PretrainedConfig", prefix: str = "", head: str | None = N
     inner_bias = getattr(config, "mlp_bias", False)
     shapes: Shapes = {
         f"{prefix}embed_tokens.weight": (config.vocab_size, width),
-        **norm_shapes(f"{prefix}norm", width, bias=False),
+        **weight_and_bias(f"{prefix}norm", width, bias=False),
     }
     for layer in range(config.num_hidden_layers):
         name = f"{prefix}layers.{layer}"
         for part, outward in (("q", queries), ("k", keys), ("v", keys)):
-            shapes |= dense_shapes(
+            shapes |= weight_and_bias(
                 f"{name}.self_attn.{part}_proj", outward, width, bias=inward_bias
             )
-        shapes |= dense_shapes(f"{name}.self_attn.o_proj", width, queries, bias=outward_bias)
-        shapes |= dense_shapes(f"{name}.mlp.gate_proj", wide, width, bias=inner_bias)
-        shapes |= dense_shapes(f"{name}.mlp.up_proj", wide, width, bias=inner_bias)
-        shapes |= dense_shapes(f"{name}.mlp.down_proj", width, wide, bias=inner_bias)
-        shapes |= norm_shapes(f"{name}.input_layernorm", width, bias=False)
-        shapes |= norm_shapes(f"{name}.post_attention_layernorm", width, bias=False)
+        shapes |= weight_and_bias(f"{name}.self_attn.o_proj", width, queries, bias=outward_bias)
+        shapes |= weight_and_bias(f"{name}.mlp.gate_proj", wide, width, bias=inner_bias)
+        shapes |= weight_and_bias(f"{name}.mlp.up_proj", wide, width, bias=inner_bias)
+        shapes |= weight_and_bias(f"{name}.mlp.down_proj", width, wide, bias=inner_bias)
+        shapes |= weight_and_bias(f"{name}.input_layernorm", width, bias=False)
+        shapes |= weight_and_bias(f"{name}.post_attention_layernorm", width, bias=False)
     return shapes | ({head: (config.vocab_size, width)} if head else {})
 
 
@@ -157,21 +145,10 @@ def hidden_states(
 
 
 def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
-    """The network of a Llama, Mistral or Qwen 2 checkpoint.
-
-    Raises:
-        Misuse: an option not built here, or tensors that the configuration does not describe.
-    """
+    """The network of a Llama, Mistral or Qwen 2 checkpoint; raises what ``settings_of`` raises."""
     settings = settings_of(config, tensors)
-    return decoder(
-        config.model_type,
-        partial(hidden_states, settings),
-        settings.head,
-        positions=config.max_position_embeddings,
-        width=config.hidden_size,
-        vocabulary=config.vocab_size,
-        shapes=shapes_of(config, settings.prefix, settings.head),
-    )
+    shapes = shapes_of(config, settings.prefix, settings.head)
+    return decoder(config, partial(hidden_states, settings), shapes, settings.head)
 
 
 FAMILY = Family(

@@ -1,7 +1,7 @@
 """What every network and every family of networks is to the rest of the package."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["Family", "Hidden", "Kind", "Network", "Sequence", "decoder"]
+__all__ = ["Family", "Hidden", "Kind", "Network", "Sequence", "Settings", "decoder", "encoder"]
 
 Kind = Literal["encoder", "decoder", "encoder-decoder"]
 
@@ -73,6 +73,27 @@ class Network:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False, compare=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every forward pass needs of a configuration.
+
+    Attributes:
+        layers, heads: depth, and attention heads of a layer.
+        epsilon: added to the variance, or the mean square, in norms.
+        activation: name in ``ACTIVATIONS``.
+        prefix: what stands before the network's tensor names: nothing, or its family's prefix.
+        head: name of the output layer's weight, the word embeddings' where they are tied; None
+            where the checkpoint has no output layer.
+    """
+
+    layers: int
+    heads: int
+    epsilon: float
+    activation: str
+    prefix: str = ""
+    head: str | None = None
+
+
 @dataclass(frozen=True)
 class Family:
     """Architectures that share a forward pass and the names of their layers.
@@ -109,30 +130,35 @@ class Family:
         return layer.split(".")[-1] in self.transposed
 
 
-def decoder(
-    family: str,
+def encoder(
+    config: "PretrainedConfig",
     hidden: Hidden,
-    head: str | None,
-    *,
-    positions: int,
-    width: int,
-    vocabulary: int,
     shapes: Mapping[str, tuple[int, ...]],
+    positions: int | None = None,
 ) -> Network:
-    """A network of next-token logits.
-
-    Args:
-        head: name of the tensor that makes logits of hidden states, None where there is none.
-    """
+    """A network of hidden states; ``positions`` are the configuration's when omitted."""
     return Network(
-        family=family,
-        kind="decoder",
+        family=config.model_type,
+        kind="encoder",
         hidden=hidden,
-        positions=positions,
-        width=width,
-        vocabulary=vocabulary,
-        logits=partial(_logits, hidden, head) if head else None,
+        positions=config.max_position_embeddings if positions is None else positions,
+        width=config.hidden_size,
+        vocabulary=config.vocab_size,
         shapes=shapes,
+    )
+
+
+def decoder(
+    config: "PretrainedConfig",
+    hidden: Hidden,
+    shapes: Mapping[str, tuple[int, ...]],
+    head: str | None,
+) -> Network:
+    """A network of next-token logits, where ``head`` names the weight that makes them."""
+    return replace(
+        encoder(config, hidden, shapes),
+        kind="decoder",
+        logits=partial(_logits, hidden, head) if head else None,
     )
 
 

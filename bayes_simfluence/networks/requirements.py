@@ -16,30 +16,23 @@ __all__ = [
     "Shapes",
     "check_option",
     "check_tensors",
-    "dense_shapes",
     "head_name",
-    "norm_shapes",
     "prefix_of",
     "quotient",
+    "weight_and_bias",
 ]
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def dense_shapes(name: str, outward: int, inward: int, *, bias: bool = True) -> Shapes:
-    """Tensors of one dense layer.
+def weight_and_bias(name: str, *weight: int, bias: bool = True) -> Shapes:
+    """Tensors of a dense layer, whose weight is (out, in), or of a norm, whose weight is (width).
 
-    >>> dense_shapes("pooler", 2, 3)
+    >>> weight_and_bias("pooler", 2, 3)
     {'pooler.weight': (2, 3), 'pooler.bias': (2,)}
     """
-    weight: Shapes = {f"{name}.weight": (outward, inward)}
-    return {**weight, f"{name}.bias": (outward,)} if bias else weight
-
-
-def norm_shapes(name: str, width: int, *, bias: bool = True) -> Shapes:
-    """Tensors of one layer norm, or of one RMS norm (no bias)."""
-    weight: Shapes = {f"{name}.weight": (width,)}
-    return {**weight, f"{name}.bias": (width,)} if bias else weight
+    shapes: Shapes = {f"{name}.weight": weight}
+    return {**shapes, f"{name}.bias": weight[:1]} if bias else shapes
 
 
 def check_option(

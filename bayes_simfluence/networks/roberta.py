@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from bayes_simfluence.checks import count_of
 from bayes_simfluence.networks import bert
 from bayes_simfluence.networks.layers import fits
-from bayes_simfluence.networks.network import Network, Sequence
+from bayes_simfluence.networks.network import Network, Sequence, Settings, encoder
 from bayes_simfluence.networks.tensor_files import Tensors
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ shapes_of = bert.shapes_of
 
 
 def encode(
-    settings: bert.BertSettings, padding: int, tensors: Tensors, sequence: Sequence
+    settings: Settings, padding: int, tensors: Tensors, sequence: Sequence
 ) -> Float[Array, "token hidden"]:
     """Hidden states of the last layer for one sequence.
 
@@ -40,23 +40,13 @@ def encode(
 
 
 def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
-    """The network of a RoBERTa or XLM-RoBERTa checkpoint.
-
-    Raises:
-        Misuse: an option not built here, or tensors that the configuration does not describe.
-    """
+    """The network of a RoBERTa or XLM-RoBERTa checkpoint; raises what ``bert.settings_of`` does."""
     settings = bert.settings_of(config, tensors, family="roberta")
     padding = count_of("config.json pad_token_id", config.pad_token_id, do="set it in config.json")
     pooler = bert.pooler_shapes(config, tensors, settings.prefix)
-    return Network(
-        family=config.model_type,
-        kind="encoder",
-        hidden=partial(encode, settings, padding),
-        positions=config.max_position_embeddings - padding - 1,
-        width=config.hidden_size,
-        vocabulary=config.vocab_size,
-        shapes={**shapes_of(config, settings.prefix), **pooler},
-    )
+    shapes = {**shapes_of(config, settings.prefix), **pooler}
+    positions = config.max_position_embeddings - padding - 1
+    return encoder(config, partial(encode, settings, padding), shapes, positions)
 
 
 FAMILY = replace(

@@ -25,14 +25,13 @@ from bayes_simfluence.networks.layers import (
     split_heads,
     vocabulary_logits,
 )
-from bayes_simfluence.networks.network import Family, Network, Sequence
+from bayes_simfluence.networks.network import Family, Network, Sequence, Settings
 from bayes_simfluence.networks.requirements import (
     Shapes,
     check_option,
     check_tensors,
-    dense_shapes,
-    norm_shapes,
     prefix_of,
+    weight_and_bias,
 )
 from bayes_simfluence.networks.tensor_files import Tensors
 
@@ -62,34 +61,26 @@ UNUSED = (
 """Heads that the network does not pass, and a tensor that the authors' code never read."""
 
 
-@dataclass(frozen=True)
-class T5Settings:
+@dataclass(frozen=True, kw_only=True)
+class T5Settings(Settings):
     """What the forward passes need of a T5 configuration.
 
     Attributes:
-        layers, decoder_layers, heads: depths, and attention heads of a layer.
-        epsilon: added to the mean square in RMS norm.
-        activation: name in ``ACTIVATIONS``.
+        decoder_layers: depth of the decoder; ``layers`` is that of the encoder.
         gated: the activation multiplies a second layer's output.
         scaled: hidden states are divided by the root of their size before the output layer.
         buckets, farthest: relative positions share this many biases, the last one from this
             distance on.
-        embedding, head: names of the embedding table and of the output layer's weight.
-        prefix: what stands before ``encoder.`` in the tensor names ("" or "transformer.").
+        embedding: name of the embedding table.
     """
 
-    layers: int
     decoder_layers: int
-    heads: int
-    epsilon: float
-    activation: str
     gated: bool
     scaled: bool
     buckets: int
     farthest: int
     embedding: str
     head: str
-    prefix: str = ""
 
 
 def settings_of(config: "PretrainedConfig", tensors: Tensors) -> T5Settings:
@@ -105,18 +96,18 @@ def settings_of(config: "PretrainedConfig", tensors: Tensors) -> T5Settings:
     head = "lm_head.weight" if "lm_head.weight" in tensors else embedding
     check_tensors(tensors, shapes_of(config, prefix, embedding=embedding, head=head), UNUSED)
     return T5Settings(
-        config.num_layers,
-        config.num_decoder_layers,
-        config.num_heads,
-        config.layer_norm_epsilon,
-        config.dense_act_fn,
-        config.is_gated_act,
-        getattr(config, "scale_decoder_outputs", config.tie_word_embeddings),
-        config.relative_attention_num_buckets,
-        config.relative_attention_max_distance,
-        embedding,
-        head,
-        prefix,
+        layers=config.num_layers,
+        heads=config.num_heads,
+        epsilon=config.layer_norm_epsilon,
+        activation=config.dense_act_fn,
+        prefix=prefix,
+        head=head,
+        decoder_layers=config.num_decoder_layers,
+        gated=config.is_gated_act,
+        scaled=getattr(config, "scale_decoder_outputs", config.tie_word_embeddings),
+        buckets=config.relative_attention_num_buckets,
+        farthest=config.relative_attention_max_distance,
+        embedding=embedding,
     )
 
 
@@ -135,20 +126,22 @@ def shapes_of(
         start = f"{prefix}{half}"
         first = f"{start}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         shapes[first] = (config.relative_attention_num_buckets, config.num_heads)
-        shapes |= norm_shapes(f"{start}.final_layer_norm", width, bias=False)
+        shapes |= weight_and_bias(f"{start}.final_layer_norm", width, bias=False)
         parts = ["SelfAttention", *(["EncDecAttention"] if half == "decoder" else [])]
         for layer in range(layers):
             name = f"{start}.block.{layer}.layer"
             for at in range(len(parts) + 1):
-                shapes |= norm_shapes(f"{name}.{at}.layer_norm", width, bias=False)
+                shapes |= weight_and_bias(f"{name}.{at}.layer_norm", width, bias=False)
             for at, part in enumerate(parts):
                 for role in "qkv":
-                    shapes |= dense_shapes(f"{name}.{at}.{part}.{role}", inside, width, bias=False)
-                shapes |= dense_shapes(f"{name}.{at}.{part}.o", width, inside, bias=False)
+                    shapes |= weight_and_bias(
+                        f"{name}.{at}.{part}.{role}", inside, width, bias=False
+                    )
+                shapes |= weight_and_bias(f"{name}.{at}.{part}.o", width, inside, bias=False)
             inner = f"{name}.{len(parts)}.DenseReluDense"
             for layer_name in up:
-                shapes |= dense_shapes(f"{inner}.{layer_name}", config.d_ff, width, bias=False)
-            shapes |= dense_shapes(f"{inner}.wo", width, config.d_ff, bias=False)
+                shapes |= weight_and_bias(f"{inner}.{layer_name}", config.d_ff, width, bias=False)
+            shapes |= weight_and_bias(f"{inner}.wo", width, config.d_ff, bias=False)
     return shapes
 
 

@@ -96,19 +96,24 @@ class _File:
     options: Sequence[Sequence[str]]
 
     @property
-    def texts(self) -> list[str]:
-        """The options of all rows, one row after the other."""
-        return [text for options in self.options for text in options]
-
-    def repeated(self, values: Sequence[str]) -> list[str]:
-        """A value for each row as one for each of its options."""
-        pairs = zip(values, self.options, strict=True)
-        return [value for value, options in pairs for _ in options]
+    def by_option(self) -> tuple[list[str], list[str], list[str]]:
+        """The place, the prompt and the text of every option, one row after the other."""
+        rows = zip(self.places, self.prompts, self.options, strict=True)
+        places, prompts, texts = zip(
+            *((place, prompt, text) for place, prompt, options in rows for text in options),
+            strict=True,
+        )
+        return list(places), list(prompts), list(texts)
 
     def by_row(self, arrays: Examples) -> Examples:
         """Arrays of one entry per option, with an axis of rows before that of options."""
         count = len(self.options[0])
         return {name: leaf.reshape(-1, count, *leaf.shape[1:]) for name, leaf in arrays.items()}
+
+
+Files = Mapping[str, _File]
+Tokenized = tuple[dict[str, Examples], dict[str, Any]]
+"""The arrays of every file, and the lengths of its texts for the provenance."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +127,8 @@ class _Scorer(ABC):
     pooling: Pooling
 
     @abstractmethod
-    def arrays(
-        self, files: Mapping[str, _File], max_tokens: int
-    ) -> tuple[dict[str, Examples], dict[str, Any]]:
-        """The arrays of every file, and the lengths of its texts for the provenance."""
+    def arrays(self, files: Files, max_tokens: int) -> Tokenized:
+        """Prompts and options as arrays."""
 
     @abstractmethod
     def score(self, weights: Tensors, example: Examples, option: Examples) -> Float[Array, ""]:
@@ -147,13 +150,8 @@ class _ByHead(_Scorer):
         check_pooling(self.model.network, self.model.tensors, self.pooling)
         return with_head(self.model.tensors, self.model.network, 1, key)
 
-    def arrays(
-        self, files: Mapping[str, _File], max_tokens: int
-    ) -> tuple[dict[str, Examples], dict[str, Any]]:
-        pairs = {
-            name: Texts(file.repeated(file.places), file.repeated(file.prompts), file.texts)
-            for name, file in files.items()
-        }
+    def arrays(self, files: Files, max_tokens: int) -> Tokenized:
+        pairs = {name: Texts(*file.by_option) for name, file in files.items()}
         arrays, lengths = tokenized(self.model, pairs, max_tokens)
         return {name: file.by_row(arrays[name]) for name, file in files.items()}, lengths
 
@@ -164,13 +162,8 @@ class _ByHead(_Scorer):
 class _ByCompletion(_Scorer):
     OF_OPTION = ("tokens", "attended", "target")
 
-    def arrays(
-        self, files: Mapping[str, _File], max_tokens: int
-    ) -> tuple[dict[str, Examples], dict[str, Any]]:
-        texts = {
-            name: Completions(file.repeated(file.places), file.repeated(file.prompts), file.texts)
-            for name, file in files.items()
-        }
+    def arrays(self, files: Files, max_tokens: int) -> Tokenized:
+        texts = {name: Completions(*file.by_option) for name, file in files.items()}
         arrays, lengths = completed(self.model, texts, max_tokens, end=False)
         return {name: file.by_row(arrays[name]) for name, file in files.items()}, lengths
 
@@ -183,19 +176,16 @@ class _ByCompletion(_Scorer):
 class _ByAnswer(_Scorer):
     OF_OPTION = ("target", "counted")
 
-    def arrays(
-        self, files: Mapping[str, _File], max_tokens: int
-    ) -> tuple[dict[str, Examples], dict[str, Any]]:
-        sources = {name: Texts(file.places, file.prompts) for name, file in files.items()}
-        texts = {
-            name: Texts(file.repeated(file.places), file.texts) for name, file in files.items()
-        }
+    def arrays(self, files: Files, max_tokens: int) -> Tokenized:
+        sources, answers = {}, {}
+        for name, file in files.items():
+            places, _, texts = file.by_option
+            sources[name], answers[name] = Texts(file.places, file.prompts), Texts(places, texts)
         arrays, lengths = tokenized(self.model, sources, max_tokens)
-        targets, target_lengths = targets_of(self.model, texts, max_tokens)
-        examples = {
-            name: {**arrays[name], **file.by_row(targets[name])} for name, file in files.items()
-        }
-        return examples, {**lengths, **target_lengths}
+        targets, target_lengths = targets_of(self.model, answers, max_tokens)
+        for name, file in files.items():
+            arrays[name] |= file.by_row(targets[name])
+        return arrays, {**lengths, **target_lengths}
 
     def score(self, weights: Tensors, example: Examples, option: Examples) -> Float[Array, ""]:
         source = sequence_of(example)

@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.tokens import (
+    Encoded,
     Examples,
-    bucket,
-    counts_of_cut,
+    arrays_of,
     known_tokens,
     limit_of,
-    padded,
-    padding_of,
     without_special,
 )
 
@@ -53,19 +51,10 @@ def completed(
     """
     limit = limit_of(model, max_tokens)
     encoded = {name: _encoded(model, texts, limit, end=end) for name, texts in files.items()}
-    longest = max(len(ids) for tokens, _, _ in encoded.values() for ids in tokens)
-    length = bucket(longest, limit)
-    examples = {}
-    for name, (tokens, targets, _) in encoded.items():
-        attended = [[1] * len(ids) for ids in tokens]
-        examples[name] = {
-            "tokens": padded(tokens, length, padding_of(model.tokenizer)),
-            "attended": padded(attended, length, 0).astype(bool),
-            "target": padded(targets, length, 0).astype(bool),
-        }
-    cut = {name: count for name, (_, _, count) in encoded.items()}
-    total = sum(len(texts.prompts) for texts in files.values())
-    return examples, {"padded_tokens": length, "truncated": counts_of_cut(cut, total, limit)}
+    examples, lengths = arrays_of(model, encoded, limit, marks="target")
+    for arrays in examples.values():
+        arrays["target"] = arrays["target"].astype(bool)
+    return examples, lengths
 
 
 def prompt_tokens(model: Pretrained, texts: Completions) -> list[list[int]]:
@@ -77,10 +66,8 @@ def prompt_tokens(model: Pretrained, texts: Completions) -> list[list[int]]:
     ]
 
 
-def _encoded(
-    model: Pretrained, texts: Completions, limit: int, *, end: bool
-) -> tuple[list[list[int]], list[list[int]], int]:
-    """Token ids, which of them are targets, and how many sequences were cut."""
+def _encoded(model: Pretrained, texts: Completions, limit: int, *, end: bool) -> Encoded:
+    """Token ids, marked 1 on the completion."""
     tokenizer = model.tokenizer
     last = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
     prompts = prompt_tokens(model, texts)
@@ -106,7 +93,7 @@ def _encoded(
         tokens.append(whole[:limit])
         targets.append(([0] * len(prompt) + [1] * len(answer + last))[:limit])
     known_tokens(model, tokens, texts.where)
-    return tokens, targets, cut
+    return Encoded(tokens, targets, cut)
 
 
 def _start(tokenizer: "PreTrainedTokenizerBase", has_prompt: bool, where: str) -> list[int]:

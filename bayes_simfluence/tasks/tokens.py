@@ -10,7 +10,7 @@ Padding always stands on the right and nothing attends to it.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "Encoded",
     "Examples",
     "Texts",
+    "arrays_of",
     "bucket",
     "counts_of_cut",
     "filled_lengths",
@@ -57,6 +59,14 @@ class Texts:
     pairs: Sequence[str] | None = None
 
 
+class Encoded(NamedTuple):
+    """Token ids of texts, a mark for each token, and how many of the texts were cut."""
+
+    tokens: Sequence[Sequence[int]]
+    marks: Sequence[Sequence[int]]
+    cut: int
+
+
 def bucket(length: int, limit: int) -> int:
     """The padded length for ``length`` tokens, at most ``limit``.
 
@@ -75,7 +85,7 @@ def limit_of(model: Pretrained, max_tokens: int) -> int:
 def tokenized(
     model: Pretrained, files: Mapping[str, Texts], max_tokens: int
 ) -> tuple[dict[str, Examples], dict[str, Any]]:
-    """Token ids, segments and attended positions of every file, and what there is to say of them.
+    """Arrays of token ids, segments and attended positions of every file, and their lengths.
 
     Special tokens are the tokenizer's own; of a pair the longer text is cut first.
 
@@ -84,19 +94,30 @@ def tokenized(
     """
     limit = limit_of(model, max_tokens)
     encoded = {name: _encoded(model, texts, limit) for name, texts in files.items()}
-    longest = max(len(ids) for tokens, _, _ in encoded.values() for ids in tokens)
+    return arrays_of(model, encoded, limit, marks="segments")
+
+
+def arrays_of(
+    model: Pretrained, encoded: Mapping[str, Encoded], limit: int, *, marks: str
+) -> tuple[dict[str, Examples], dict[str, Any]]:
+    """Arrays of one padded length for all files; that length, and how many texts were cut.
+
+    Args:
+        marks: name of the array of the tokens' marks.
+    """
+    longest = max(len(ids) for file in encoded.values() for ids in file.tokens)
     length = bucket(longest, limit)
     examples = {
         name: {
-            "tokens": padded(tokens, length, padding_of(model.tokenizer)),
-            "segments": padded(segments, length, 0),
-            "attended": padded([[1] * len(ids) for ids in tokens], length, 0).astype(bool),
+            "tokens": padded(file.tokens, length, padding_of(model.tokenizer)),
+            marks: padded(file.marks, length, 0),
+            "attended": padded([[1] * len(ids) for ids in file.tokens], length, 0).astype(bool),
         }
-        for name, (tokens, segments, _) in encoded.items()
+        for name, file in encoded.items()
     }
-    cut = {name: count for name, (_, _, count) in encoded.items()}
-    total = sum(len(texts.texts) for texts in files.values())
-    return examples, {"padded_tokens": length, "truncated": counts_of_cut(cut, total, limit)}
+    total = sum(len(file.tokens) for file in encoded.values())
+    cut = counts_of_cut({name: file.cut for name, file in encoded.items()}, total, limit)
+    return examples, {"padded_tokens": length, "truncated": cut}
 
 
 def sequence_of(examples: Examples) -> Tokens:
@@ -107,7 +128,9 @@ def sequence_of(examples: Examples) -> Tokens:
 def targets_of(
     model: Pretrained, files: Mapping[str, Texts], max_tokens: int
 ) -> tuple[dict[str, Examples], dict[str, Any]]:
-    """Texts for a decoder to write: ``target``, ending with EOS where there is one, ``counted``.
+    """Texts for a decoder to write as arrays ``target`` and ``counted``, False at padding.
+
+    A text ends with EOS where the tokenizer has one and the text was not cut.
 
     Raises:
         Misuse: a token that the network does not know, a text without any.
@@ -203,10 +226,8 @@ def known_tokens(model: Pretrained, tokens: Sequence[Sequence[int]], where: Sequ
             )
 
 
-def _encoded(
-    model: Pretrained, texts: Texts, limit: int
-) -> tuple[list[list[int]], list[list[int]], int]:
-    """Token ids and segments, and how many of the texts were cut."""
+def _encoded(model: Pretrained, texts: Texts, limit: int) -> Encoded:
+    """Token ids with their segments."""
     arguments = (list(texts.texts), texts.pairs and list(texts.pairs))
     special = model.tokenizer.num_special_tokens_to_add(pair=texts.pairs is not None)
     if limit <= special:
@@ -223,4 +244,4 @@ def _encoded(
     tokens = [list(ids) for ids in encoded["input_ids"]]
     known_tokens(model, tokens, texts.where)
     segments = encoded.get("token_type_ids") or [[0] * len(ids) for ids in tokens]
-    return tokens, segments, cut
+    return Encoded(tokens, segments, cut)

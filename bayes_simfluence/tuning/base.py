@@ -6,7 +6,7 @@ optimizer state exist for the trained parameters alone; the network knows nothin
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -56,8 +56,12 @@ class Tuned:
         return {**self.tuning.as_dict(), **self.counts()}
 
 
+@dataclass(frozen=True)
 class Tuning(ABC):
     """A choice of what is trained."""
+
+    NAME: ClassVar[str]
+    """What settings call it."""
 
     @abstractmethod
     def begin(self, tensors: Tensors, *, family: str, key: jax.Array) -> Tuned:
@@ -72,9 +76,10 @@ class Tuning(ABC):
             Misuse: a pattern that matches nothing, a family without defaults, nothing to train.
         """
 
-    @abstractmethod
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, the name first."""
+        patterns = {name: list(x) for name, x in vars(self).items() if isinstance(x, list | tuple)}
+        return {"name": self.NAME, **vars(self), **patterns}
 
     def adapting(self) -> "Adapting":
         """The tuning itself when what it trains is an adapter.
@@ -90,6 +95,7 @@ class Tuning(ABC):
         )
 
 
+@dataclass(frozen=True)
 class Adapting(Tuning):
     """A tuning of adapters: small parameters beside each chosen layer train, and the head.
 
@@ -102,8 +108,8 @@ class Adapting(Tuning):
     ENDINGS: ClassVar[tuple[str, ...]]
     """What follows a layer's name in the names of its parameters."""
 
-    targets: Sequence[str] | None
-    """Patterns of the layers to adapt; None = the family's default."""
+    PATTERNS: ClassVar[tuple[str, ...]] = ("targets",)
+    """Names of the settings that name layers, ``targets`` (those to adapt) first."""
 
     @abstractmethod
     def shapes(self, layer: str, inward: int, outward: int) -> Shapes:
@@ -161,9 +167,12 @@ class Adapting(Tuning):
         """Names of the layers that parameters adapt, in order."""
         return sorted({cls.layer_of(name) for name in params if name.endswith(cls.ENDINGS)})
 
-    @abstractmethod
     def renamed(self, names: Mapping[str, str]) -> "Adapting":
         """The tuning with other names of its layers, all of which it names in full."""
+        layers = {setting: getattr(self, setting) or () for setting in self.PATTERNS}
+        return replace(
+            self, **{setting: tuple(names[x] for x in old) for setting, old in layers.items()}
+        )
 
     def assembling(self, family: str) -> Assemble:
         """``Tuned.assemble`` of these settings."""

@@ -1,7 +1,7 @@
 """IA3: vectors that scale what layers read or write (Liu et al. 2022, arXiv 2205.05638)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -38,8 +38,10 @@ class IA3(Adapting):
             ``ia3_feedforward`` when omitted.
     """
 
+    NAME: ClassVar[str] = "ia3"
     PEFT_TYPE: ClassVar[str] = "IA3"
     ENDINGS: ClassVar[tuple[str, ...]] = (VECTOR,)
+    PATTERNS: ClassVar[tuple[str, ...]] = ("targets", "feedforward")
 
     targets: Sequence[str] | None = None
     feedforward: Sequence[str] | None = None
@@ -79,14 +81,6 @@ class IA3(Adapting):
                 tensors[bias] = _scaled(frozen[bias], vector[:, 0])
         return tensors
 
-    def renamed(self, names: Mapping[str, str]) -> "IA3":
-        """As in ``Adapting``."""
-        targets, feedforward = (
-            tuple(names[layer] for layer in layers or ())
-            for layers in (self.targets, self.feedforward)
-        )
-        return replace(self, targets=targets, feedforward=feedforward)
-
     def peft_settings(self, layers: Sequence[str], prefix: str) -> dict[str, Any]:
         """As in ``Adapting``; full names wherever peft would read a pattern otherwise."""
         targets, feedforward = list(self.targets or ()), list(self.feedforward or ())
@@ -107,14 +101,6 @@ class IA3(Adapting):
         """As in ``Adapting``; the shapes say which layers' inputs are scaled."""
         inputs = tuple(layer for layer in layers if params[layer + VECTOR].shape[0] == 1)
         return cls(tuple(layers), inputs)
-
-    def as_dict(self) -> dict[str, Any]:
-        """``{"name": "ia3", "targets": ..., "feedforward": ...}``."""
-        targets, feedforward = (
-            None if patterns is None else list(patterns)
-            for patterns in (self.targets, self.feedforward)
-        )
-        return {"name": "ia3", "targets": targets, "feedforward": feedforward}
 
     def _feedforward_patterns(
         self, row: Family, family: str, layers: Sequence[str]

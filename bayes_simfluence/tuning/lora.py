@@ -1,7 +1,7 @@
 """LoRA: low-rank changes of weight matrices (Hu et al. 2021, arXiv 2106.09685)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -39,6 +39,7 @@ class LoRA(Adapting):
             allowed; the family's ``lora_targets`` when omitted.
     """
 
+    NAME: ClassVar[str] = "lora"
     PEFT_TYPE: ClassVar[str] = "LORA"
     ENDINGS: ClassVar[tuple[str, ...]] = (DOWN, UP)
 
@@ -86,10 +87,6 @@ class LoRA(Adapting):
             tensors[f"{layer}.weight"] = (wide(weight) + change).astype(weight.dtype)
         return tensors
 
-    def renamed(self, names: Mapping[str, str]) -> "LoRA":
-        """As in ``Adapting``."""
-        return replace(self, targets=tuple(names[layer] for layer in self.targets or ()))
-
     def peft_settings(self, layers: Sequence[str], prefix: str) -> dict[str, Any]:
         """As in ``Adapting``. peft has no wildcards: full names stand for them."""
         alpha = int(self.alpha) if float(self.alpha).is_integer() else self.alpha
@@ -115,8 +112,3 @@ class LoRA(Adapting):
                 do="copy both files of the adapter again",
             )
         return cls(int(params[layers[0] + DOWN].shape[0]), float(alpha), tuple(layers))
-
-    def as_dict(self) -> dict[str, Any]:
-        """``{"name": "lora", "rank": ..., "alpha": ..., "targets": ...}``."""
-        targets = None if self.targets is None else list(self.targets)
-        return {"name": "lora", **asdict(self), "targets": targets}

@@ -165,7 +165,8 @@ def with_adapter(tensors: Tensors, adapter: Adapter, *, family: str) -> Tuned:
     Raises:
         Misuse: layers that the network lacks, or that have another shape.
     """
-    names = {layer: _own_name(layer, tensors, family) for layer in adapter.tuning.targets or ()}
+    layers = adapter.tuning.adapted(adapter.params)
+    names = {layer: _own_name(layer, tensors, family) for layer in layers}
     params: Tensors = {name: value for name, value in tensors.items() if in_head(name)}
     for name, value in adapter.params.items():
         layer = adapter.tuning.layer_of(name)
@@ -177,7 +178,7 @@ def with_adapter(tensors: Tensors, adapter: Adapter, *, family: str) -> Tuned:
 
 
 def _check_shapes(params: Tensors, frozen: Tensors, tuning: Adapting, family: str) -> None:
-    for layer in tuning.targets or ():
+    for layer in tuning.adapted(params):
         for name, shape in tuning.shapes(layer, *fans(frozen, layer, family_of(family))).items():
             if params[name].shape != shape:
                 raise Misuse(

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ class Full(Tuning):
     (['dense.weight'], {'trained': 4, 'total': 10, 'share': 0.4})
     """
 
+    NAME: ClassVar[str] = "full"
+
     exclude: Sequence[str] = ()
 
     def begin(self, tensors: Tensors, *, family: str, key: jax.Array) -> Tuned:
@@ -67,14 +69,12 @@ class Full(Tuning):
             )
         return _split(tensors, trained, replace(self, exclude=patterns), family)
 
-    def as_dict(self) -> dict[str, Any]:
-        """``{"name": "full", "exclude": [...]}``."""
-        return {"name": "full", "exclude": list(self.exclude)}
-
 
 @dataclass(frozen=True)
 class Head(Tuning):
     """Only the head trains: the tensors ``classifier.*``."""
+
+    NAME: ClassVar[str] = "head"
 
     def begin(self, tensors: Tensors, *, family: str, key: jax.Array) -> Tuned:
         """As in ``Tuning``; nothing is random."""
@@ -88,13 +88,9 @@ class Head(Tuning):
             )
         return _split(tensors, trained, self, family)
 
-    def as_dict(self) -> dict[str, Any]:
-        """``{"name": "head"}``."""
-        return {"name": "head"}
-
 
 FULL = Full()
-NAMES = ("full", "head", "lora", "ia3")
+NAMES = tuple(tuning.NAME for tuning in (Full, Head, LoRA, IA3))
 
 
 def tuning_of(
