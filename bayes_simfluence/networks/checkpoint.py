@@ -57,7 +57,7 @@ def load_checkpoint(
             norms and softmax in float32 whatever it is.
 
     Where the configuration ties output and input embeddings, a second copy of them in the file is
-    left out: trained apart, the two would no longer be the one tensor that they stand for.
+    left out: if both were trained, they would no longer be one tensor, as the configuration says.
 
     Raises:
         Misuse: no such folder or name, a file missing, or one that is truncated or malformed.

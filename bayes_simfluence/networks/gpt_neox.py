@@ -56,7 +56,7 @@ class GPTNeoXSettings(Settings):
 
     Attributes:
         parallel: attention and feed-forward both read the layer's input.
-        frequencies: of the rotary embedding, radians a token.
+        frequencies: of the rotary embedding, radians per token.
     """
 
     parallel: bool

@@ -1,4 +1,4 @@
-"""Heads over hidden states, for every family: one vector of a sequence, and logits of it."""
+"""Classification heads: one vector of a sequence from its hidden states, and logits of it."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""The pieces that networks share, each for one sequence.
+"""Building blocks that networks share, each for one sequence.
 
 Everything follows the dtype of the tensors, except norms, attention scores, softmax and logits,
 which are computed in float32 (or wider).
@@ -112,8 +112,8 @@ def watching(watch: Watch) -> Iterator[None]:
 def dense(
     tensors: Tensors, name: str, value: Float[Array, "*lead inward"]
 ) -> Float[Array, "*lead outward"]:
-    """``value @ weight.T + bias``; layers without a bias in ``tensors`` have none, which the check
-    of the tensors' shapes allows or not."""
+    """``value @ weight.T + bias``, or without a bias where ``tensors`` have none; which layers need
+    one is checked with the tensors' shapes."""
     product = value @ tensors[f"{name}.weight"].T
     bias = tensors.get(f"{name}.bias")
     if bias is not None:
@@ -152,7 +152,7 @@ def rotate(
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of queries or keys.
 
     Args:
-        frequencies: radians a token for each pair of coordinates; pair i is made of coordinates i
+        frequencies: radians per token for each pair of coordinates; pair i is made of coordinates i
             and i + len(frequencies), and coordinates after the last pair stay as they are.
     """
     pairs = len(frequencies)

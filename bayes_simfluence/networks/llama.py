@@ -55,7 +55,7 @@ class LlamaSettings(Settings):
 
     Attributes:
         groups: heads of a layer's keys and values.
-        frequencies: of the rotary embedding, radians a token.
+        frequencies: of the rotary embedding, radians per token.
         window: how many tokens a token sees at most, None = all to its left.
     """
 

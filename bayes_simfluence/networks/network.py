@@ -1,4 +1,4 @@
-"""What every network and every family of networks is to the rest of the package."""
+"""What the rest of the package knows of a network and of a family of networks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

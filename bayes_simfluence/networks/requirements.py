@@ -85,8 +85,8 @@ def head_name(
     """The tensor of the output layer: the first of ``heads`` that is there, or the tied
     ``embedding``, or None without either.
 
-    A head of its own counts even where the configuration ties it, as in transformers: loading a
-    checkpoint leaves out heads that are copies of the embeddings.
+    A separate head counts even where the configuration ties it, as in transformers; heads that are
+    copies of the embeddings were left out when the checkpoint was loaded.
     """
     tied = embedding if config.tie_word_embeddings else None
     return next((head for head in heads if head in tensors), tied)

@@ -1,6 +1,6 @@
 """RoBERTa (Liu et al. 2019, arXiv 1907.11692) and XLM-RoBERTa (Conneau et al. 2020).
 
-BERT whose positions count only tokens that are not padding, from one after the padding's id.
+BERT whose positions count only tokens that are not padding, beginning after the padding's id.
 """
 
 from dataclasses import replace

@@ -16,7 +16,7 @@ __all__ = ["frequencies_of"]
 
 
 def frequencies_of(config: "PretrainedConfig", size: int) -> Float[np.ndarray, " pair"]:
-    """Radians a token of each pair of coordinates of a head (Su et al. 2021, arXiv 2104.09864).
+    """Radians per token of each pair of coordinates of a head (Su et al. 2021, arXiv 2104.09864).
 
     Built are the plain embedding, positions divided by a factor (``linear``), and the scaling of
     Llama 3.1 (``llama3``), which slows only the low frequencies.

@@ -115,7 +115,9 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not isinstance(shard_of, dict) or not shard_of:
         raise _malformed("no weight_map", "tensor name -> shard", path.parent)
     if not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise _malformed("a weight_map of other things", "tensor name -> shard", path.parent)
+        raise _malformed(
+            "a weight_map whose values are no file names", "tensor name -> shard", path.parent
+        )
     return shard_of
 
 

@@ -49,7 +49,7 @@ def continuations(model: Pretrained, prompts: Sequence[Sequence[int]], new_token
             do="lower --new-tokens or --max-tokens",
         )
     end = _end(model)
-    # The buffer is filled with the end: what is not written reads as ended.
+    # The buffer is filled with the end token, so that what is never written reads as the end.
     buffers = padded(prompts, bucket(longest, positions or 2 * longest), max(end, 0))
     lengths = jnp.asarray([len(prompt) for prompt in prompts])
 

@@ -1,4 +1,4 @@
-"""How likely a network thinks a text: nats of its tokens, and their mean.
+"""How likely a text is to a network: nats of its tokens, and their mean.
 
 Losses of texts are means over target tokens, so that long answers do not weigh more; ranking
 answers by them is the length-normalised ranking of Brown et al. 2020 (2.4) and T-Few (Liu et al.

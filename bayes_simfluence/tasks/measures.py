@@ -17,7 +17,7 @@ Measure = Callable[[Any, Any], Float[Array, ""]]
 
 
 def margin(scores: Float[Array, " answer"], right: Int[Array, ""]) -> Float[Array, ""]:
-    """Log-odds of the right answer against the best other one, nats; above 0 = right wins.
+    """Log-odds of the right answer against the best other one, nats; above 0 where it wins.
 
     >>> import jax.numpy as jnp
     >>> float(margin(jnp.array([0.5, 2.0, 1.0]), jnp.array(1)))

@@ -1,4 +1,4 @@
-"""What tasks from text start from: a checkpoint's network, its tensors and its tokenizer."""
+"""What tasks of text begin with: a checkpoint's network, its tensors and its tokenizer."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

@@ -78,7 +78,7 @@ def bucket(length: int, limit: int) -> int:
 
 
 def limit_of(model: Pretrained, max_tokens: int) -> int:
-    """The most tokens of a sequence: what was asked for, and what the network has places for."""
+    """The longest sequence in tokens: ``max_tokens``, or the network's positions if fewer."""
     return min(max_tokens, model.network.positions or max_tokens)
 
 
@@ -161,7 +161,7 @@ def without_special(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) 
 
 
 def padded(rows: Sequence[Sequence[int]], length: int, fill: int) -> Int[Array, "example {length}"]:
-    """Rows of token ids as one array, filled up on the right."""
+    """Rows of token ids as one array, padded on the right with ``fill``."""
     array = np.full((len(rows), length), fill, np.int32)
     for at, row in enumerate(rows):
         array[at, : len(row)] = row
@@ -169,7 +169,7 @@ def padded(rows: Sequence[Sequence[int]], length: int, fill: int) -> Int[Array, 
 
 
 def padding_of(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token that fills up; one that ends texts where the tokenizer has none for it."""
+    """The padding token; where the tokenizer has none, the token that ends texts."""
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     stand_in = tokenizer.eos_token_id

@@ -90,8 +90,8 @@ def save_adapter(
         folder: where to; made anew.
         base_name: folder or hub name of the checkpoint; peft loads it from there.
         params: the trained parameters; ``tuned.params``, the start, when omitted.
-        prefix: what the PyTorch model says before the checkpoint's tensor names; when omitted,
-            what its family's models with a head say, unless the checkpoint says it already.
+        prefix: what the PyTorch model puts before the checkpoint's tensor names; when omitted,
+            the family's prefix, unless the checkpoint's names begin with it already.
         overwrite: replace a folder that exists.
 
     Raises:

@@ -125,7 +125,7 @@ def _unused(setting: str, value: str, name: str, users: Sequence[str]) -> None:
         raise Misuse(
             setting,
             got=f"{value!r} with tuning {name!r}",
-            expected=f"it only with tuning {' or '.join(users)}",
+            expected=f"no value, except with tuning {' or '.join(users)}",
             do=f"leave {setting} out, or change the tuning",
         )
 

@@ -79,7 +79,7 @@ def tensors_of(case, config, prefix=""):
     for name in drawn:
         if "norm" in name.lower() or ".ln_" in f".{name}":
             drawn[name] = drawn[name] * 0.3 + name.endswith("weight")
-    return {name: jnp.asarray(one, jnp.float32) for name, one in drawn.items()}
+    return {name: jnp.asarray(value, jnp.float32) for name, value in drawn.items()}
 
 
 def checkpoint_of(case, folder, prefix="", **changes):

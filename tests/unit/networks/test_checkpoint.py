@@ -32,7 +32,7 @@ def folder(made, tmp_path):
     """A folder of a small BERT: configuration, tokenizer of sixty words, one safetensors file."""
     folder = tmp_path / "bert"
     made.config("bert").save_pretrained(folder)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{one}" for one in range(55))]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(55))]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     save_tensors(made.checkpoint("bert", folder).tensors, folder)
     return folder
@@ -54,28 +54,28 @@ def sharded(folder, tensors):
 
 def test_every_element_type_is_read_as_it_was_written(tmp_path, rng):
     kinds = [np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.uint8, np.bool_]
-    arrays = {np.dtype(one).name: rng.normal(0, 9, (2, 3)).astype(one) for one in kinds}
+    arrays = {np.dtype(kind).name: rng.normal(0, 9, (2, 3)).astype(kind) for kind in kinds}
     arrays |= {"scalar": np.float32(3.5), "empty": np.zeros((0, 4), "f4")}
     write_tensors(arrays, tmp_path / SINGLE)
-    found = read_tensors(tmp_path)
-    assert set(found) == set(arrays)
-    for name, one in arrays.items():
-        assert (found[name].dtype, found[name].shape) == (one.dtype, one.shape)
-        np.testing.assert_array_equal(found[name], one)
+    read = read_tensors(tmp_path)
+    assert set(read) == set(arrays)
+    for name, array in arrays.items():
+        assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(read[name], array)
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_floating_tensors_become_the_asked_dtype(folder, stored, dtype):
     tensors = load_checkpoint(folder).tensors
-    narrow = {name: one.astype(stored) for name, one in tensors.items()}
+    narrow = {name: value.astype(stored) for name, value in tensors.items()}
     narrow["embeddings.position_ids"] = jnp.arange(16)[None]
     save_tensors(narrow, folder, overwrite=True)
-    found = load_checkpoint(folder, dtype=dtype).tensors
-    assert found.pop("embeddings.position_ids").dtype == jnp.int32
-    for name, one in found.items():
-        assert one.dtype == jnp.dtype(dtype)
-        np.testing.assert_array_equal(one, narrow[name].astype(dtype))
+    loaded = load_checkpoint(folder, dtype=dtype).tensors
+    assert loaded.pop("embeddings.position_ids").dtype == jnp.int32
+    for name, value in loaded.items():
+        assert value.dtype == jnp.dtype(dtype)
+        np.testing.assert_array_equal(value, narrow[name].astype(dtype))
 
 
 def test_another_dtype_is_refused(folder):
@@ -87,10 +87,10 @@ def test_shards_are_read_as_one(folder):
     tensors = load_checkpoint(folder).tensors
     sharded(folder, tensors)
     (folder / SINGLE).unlink()
-    found = load_checkpoint(folder).tensors
-    assert set(found) == set(tensors)
-    for name, one in tensors.items():
-        np.testing.assert_array_equal(found[name], one)
+    loaded = load_checkpoint(folder).tensors
+    assert set(loaded) == set(tensors)
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(loaded[name], value)
 
 
 def test_shards_that_do_not_fit_the_index_are_named(folder):
@@ -106,7 +106,7 @@ def test_shards_that_do_not_fit_the_index_are_named(folder):
     refused("{", f"{INDEX}: got no JSON .*; expected an index; copy or download it again")
     refused([1], "got no weight_map; expected tensor name -> shard")
     refused({"weight_map": {}}, "got no weight_map")
-    refused({"weight_map": {"x": 3}}, "got a weight_map of other things")
+    refused({"weight_map": {"x": 3}}, "got a weight_map whose values are no file names")
     refused({"weight_map": {**places, "x": "two.safetensors"}}, "got tensors x, in no shard")
     for outside in ("../two.safetensors", "/etc/two.safetensors", "deep/two.safetensors", "x.bin"):
         refused({"weight_map": {**places, first: outside}}, f"got shards {outside}; .*beside it")
@@ -231,12 +231,12 @@ def test_a_trained_network_comes_back(folder, tmp_path, key):
     assert again.config.num_labels == 3
     assert again.config.architectures == ["BertForSequenceClassification"]
     assert len(load_tokenizer(path)) == 60
-    for name, one in trained.items():
+    for name, value in trained.items():
         inside = name if name in HEAD else f"bert.{name}"
-        np.testing.assert_array_equal(again.tensors[inside], one)
-    assert set(network_of(again).shapes) == {f"bert.{one}" for one in network.shapes}
+        np.testing.assert_array_equal(again.tensors[inside], value)
+    assert set(network_of(again).shapes) == {f"bert.{name}" for name in network.shapes}
     assert str(tmp_path) not in (path / "config.json").read_text()
-    assert {one.name for one in path.iterdir()} == {"config.json", SINGLE, "vocab.txt"}
+    assert {file.name for file in path.iterdir()} == {"config.json", SINGLE, "vocab.txt"}
 
 
 def test_without_a_head_names_and_architecture_stay(folder, tmp_path):
@@ -247,7 +247,7 @@ def test_without_a_head_names_and_architecture_stay(folder, tmp_path):
     assert again.config.architectures == checkpoint.config.architectures
     assert json.loads((path / "config.json").read_text())["dtype"] == "bfloat16"
     stored = read_tensors(path)
-    assert {one.dtype.name for one in stored.values()} == {"bfloat16"}
+    assert {value.dtype.name for value in stored.values()} == {"bfloat16"}
 
 
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(folder, tmp_path, key):
@@ -267,7 +267,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(folder, tmp_
 def test_a_folder_is_replaced_only_whole(folder, tmp_path, monkeypatch):
     checkpoint = load_checkpoint(folder)
     path = save_checkpoint(checkpoint, checkpoint.tensors, tmp_path / "new")
-    more = {name: one + 1.0 for name, one in checkpoint.tensors.items()}
+    more = {name: value + 1.0 for name, value in checkpoint.tensors.items()}
 
     def full(tensors, path):
         path.write_bytes(b"half")
@@ -281,7 +281,7 @@ def test_a_folder_is_replaced_only_whole(folder, tmp_path, monkeypatch):
     np.testing.assert_array_equal(load_checkpoint(path).tensors[name], checkpoint.tensors[name])
     save_checkpoint(checkpoint, more, path, overwrite=True)
     np.testing.assert_array_equal(load_checkpoint(path).tensors[name], more[name])
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["bert", "new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bert", "new"]
 
 
 @pytest.mark.parametrize("case", ["gpt2", "t5 1.1", "llama 3", "gpt_neox"])
@@ -298,5 +298,5 @@ def test_every_family_comes_back_as_the_same_network(made, tmp_path, case):
         seq2seq_logits=before.seq2seq_logits,
     )
     assert before.shapes == after.shapes
-    settings = [one.hidden.args[0] for one in (before, after)]
+    settings = [network.hidden.args[0] for network in (before, after)]
     assert repr(settings[0]) == repr(settings[1])

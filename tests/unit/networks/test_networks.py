@@ -25,8 +25,8 @@ def changed(sequence, at):
     return sequence._replace(tokens=sequence.tokens.at[at].add(1))
 
 
-def close(one, other):
-    np.testing.assert_allclose(one, other, atol=2e-5)
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 def test_shapes_and_who_sees_whom(made, each, tmp_path):
@@ -35,41 +35,41 @@ def test_shapes_and_who_sees_whom(made, each, tmp_path):
     assert network.family in FAMILIES
     assert (network.width, network.vocabulary) == (16, 60)
     whole, padded = made.sequence(length=8), made.sequence(length=8, padded=3)
-    found = made.output(network, tensors, whole)
-    assert found.dtype == jnp.float32
-    assert np.isfinite(found).all()
+    output = made.output(network, tensors, whole)
+    assert output.dtype == jnp.float32
+    assert np.isfinite(output).all()
     sizes = {"encoder": (8, 16), "decoder": (8, 60), "encoder-decoder": (4, 60)}
-    assert found.shape == sizes[network.kind]
+    assert output.shape == sizes[network.kind]
     later = made.output(network, tensors, changed(whole, 6))
     if network.kind == "decoder":
-        close(later[:6], found[:6])
-        assert np.abs(later[6:] - found[6:]).max(axis=1).min() > 1e-3
+        close(later[:6], output[:6])
+        assert np.abs(later[6:] - output[6:]).max(axis=1).min() > 1e-3
     else:
-        assert np.abs(later - found).max(axis=1).min() > 1e-4
+        assert np.abs(later - output).max(axis=1).min() > 1e-4
     if network.kind == "encoder-decoder":
         other = made.output(network, tensors, whole, jnp.asarray(INPUTS).at[2].add(1))
-        close(other[:2], found[:2])
-        assert np.abs(other[2:] - found[2:]).max() > 1e-3
+        close(other[:2], output[:2])
+        assert np.abs(other[2:] - output[2:]).max() > 1e-3
     short = made.output(network, tensors, padded)
     rubbish = padded._replace(tokens=padded.tokens.at[6].set(7))
     real = slice(None) if network.kind == "encoder-decoder" else slice(5)
     if network.family != "roberta":  # It takes positions from the padding's own id.
         close(made.output(network, tensors, rubbish)[real], short[real])
     if network.kind != "decoder":
-        cut = jax.tree.map(lambda one: one[:5], padded)
+        cut = jax.tree.map(lambda leaf: leaf[:5], padded)
         close(made.output(network, tensors, cut)[real], short[real])
 
 
 def test_bfloat16_is_close_to_float32(made, each, tmp_path):
     checkpoint = made.checkpoint(each, tmp_path)
     network = network_of(checkpoint)
-    narrow = {name: one.astype(jnp.bfloat16) for name, one in checkpoint.tensors.items()}
-    wide = {name: one.astype(jnp.float32) for name, one in narrow.items()}
+    narrow = {name: value.astype(jnp.bfloat16) for name, value in checkpoint.tensors.items()}
+    wide = {name: value.astype(jnp.float32) for name, value in narrow.items()}
     sequence = made.sequence(length=8)
     exact = np.asarray(made.output(network, wide, sequence))
-    found = made.output(network, narrow, sequence)
-    assert found.dtype == (jnp.bfloat16 if network.kind == "encoder" else jnp.float32)
-    error = np.asarray(found, "f4") - exact
+    output = made.output(network, narrow, sequence)
+    assert output.dtype == (jnp.bfloat16 if network.kind == "encoder" else jnp.float32)
+    error = np.asarray(output, "f4") - exact
     assert 0.0 < np.linalg.norm(error) < 0.05 * np.linalg.norm(exact)
 
 
@@ -108,8 +108,8 @@ def test_names_within_a_model_with_a_head(made, named, tmp_path):
     assert set(inside.tensors) != set(plain.tensors)
     first, second = network_of(plain), network_of(inside)
     sequence = made.sequence(length=8)
-    one = first.hidden(plain.tensors, sequence)
-    np.testing.assert_array_equal(one, second.hidden(inside.tensors, sequence))
+    hidden = first.hidden(plain.tensors, sequence)
+    np.testing.assert_array_equal(hidden, second.hidden(inside.tensors, sequence))
 
 
 def test_tensors_that_are_missing_misshapen_or_unknown_are_named(made, each, tmp_path):
@@ -120,20 +120,20 @@ def test_tensors_that_are_missing_misshapen_or_unknown_are_named(made, each, tmp
     def refused(changes):
         return pytest.raises(Misuse), dataclasses.replace(checkpoint, tensors=changes)
 
-    context, wrong = refused({one: value for one, value in tensors.items() if one != name})
-    with context as found:
+    context, wrong = refused({other: value for other, value in tensors.items() if other != name})
+    with context as error:
         network_of(wrong)
-    assert f"got no tensor {name}" in str(found.value)
-    assert "config.json" in str(found.value)
+    assert f"got no tensor {name}" in str(error.value)
+    assert "config.json" in str(error.value)
     context, wrong = refused({**tensors, name: jnp.zeros((3, 5))})
-    with context as found:
+    with context as error:
         network_of(wrong)
-    assert f"got {name} of shape (3, 5); expected {tensors[name].shape}" in str(found.value)
+    assert f"got {name} of shape (3, 5); expected {tensors[name].shape}" in str(error.value)
     context, wrong = refused({**tensors, f"{name}.lora_A.weight": jnp.zeros(3)})
-    with context as found:
+    with context as error:
         network_of(wrong)
-    assert f"would ignore: {name}.lora_A.weight" in str(found.value)
-    assert "merge adapters" in str(found.value)
+    assert f"would ignore: {name}.lora_A.weight" in str(error.value)
+    assert "merge adapters" in str(error.value)
 
 
 def test_buffers_and_other_heads_are_let_be(made, tmp_path):
@@ -211,7 +211,7 @@ def test_more_tokens_than_positions_are_refused(made, tmp_path, case):
 
 def test_a_decoder_without_an_output_layer_has_no_logits(made, tmp_path):
     checkpoint = made.checkpoint("llama", tmp_path)
-    body = {name: one for name, one in checkpoint.tensors.items() if name != "lm_head.weight"}
+    body = {name: value for name, value in checkpoint.tensors.items() if name != "lm_head.weight"}
     network = network_of(dataclasses.replace(checkpoint, tensors=body))
     assert network.logits is None
     assert network.hidden(body, made.sequence(length=8)).shape == (8, 16)
@@ -251,7 +251,7 @@ def test_heads_of_every_pooling(made, tmp_path, named, key):
 def test_a_fresh_head_has_the_dtype_of_the_network(made, tmp_path, key):
     checkpoint = made.checkpoint("bert", tmp_path)
     network = network_of(checkpoint)
-    narrow = {name: one.astype(jnp.bfloat16) for name, one in checkpoint.tensors.items()}
+    narrow = {name: value.astype(jnp.bfloat16) for name, value in checkpoint.tensors.items()}
     assert with_head(narrow, network, 2, key)[HEAD[0]].dtype == jnp.bfloat16
     assert with_head(checkpoint.tensors, network, 2, key)[HEAD[0]].dtype == jnp.float32
 
@@ -263,8 +263,10 @@ def test_grouped_attention_against_plain_loops(rng):
     query, key, value = (rng.normal(size=(5, heads, 3)) for heads in (4, 2, 2))
     mask, bias = rng.random((5, 5)) < 0.7, rng.normal(size=(4, 5, 5))
     mask[:, 0] = True
-    found = attend(
-        *(jnp.asarray(one) for one in (query, key, value, mask)), scale=0.7, bias=jnp.asarray(bias)
+    mixed = attend(
+        *(jnp.asarray(array) for array in (query, key, value, mask)),
+        scale=0.7,
+        bias=jnp.asarray(bias),
     )
     expected = np.zeros((5, 4, 3))
     for at in range(5):
@@ -272,13 +274,13 @@ def test_grouped_attention_against_plain_loops(rng):
             scores = 0.7 * key[:, head // 2] @ query[at, head] + bias[head, at]
             shares = np.where(mask[at], np.exp(scores), 0.0)
             expected[at, head] = shares / shares.sum() @ value[:, head // 2]
-    np.testing.assert_allclose(found, expected.reshape(5, 12), rtol=1e-4)
+    np.testing.assert_allclose(mixed, expected.reshape(5, 12), rtol=1e-4)
 
 
 def test_a_row_that_attends_to_nothing_stays_finite():
     zero = jnp.zeros((2, 1, 2))
-    found = attend(zero, zero, zero + 3.0, jnp.zeros((2, 2), bool), scale=1.0)
-    np.testing.assert_array_equal(found, 3.0)
+    mixed = attend(zero, zero, zero + 3.0, jnp.zeros((2, 2), bool), scale=1.0)
+    np.testing.assert_array_equal(mixed, 3.0)
 
 
 def test_masks_of_decoders():
@@ -294,7 +296,7 @@ def test_masks_of_decoders():
 def test_rotation_keeps_lengths_and_sees_distances_only(rng):
     query, key = (np.tile(rng.normal(size=(1, 1, 6)), (7, 1, 1)) for _ in range(2))
     frequencies = np.array([1.0, 0.3], "f4")
-    turned, other = (rotate(jnp.asarray(one), frequencies)[:, 0] for one in (query, key))
+    turned, other = (rotate(jnp.asarray(vector), frequencies)[:, 0] for vector in (query, key))
     np.testing.assert_allclose(np.linalg.norm(turned, axis=1), np.linalg.norm(query[0]), rtol=1e-5)
     np.testing.assert_array_equal(turned[:, 4:], query[:, 0, 4:].astype("f4"))
     products = np.asarray(turned @ other.T)
@@ -321,13 +323,13 @@ def test_rotary_embeddings_that_are_not_built_are_named(made, changes, match):
 @pytest.mark.parametrize("both_ways", [True, False])
 def test_buckets_grow_with_distance(both_ways):
     distances = np.arange(-300, 301)
-    found = buckets(distances, 32, 128, both_ways=both_ways)
-    left = found[:301][::-1]
+    which = buckets(distances, 32, 128, both_ways=both_ways)
+    left = which[:301][::-1]
     assert (np.diff(left) >= 0).all()
     half = 16 if both_ways else 32
     np.testing.assert_array_equal(left[: half // 2], np.arange(half // 2))
     assert left[-1] == left[128] == half - 1
     if both_ways:
-        np.testing.assert_array_equal(found[301:], left[1:] + 16)
+        np.testing.assert_array_equal(which[301:], left[1:] + 16)
     else:
-        np.testing.assert_array_equal(found[301:], 0)
+        np.testing.assert_array_equal(which[301:], 0)

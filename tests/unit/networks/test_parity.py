@@ -109,9 +109,9 @@ def torch_model(case):
     kinds = {"t5": AutoModelForSeq2SeqLM, **dict.fromkeys(ENCODERS, AutoModel)}
     model = kinds.get(family, AutoModelForCausalLM).from_config(config).eval()
     with torch.no_grad():
-        for one in model.parameters():
-            if one.ndim == 1:
-                one += 0.1 * torch.randn_like(one)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
     return model
 
 
@@ -133,7 +133,7 @@ def some_batch(rng, size=4, length=12, vocabulary=VOCABULARY):
 
 
 def torch_inputs(family, batch):
-    tokens, segments, attended = (torch.tensor(one.astype(int)) for one in batch)
+    tokens, segments, attended = (torch.tensor(array.astype(int)) for array in batch)
     inputs = {"input_ids": tokens, "attention_mask": attended}
     if family in ("bert", "roberta", "xlm-roberta"):
         inputs["token_type_ids"] = segments
@@ -141,12 +141,12 @@ def torch_inputs(family, batch):
 
 
 def our_outputs(network, tensors, batch, decoder_inputs):
-    sequences = Sequence(*(jnp.asarray(one) for one in batch))
+    sequences = Sequence(*(jnp.asarray(outputs) for outputs in batch))
     if network.seq2seq_logits is not None:
-        one = jax.vmap(network.seq2seq_logits, in_axes=(None, 0, 0))
-        return jax.jit(one)(tensors, sequences, jnp.asarray(decoder_inputs))
-    one = jax.vmap(network.logits or network.hidden, in_axes=(None, 0))
-    return jax.jit(one)(tensors, sequences)
+        outputs = jax.vmap(network.seq2seq_logits, in_axes=(None, 0, 0))
+        return jax.jit(outputs)(tensors, sequences, jnp.asarray(decoder_inputs))
+    outputs = jax.vmap(network.logits or network.hidden, in_axes=(None, 0))
+    return jax.jit(outputs)(tensors, sequences)
 
 
 RENAMED = {"lm_head.weight": "embed_out.weight"}
@@ -158,11 +158,11 @@ def assert_gradients_agree(ours, model):
     see a shift by the keys' biases) only to rounding of the largest one."""
     renamed = RENAMED if model.config.model_type == "gpt_neox" else {}
     theirs = {
-        renamed.get(name, name): one.grad.numpy()
-        for name, one in model.named_parameters()
-        if one.grad is not None
+        renamed.get(name, name): parameter.grad.numpy()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
     }
-    rounding = 1e-6 * max(np.linalg.norm(one) for one in theirs.values())
+    rounding = 1e-6 * max(np.linalg.norm(gradient) for gradient in theirs.values())
     assert theirs
     assert set(theirs) == set(ours)
     for name, expected in theirs.items():
@@ -194,7 +194,7 @@ def test_outputs_and_all_gradients_agree(case, tmp_path, rng):
 
     gradient, ours = jax.jit(jax.grad(loss, has_aux=True))(tensors)
     np.testing.assert_allclose(ours[counted], theirs.detach().numpy()[counted], atol=1e-4)
-    read = {name: one for name, one in gradient.items() if "pooler" not in name}
+    read = {name: value for name, value in gradient.items() if "pooler" not in name}
     assert_gradients_agree(read, model)
 
 
@@ -233,11 +233,11 @@ def test_berts_own_classifier_is_our_head_on_the_pooler(tmp_path, rng):
     network = network_of(checkpoint)
 
     def loss(tensors):
-        def one(label, *inputs):
+        def loss_of(label, *inputs):
             logits = head_logits(network, tensors, Sequence(*inputs), "pooler")
             return -jax.nn.log_softmax(logits)[label]
 
-        return jax.vmap(one)(*(jnp.asarray(each) for each in (labels, *batch))).mean()
+        return jax.vmap(loss_of)(*(jnp.asarray(array) for array in (labels, *batch))).mean()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(checkpoint.tensors)
     np.testing.assert_allclose(value, theirs.item(), rtol=1e-5)
@@ -267,7 +267,7 @@ def test_transformers_loads_what_was_trained(case, dtype, tmp_path, rng, key):
     model.save_pretrained(tmp_path / "first")
     checkpoint = load_checkpoint(tmp_path / "first", dtype=dtype)
     network = network_of(checkpoint)
-    trained = {name: one * 1.25 for name, one in checkpoint.tensors.items()}
+    trained = {name: value * 1.25 for name, value in checkpoint.tensors.items()}
     trained = with_head(trained, network, 3, key)
     save_checkpoint(checkpoint, trained, tmp_path / "second", labels=["a", "b", "c"])
     loaded = type(model).from_pretrained(tmp_path / "second").eval()
@@ -296,8 +296,8 @@ def assert_bert_classifies_alike(folder, checkpoint, batch):
     network = network_of(checkpoint)
     for name in HEAD:
         np.testing.assert_array_equal(model.get_parameter(name).detach(), checkpoint.tensors[name])
-    sequences = Sequence(*(jnp.asarray(one) for one in batch))
-    head = jax.vmap(lambda one: head_logits(network, checkpoint.tensors, one, "pooler"))
+    sequences = Sequence(*(jnp.asarray(array) for array in batch))
+    head = jax.vmap(lambda sequence: head_logits(network, checkpoint.tensors, sequence, "pooler"))
     ours = jax.jit(head)(sequences)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 

@@ -81,7 +81,7 @@ def tiny_checkpoint(folder, rng):
         tensors[f"{name}.weight"] = np.ones(HIDDEN, "f4")
         tensors[f"{name}.bias"] = np.zeros(HIDDEN, "f4")
     tensors["embeddings.position_ids"] = np.arange(POSITIONS, dtype="i4")[None]
-    save_tensors({name: jnp.asarray(one) for name, one in tensors.items()}, folder)
+    save_tensors({name: jnp.asarray(value) for name, value in tensors.items()}, folder)
     return folder
 
 
@@ -95,11 +95,11 @@ def some_rows(count, start, *, labels=("neg", "pos")):
     rng = np.random.default_rng(start)
     return [
         {
-            "id": f"{start}-{one}",
+            "id": f"{start}-{number}",
             "text": " ".join(rng.choice(WORDS[5:], 4)),
-            "label": labels[one % len(labels)],
+            "label": labels[number % len(labels)],
         }
-        for one in range(count)
+        for number in range(count)
     ]
 
 
@@ -184,12 +184,12 @@ def test_the_task_holds_tokens_and_labels_of_its_ids(config):
     task = task_of(config)
     rows = {row["id"]: row for row in some_rows(12, 0)}
     for at, name in enumerate(task.train_ids):
-        words = [WORDS[one] for one in np.asarray(task.train["tokens"][at])]
+        words = [WORDS[token] for token in np.asarray(task.train["tokens"][at])]
         expected = ["[CLS]", *rows[name]["text"].split(), "[SEP]"]
         assert words == expected + ["[PAD]"] * (8 - len(expected))
         assert int(task.train["label"][at]) == ["neg", "pos"].index(rows[name]["label"])
         assert np.asarray(task.train["attended"][at]).sum() == len(expected)
-    weights = sum(one.size for one in task.params.values())
+    weights = sum(value.size for value in task.params.values())
     assert task.provenance == {
         "model": "tiny",
         "task": "classification",
@@ -211,13 +211,13 @@ def test_the_task_holds_tokens_and_labels_of_its_ids(config):
 @pytest.mark.parametrize("tuning", ["head", "lora", "ia3"])
 def test_other_tunings_start_at_the_losses_of_full_tuning(config, tuning):
     full, task = task_of(config), task_of(changed(config, tuning=tuning, rank=2)).validate()
-    weights = [one.weights(one.params, one.frozen) for one in (full, task)]
-    losses = [jax.vmap(full.loss, in_axes=(None, 0))(one, full.query) for one in weights]
+    weights = [variant.weights(variant.params, variant.frozen) for variant in (full, task)]
+    losses = [jax.vmap(full.loss, in_axes=(None, 0))(tensors, full.query) for tensors in weights]
     np.testing.assert_array_equal(*losses)
-    said = task.provenance["tuning"]
-    assert said["name"] == tuning
-    assert said["trained"] == sum(one.size for one in task.params.values())
-    assert said["trained"] < full.provenance["tuning"]["trained"] <= said["total"]
+    settings = task.provenance["tuning"]
+    assert settings["name"] == tuning
+    assert settings["trained"] == sum(value.size for value in task.params.values())
+    assert settings["trained"] < full.provenance["tuning"]["trained"] <= settings["total"]
 
 
 def test_a_target_that_the_checkpoint_lacks_is_refused(config):
@@ -231,19 +231,19 @@ def test_the_defaults_give_the_same_task_as_before_other_kinds(config):
     rows = {row["id"]: row for row in some_rows(12, 0) + some_rows(9, 1)}
     network = network_of(checkpoint)
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
-    floating = {one: x for one, x in checkpoint.tensors.items() if x.dtype == jnp.float32}
+    floating = {name: x for name, x in checkpoint.tensors.items() if x.dtype == jnp.float32}
     weights = with_head(floating, network, 2, key)
     jax.tree.map(np.testing.assert_array_equal, task.params, weights)
     assert task.frozen == {}
     assert (task.metrics, task.scores) == ({}, {})
 
-    def loss(params, one):
-        sequence = Sequence(one["tokens"], one["segments"], one["attended"])
+    def loss(params, example):
+        sequence = Sequence(example["tokens"], example["segments"], example["attended"])
         logits = head_logits(network, params, sequence, "mean")
-        return -jax.nn.log_softmax(logits)[one["label"]]
+        return -jax.nn.log_softmax(logits)[example["label"]]
 
     for ids, arrays in ((task.train_ids, task.train), (task.query_ids, task.query)):
-        texts = [rows[one]["text"] for one in ids]
+        texts = [rows[row_id]["text"] for row_id in ids]
         encoded = load_tokenizer(checkpoint.folder)(
             texts, None, padding="max_length", truncation=True, max_length=8, return_tensors="np"
         )
@@ -251,13 +251,13 @@ def test_the_defaults_give_the_same_task_as_before_other_kinds(config):
             "tokens": jnp.asarray(encoded["input_ids"], jnp.int32),
             "segments": jnp.asarray(encoded["token_type_ids"], jnp.int32),
             "attended": jnp.asarray(encoded["attention_mask"], bool),
-            "label": jnp.asarray([["neg", "pos"].index(rows[one]["label"]) for one in ids]),
+            "label": jnp.asarray([["neg", "pos"].index(rows[row_id]["label"]) for row_id in ids]),
         }
         assert jax.tree.map(jnp.result_type, arrays) == jax.tree.map(jnp.result_type, before)
         jax.tree.map(np.testing.assert_array_equal, arrays, before)
         now, then = (
-            jax.jit(jax.vmap(one, in_axes=(None, 0)))(task.params, arrays)
-            for one in (task.loss, loss)
+            jax.jit(jax.vmap(function, in_axes=(None, 0)))(task.params, arrays)
+            for function in (task.loss, loss)
         )
         np.testing.assert_array_equal(now, then)
 
@@ -294,7 +294,7 @@ def test_pairs_are_the_second_segment(config, tmp_path):
     query = write_lines(tmp_path / "query.jsonl", rows)
     task = task_of(changed(config, train=str(train), query=str(query), pair_field="second"))
     tokens, segments = (np.asarray(task.query[name]) for name in ("tokens", "segments"))
-    second = [WORDS[one] for one in tokens[0][segments[0] == 1]]
+    second = [WORDS[token] for token in tokens[0][segments[0] == 1]]
     assert second == ["good", "plot", "[SEP]"]
 
 
@@ -316,20 +316,20 @@ def test_a_template_makes_one_text_of_fields(config, tmp_path):
     settings = {"train": paths[0], "query": paths[1], "prompt": "the {second} is {text}"}
     task = task_of(changed(config, **settings))
     tokens = np.asarray(task.query["tokens"][0])
-    assert [WORDS[one] for one in tokens[:5]] == ["[CLS]", "the", "bad", "film", "is"]
+    assert [WORDS[token] for token in tokens[:5]] == ["[CLS]", "the", "bad", "film", "is"]
     with pytest.raises(Misuse, match=r"0.jsonl line 1: got no 'third' among .*text.*--prompt"):
         task_of(changed(config, **{**settings, "prompt": "{third} {text}"}))
 
 
 def test_metrics_of_a_classification(config):
     task = task_of(changed(config, metrics="accuracy, margin"))
-    found = {
-        name: np.asarray(jax.vmap(one, in_axes=(None, 0))(task.params, task.query))
-        for name, one in {**task.metrics, "loss": task.loss}.items()
+    values = {
+        name: np.asarray(jax.vmap(function, in_axes=(None, 0))(task.params, task.query))
+        for name, function in {**task.metrics, "loss": task.loss}.items()
     }
     # With two labels the loss is softplus(-margin).
-    np.testing.assert_allclose(found["loss"], np.logaddexp(0.0, -found["margin"]), rtol=1e-5)
-    np.testing.assert_array_equal(found["accuracy"], found["loss"] < np.log(2.0))
+    np.testing.assert_allclose(values["loss"], np.logaddexp(0.0, -values["margin"]), rtol=1e-5)
+    np.testing.assert_array_equal(values["accuracy"], values["loss"] < np.log(2.0))
     with pytest.raises(Misuse, match="metrics: got bleu; expected those of this task: accuracy,"):
         task_of(changed(config, metrics="accuracy,bleu"))
 
@@ -441,10 +441,10 @@ for name, value in wrong.items():
         sys.stdout.write(f"{error}\\n")
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    said = run.stdout.splitlines()
-    assert (run.returncode, len(said)) == (0, 6), run.stderr
+    messages = run.stdout.splitlines()
+    assert (run.returncode, len(messages)) == (0, 6), run.stderr
     for line, start in zip(
-        said,
+        messages,
         [
             "runs: got 'eight'",
             "seed: got 1.5",
@@ -465,8 +465,8 @@ def test_numbers_as_yaml_reads_them():
 
 def test_the_last_layer_that_names_a_setting_decides():
     assert merged() == RecordConfig()
-    found = merged({"runs": 8, "seed": 3}, {"runs": 16}, {})
-    assert (found.runs, found.seed, found.epochs) == (16, 3, 3)
+    config = merged({"runs": 8, "seed": 3}, {"runs": 16}, {})
+    assert (config.runs, config.seed, config.epochs) == (16, 3, 3)
 
 
 def test_unknown_settings_are_named():
@@ -476,7 +476,7 @@ def test_unknown_settings_are_named():
 
 def test_names_are_the_settings():
     assert RecordConfig.names() == list(RecordConfig().as_dict())
-    assert all(one.metadata["help"] for one in dataclasses.fields(RecordConfig))
+    assert all(option.metadata["help"] for option in dataclasses.fields(RecordConfig))
 
 
 @pytest.mark.parametrize(
@@ -565,7 +565,7 @@ def test_a_recording_from_settings_end_to_end(config, recorded):
     assert runs.attrs["model"] == "tiny"
     settings = runs.attrs["settings"]
     assert settings["learning_rate"] == 0.01
-    assert [settings[one] for one in ("checkpoint", "train")] == ["tiny", "train.jsonl"]
+    assert [settings[name] for name in ("checkpoint", "train")] == ["tiny", "train.jsonl"]
 
 
 def test_settings_beside_the_store_repeat_the_recording(config, recorded, tmp_path):
@@ -578,10 +578,10 @@ def test_settings_beside_the_store_repeat_the_recording(config, recorded, tmp_pa
 
 def test_resuming_a_finished_recording_does_nothing(config, recorded, monkeypatch):
     store, runs = recorded
-    before = {one: one.stat().st_mtime_ns for one in store.rglob("*") if one.is_file()}
+    before = {file: file.stat().st_mtime_ns for file in store.rglob("*") if file.is_file()}
     monkeypatch.setattr("bayes_simfluence.recording.session.gradient_features", None)
     xr.testing.assert_identical(record_from_config(config, store, resume=True), runs)
-    after = {one: one.stat().st_mtime_ns for one in store.rglob("*") if one.is_file()}
+    after = {file: file.stat().st_mtime_ns for file in store.rglob("*") if file.is_file()}
     assert before == after
 
 
@@ -601,10 +601,10 @@ def test_a_recording_of_adapters_from_settings(config, recorded, tmp_path):
 
 def test_resuming_with_other_settings_keeps_store_and_settings(config, recorded):
     store, runs = recorded
-    said = config_path(store).read_text()
+    settings = config_path(store).read_text()
     with pytest.raises(Misuse, match="a recording with other settings"):
         record_from_config(changed(config, learning_rate=0.02), store, resume=True)
-    assert config_path(store).read_text() == said
+    assert config_path(store).read_text() == settings
     xr.testing.assert_identical(open_store(store), runs)
 
 

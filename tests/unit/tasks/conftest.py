@@ -71,7 +71,7 @@ def rows_of():
 
     def made(rows, source="file"):
         numbers = list(range(1, len(rows) + 1))
-        return Rows(source, "line", numbers, [f"{source}-{one}" for one in numbers], rows)
+        return Rows(source, "line", numbers, [f"{source}-{number}" for number in numbers], rows)
 
     return made
 

@@ -39,21 +39,21 @@ def slow(model, prompt, new_tokens):
 @pytest.mark.parametrize("eos", [True, False])
 def test_greedy_decoding_word_by_word(toy, eos):
     model = toy("decoder", eos=eos, scale=2.0)
-    ids = [model.tokenizer(one)["input_ids"] for one in PROMPTS]
+    ids = [model.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     written = continuations(model, ids, 4)(model.tensors)
-    assert written == [slow(model, one, 4) for one in PROMPTS]
+    assert written == [slow(model, prompt, 4) for prompt in PROMPTS]
     assert len(set(written)) > 2
-    ended = [len(one.split()) < 4 for one in written]
+    ended = [len(text.split()) < 4 for text in written]
     assert not eos or any(ended)
 
 
 def test_an_encoder_decoder_writes_what_it_ranks_first(toy, rows_of):
     """Its text is scored by both packages; ten queries take two batches."""
     model = toy("encoder-decoder", scale=2.0)
-    rows = [{"q": one, "label": str(at % 2)} for at, one in enumerate(PROMPTS)]
-    given = {"prompt": "{q}", "labels": {"0": "no", "1": "yes"}, "key": KEY, "new_tokens": 3}
+    rows = [{"q": prompt, "label": str(at % 2)} for at, prompt in enumerate(PROMPTS)]
+    settings = {"prompt": "{q}", "labels": {"0": "no", "1": "yes"}, "key": KEY, "new_tokens": 3}
     task = seq2seq_task(
-        model, rows_of(rows), rows_of(rows, "query"), metrics=["rouge_l", "bleu"], **given
+        model, rows_of(rows), rows_of(rows, "query"), metrics=["rouge_l", "bleu"], **settings
     )
     assert (list(task.scores), task.metrics) == (["rouge_l", "bleu"], {})
     rouge, bleu = (score(task.params) for score in task.scores.values())
@@ -64,13 +64,13 @@ def test_an_encoder_decoder_writes_what_it_ranks_first(toy, rows_of):
         source = Sequence(inputs, jnp.zeros_like(inputs), jnp.ones(len(read), bool))
         buffer, words = [0], []
         for _ in range(3):
-            found = model.network.seq2seq_logits(model.tensors, source, jnp.asarray(buffer))
-            buffer.append(int(found[-1].argmax()))
+            logits = model.network.seq2seq_logits(model.tensors, source, jnp.asarray(buffer))
+            buffer.append(int(logits[-1].argmax()))
             if buffer[-1] == 1:
                 break
             words.append(model.tokenizer.decode([buffer[-1]], skip_special_tokens=True))
-        words, right = [one for one in words if one], ["no", "yes"][at % 2]
-        words = [one for one in words if one != "<unk>"]
+        words, right = [word for word in words if word], ["no", "yes"][at % 2]
+        words = [word for word in words if word != "<unk>"]
         hits = min(words.count(right), 1)
         assert rouge[at] == pytest.approx(2 * hits / (len(words) + 1) if words else 0.0)
         assert (bleu[at] > 0) == bool(hits)
@@ -104,8 +104,8 @@ def test_texts_are_written_once_for_the_same_weights():
 
     scores = text_scores(write, ["yes"])
     first, second = {"w": jnp.zeros(())}, {"w": jnp.ones(())}
-    assert [scores[one](first)[0] for one in ("bleu", "rouge_l")] == [0.0, 0.0]
-    assert [scores[one](dict(first))[0] for one in ("bleu", "rouge_l")] == [0.0, 0.0]
+    assert [scores[name](first)[0] for name in ("bleu", "rouge_l")] == [0.0, 0.0]
+    assert [scores[name](dict(first))[0] for name in ("bleu", "rouge_l")] == [0.0, 0.0]
     assert scores["rouge_l"](second)[0] == 1.0
     assert asked == [0.0, 1.0]
 
@@ -120,29 +120,29 @@ def test_a_metric_whose_package_is_missing_says_which_extra(toy, rows_of, monkey
 
 def test_no_room_for_new_tokens_is_refused(toy, rows_of):
     rows = [{"q": "a b c", "answer": "b"}]
-    given = {"prompt": "{q}", "completion": "{answer}", "key": KEY, "metrics": ["rouge_l"]}
+    settings = {"prompt": "{q}", "completion": "{answer}", "key": KEY, "metrics": ["rouge_l"]}
     files = (rows_of(rows), rows_of(rows))
     with pytest.raises(Misuse, match=r"new_tokens: got 6 after a prompt of 3 tokens; .* 8 pos"):
-        causal_task(toy("decoder", positions=8), *files, new_tokens=6, **given)
-    task = causal_task(toy("decoder", positions=8), *files, new_tokens=5, **given)
+        causal_task(toy("decoder", positions=8), *files, new_tokens=6, **settings)
+    task = causal_task(toy("decoder", positions=8), *files, new_tokens=5, **settings)
     assert task.scores["rouge_l"](task.params).shape == (1,)
 
 
 # Measures and padding
 
-SCORES = st.lists(st.integers(-40, 40).map(lambda one: one / 8), min_size=2, max_size=5)
+SCORES = st.lists(st.integers(-40, 40).map(lambda eighths: eighths / 8), min_size=2, max_size=5)
 
 
 @settings(max_examples=50, deadline=None)
 @given(SCORES, st.integers(0, 4))
 def test_accuracy_is_the_sign_of_the_margin(scores, right):
     right %= len(scores)
-    others = [one for at, one in enumerate(scores) if at != right]
+    others = [score for at, score in enumerate(scores) if at != right]
     values = np.array(scores, "f4")
     with jax.disable_jit():
-        found = float(margin(jnp.asarray(values), jnp.asarray(right)))
+        log_odds = float(margin(jnp.asarray(values), jnp.asarray(right)))
         hit = float(accuracy(jnp.asarray(values), jnp.asarray(right)))
-    assert found == scores[right] - max(others)
+    assert log_odds == scores[right] - max(others)
     assert hit == (scores[right] > max(others))
 
 
@@ -157,6 +157,6 @@ def test_padded_lengths_hold_the_text_and_waste_little(length, limit):
 
 
 def test_few_padded_lengths_serve_all_texts():
-    lengths = {bucket(one, 1024) for one in range(1, 1025)}
+    lengths = {bucket(longest, 1024) for longest in range(1, 1025)}
     assert len(lengths) == 28 and max(lengths) == 1024
-    assert {bucket(one, 128) for one in range(1, 129)} == set(range(8, 129, 8))
+    assert {bucket(longest, 128) for longest in range(1, 129)} == set(range(8, 129, 8))

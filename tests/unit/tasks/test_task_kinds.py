@@ -38,7 +38,7 @@ def by_hand(model, before, words, *, read=None):
     embed, out = (np.asarray(model.tensors[name], float) for name in ("embed", "out"))
     ids, nats = list(before), []
     for word in words.split():
-        state = sum(0.5**back * embed[one] for back, one in enumerate(reversed(ids)))
+        state = sum(0.5**back * embed[token] for back, token in enumerate(reversed(ids)))
         logits = (state + (0.0 if read is None else read)) @ out.T
         ids.append(WORDS.index(word))
         nats.append(np.log(np.exp(logits).sum()) - logits[ids[-1]])
@@ -53,13 +53,13 @@ def read_by_hand(model, text):
     """What the encoder of an encoder-decoder hands over: the sum of all states."""
     embed = np.asarray(model.tensors["embed"], float)
     states = [np.zeros(embed.shape[1])]
-    for one in ids(text):
-        states.append(0.5 * states[-1] + embed[one])
+    for token in ids(text):
+        states.append(0.5 * states[-1] + embed[token])
     return sum(states)
 
 
 def words_of(row):
-    return " ".join(WORDS[one] for one in np.asarray(row))
+    return " ".join(WORDS[token] for token in np.asarray(row))
 
 
 # Causal
@@ -70,8 +70,8 @@ def causal(toy, rows_of):
     """A causal task of questions and answers, for any toy and settings."""
 
     def made(model=None, train=TRAIN, query=QUERY, **settings):
-        given = {"prompt": "{q}", "completion": "{answer}", "key": KEY, **settings}
-        return causal_task(model or toy("decoder"), rows_of(train), rows_of(query), **given)
+        arguments = {"prompt": "{q}", "completion": "{answer}", "key": KEY, **settings}
+        return causal_task(model or toy("decoder"), rows_of(train), rows_of(query), **arguments)
 
     return made
 
@@ -122,7 +122,7 @@ def test_special_tokens_of_a_causal_sequence(toy, causal, settings, expected, ca
 def test_longer_neighbours_keep_causal_losses(causal):
     longer = [*TRAIN, {"q": "a " * 8, "answer": "yes"}]
     task, padded = causal(), causal(train=longer)
-    shapes = [one.query["tokens"].shape for one in (task, padded)]
+    shapes = [variant.query["tokens"].shape for variant in (task, padded)]
     assert shapes == [(2, 8), (2, 16)]
     np.testing.assert_allclose(every(task.loss, task), every(padded.loss, padded), rtol=1e-6)
 
@@ -141,7 +141,7 @@ def test_completions_that_are_cut_are_counted_and_lost_ones_refused(toy, causal,
 
 def test_accuracy_is_what_greedy_decoding_would_write(toy, causal):
     model = toy("decoder", scale=3.0)
-    out, embed = (np.asarray(model.tensors[one]) for one in ("out", "embed"))
+    out, embed = (np.asarray(model.tensors[name]) for name in ("out", "embed"))
     rows = []
     for word in ("a", "b", "c", "d"):
         best = WORDS[int((embed[WORDS.index(word)] @ out.T).argmax())]
@@ -154,7 +154,7 @@ def test_accuracy_is_what_greedy_decoding_would_write(toy, causal):
 
 
 @pytest.mark.parametrize(
-    ("settings", "given", "match"),
+    ("settings", "arguments", "match"),
     [
         ({"vocabulary": 8}, {}, "file line 1: got token 'yes' with id 8; expected ids below 8"),
         ({}, {"prompt": "{x}"}, r"file line 1: got no 'x' among fields q, answer, label.*--prompt"),
@@ -167,9 +167,9 @@ def test_accuracy_is_what_greedy_decoding_would_write(toy, causal):
         ),
     ],
 )
-def test_what_does_not_fit_a_causal_task_is_refused(toy, causal, settings, given, match):
+def test_what_does_not_fit_a_causal_task_is_refused(toy, causal, settings, arguments, match):
     with pytest.raises(Misuse, match=match):
-        causal(toy("decoder", **settings), **given)
+        causal(toy("decoder", **settings), **arguments)
 
 
 def test_a_tuning_decides_what_trains(causal):
@@ -185,8 +185,8 @@ def test_a_tuning_decides_what_trains(causal):
 
 
 def choice(model, rows_of, **settings):
-    given = {"prompt": "{q}", "options": ["one", "two"], "key": KEY, "metrics": METRICS}
-    return choice_task(model, rows_of(COPA), rows_of(COPA, "query"), **{**given, **settings})
+    defaults = {"prompt": "{q}", "options": ["one", "two"], "key": KEY, "metrics": METRICS}
+    return choice_task(model, rows_of(COPA), rows_of(COPA, "query"), **{**defaults, **settings})
 
 
 def check_choice(task, scores):
@@ -206,7 +206,8 @@ def test_choice_by_a_decoders_likelihood_by_hand(toy, rows_of):
     task = choice(model, rows_of)
     assert task.validate().query["tokens"].shape == (2, 2, 8)
     scores = [
-        [-by_hand(model, ids(row["q"]), row[one]).mean() for one in ("one", "two")] for row in COPA
+        [-by_hand(model, ids(row["q"]), row[option]).mean() for option in ("one", "two")]
+        for row in COPA
     ]
     check_choice(task, scores)
 
@@ -217,7 +218,7 @@ def test_choice_by_the_answers_of_an_encoder_decoder_by_hand(toy, rows_of):
     assert task.query["tokens"].shape == (2, 8) and task.query["target"].shape == (2, 2, 8)
     reads = [read_by_hand(model, row["q"]) for row in COPA]
     scores = [
-        [-by_hand(model, [0], f"{row[one]} </s>", read=read).mean() for one in ("one", "two")]
+        [-by_hand(model, [0], f"{row[option]} </s>", read=read).mean() for option in ("one", "two")]
         for row, read in zip(COPA, reads, strict=True)
     ]
     check_choice(task, scores)
@@ -231,9 +232,9 @@ def test_choice_by_an_encoders_head_by_hand(toy, rows_of):
     scores = []
     for row in COPA:
         pair = []
-        for one in ("one", "two"):
+        for option in ("one", "two"):
             state, states = np.zeros(embed.shape[1]), []
-            for token in ids(f"{row['q']} {row[one]}"):
+            for token in ids(f"{row['q']} {row[option]}"):
                 state = 0.5 * state + embed[token]
                 states.append(state)
             pair.append(np.mean(states, axis=0) @ head)
@@ -255,24 +256,24 @@ def test_choice_by_an_encoders_head_by_hand(toy, rows_of):
 )
 def test_choices_that_do_not_fit_are_refused(toy, rows_of, change, settings, match):
     rows = rows_of([{**COPA[0], **change}, COPA[1]])
-    given = {"prompt": "{q}", "options": ["one", "two"], "key": KEY, **settings}
+    arguments = {"prompt": "{q}", "options": ["one", "two"], "key": KEY, **settings}
     with pytest.raises(Misuse, match=match):
-        choice_task(toy("decoder"), rows, rows_of(COPA), **given)
+        choice_task(toy("decoder"), rows, rows_of(COPA), **arguments)
 
 
 # Seq2seq
 
 
 def seq2seq(model, rows_of, train=TRAIN, query=QUERY, **settings):
-    given = {"prompt": "{q}", "labels": LABELS, "key": KEY, **settings}
-    return seq2seq_task(model, rows_of(train), rows_of(query, "query"), **given)
+    arguments = {"prompt": "{q}", "labels": LABELS, "key": KEY, **settings}
+    return seq2seq_task(model, rows_of(train), rows_of(query, "query"), **arguments)
 
 
 def test_seq2seq_loss_and_ranks_against_brute_force(toy, rows_of):
     model = toy("encoder-decoder", scale=0.7)
     query = [
-        {"q": f"{one} {two}", "label": str(at % 2)}
-        for at, (one, two) in enumerate([("a", "b"), ("c", "d"), ("b", "b"), ("d", "yes")])
+        {"q": f"{first} {second}", "label": str(at % 2)}
+        for at, (first, second) in enumerate([("a", "b"), ("c", "d"), ("b", "b"), ("d", "yes")])
     ]
     task = seq2seq(model, rows_of, query=query, metrics=METRICS).validate()
     losses = np.array(
@@ -354,13 +355,14 @@ def test_queries_without_their_padding_have_the_same_losses(kind, toy, rows_of, 
     }[kind]()
     whole = dataclasses.replace(task.validate(), query_lengths=None, cut=None)
     assert len(length_groups(task.query_lengths)) > 1
-    found, expected = (
-        jax.jit(measure_of(one, None))(one.params, fixed_of(one)) for one in (task, whole)
+    cut, expected = (
+        jax.jit(measure_of(variant, None))(variant.params, fixed_of(variant))
+        for variant in (task, whole)
     )
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(cut[name], value, rtol=1e-5, atol=1e-6)
     # The loss in two parts is the loss.
-    parts = jax.vmap(lambda one: task.output_loss(task.outputs(task.params, one), one))
+    parts = jax.vmap(lambda example: task.output_loss(task.outputs(task.params, example), example))
     np.testing.assert_allclose(parts(task.query), every(task.loss, task), rtol=1e-5)
 
 
@@ -375,8 +377,8 @@ def test_drawn_slopes_have_the_hessian_of_the_loss_of_a_text():
     drawn = jax.vmap(lambda key: drawn_slopes(logits, counted, key))(keys).reshape(-1, 9)
     # Standard errors are below .5 / sqrt(20000).
     np.testing.assert_allclose(drawn.mean(axis=0), 0.0, atol=0.015)
-    found = drawn.T @ drawn / len(keys)
-    np.testing.assert_allclose(found, jax.hessian(loss)(logits.ravel()), atol=0.015)
+    covariance = drawn.T @ drawn / len(keys)
+    np.testing.assert_allclose(covariance, jax.hessian(loss)(logits.ravel()), atol=0.015)
 
 
 # Classification by other networks
@@ -387,10 +389,10 @@ def test_a_decoder_classifies_by_its_last_token(toy, rows_of):
     files = (rows_of(TRAIN), rows_of(QUERY))
     model = toy("decoder")
     task = classification_task(model, *files, pooling="last", **settings)
-    embed, head = (np.asarray(task.params[one], float) for one in ("embed", "classifier.weight"))
+    embed, head = (np.asarray(task.params[name], float) for name in ("embed", "classifier.weight"))
     state = np.zeros(embed.shape[1])
-    for one in ids("d a c"):
-        state = 0.5 * state + embed[one]
+    for token in ids("d a c"):
+        state = 0.5 * state + embed[token]
     logits = state @ head.T
     expected = np.log(np.exp(logits).sum()) - logits[1]
     np.testing.assert_allclose(every(task.loss, task)[1], expected, rtol=1e-5)

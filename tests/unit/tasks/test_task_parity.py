@@ -34,8 +34,8 @@ def test_causal_losses_of_gpt2(tmp_path, toy_tokenizer, rows_of):
     model.save_pretrained(tmp_path)
     toy_tokenizer(pad=False).save_pretrained(tmp_path)
     mine = pretrained(load_checkpoint(tmp_path))
-    given = {"prompt": "{q}", "completion": "{answer}", "key": KEY}
-    task = causal_task(mine, rows_of(ROWS), rows_of(ROWS, "query"), **given).validate()
+    settings = {"prompt": "{q}", "completion": "{answer}", "key": KEY}
+    task = causal_task(mine, rows_of(ROWS), rows_of(ROWS, "query"), **settings).validate()
     losses = jax.vmap(task.loss, in_axes=(None, 0))(task.params, task.query)
     for row, loss in zip(ROWS, losses.tolist(), strict=True):
         prompt, answer = ids(row["q"]), ids(f"{row['answer']} </s>")
@@ -58,8 +58,8 @@ def test_seq2seq_losses_of_t5(tmp_path, toy_tokenizer, rows_of):
     model.save_pretrained(tmp_path)
     toy_tokenizer().save_pretrained(tmp_path)
     mine = pretrained(load_checkpoint(tmp_path))
-    given = {"prompt": "{q}", "labels": {"0": "no no", "1": "yes"}, "key": KEY}
-    task = seq2seq_task(mine, rows_of(ROWS), rows_of(ROWS, "query"), **given).validate()
+    settings = {"prompt": "{q}", "labels": {"0": "no no", "1": "yes"}, "key": KEY}
+    task = seq2seq_task(mine, rows_of(ROWS), rows_of(ROWS, "query"), **settings).validate()
     losses = jax.vmap(task.loss, in_axes=(None, 0))(task.params, task.query)
     for row, loss in zip(ROWS, losses.tolist(), strict=True):
         source, answer = torch.tensor([ids(row["q"])]), torch.tensor([ids(f"{row['answer']} </s>")])

@@ -44,7 +44,8 @@ def begun(tuning, tensors):
 def trained(tuned, rng):
     """Parameters of some run."""
     return {
-        name: jnp.asarray(rng.normal(size=one.shape), "f4") for name, one in tuned.params.items()
+        name: jnp.asarray(rng.normal(size=value.shape), "f4")
+        for name, value in tuned.params.items()
     }
 
 
@@ -68,10 +69,10 @@ def test_what_is_saved_comes_back(tmp_path, tensors, rng, tuning, prefix):
     again = with_adapter(other, adapter, family="bert")
     assert again.params.keys() == params.keys()
     expected = tuned.assemble(params, tuned.frozen)
-    found = again.assemble(again.params, again.frozen)
-    assert found.keys() == expected.keys()
+    tensors_again = again.assemble(again.params, again.frozen)
+    assert tensors_again.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value)
+        np.testing.assert_array_equal(tensors_again[name], value)
     assert again.counts() == tuned.counts()
 
 
@@ -79,8 +80,8 @@ def test_names_and_settings_are_those_of_peft(tmp_path, tensors, rng):
     folder = saved(tmp_path / "lora", tensors, rng)
     start = f"base_model.model.bert.{LAYER}"
     assert sorted(load_file(folder / "adapter_model.safetensors")) == [
-        *(f"{start}.query.lora_{one}.weight" for one in "AB"),
-        *(f"{start}.value.lora_{one}.weight" for one in "AB"),
+        *(f"{start}.query.lora_{factor}.weight" for factor in "AB"),
+        *(f"{start}.value.lora_{factor}.weight" for factor in "AB"),
         "base_model.model.classifier.bias",
         "base_model.model.classifier.weight",
     ]
@@ -121,7 +122,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, tensors, rng, monkeypatch
     tuned = begun(LoRA(rank=1), tensors)
     with pytest.raises(WorkFailed, match="No space left"):
         save_adapter(tuned, folder, base_name="x", overwrite=True)
-    assert [one.name for one in tmp_path.iterdir()] == ["adapter"]
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
     assert load_adapter(folder).tuning.rank == 2
 
 
@@ -131,7 +132,7 @@ def test_what_is_no_adapter_is_not_saved(tmp_path, tensors):
     tuned = begun(LoRA(), tensors)
     with pytest.raises(Misuse, match=r"params: got other tensors than are trained: encoder"):
         save_adapter(tuned, tmp_path / "x", base_name="x", params=begun(IA3(), tensors).params)
-    several = {name: jnp.stack([one, one]) for name, one in tuned.params.items()}
+    several = {name: jnp.stack([value, value]) for name, value in tuned.params.items()}
     with pytest.raises(Misuse, match="one run's final parameters"):
         save_adapter(tuned, tmp_path / "x", base_name="x", params=several)
     assert not (tmp_path / "x").exists()
@@ -179,11 +180,11 @@ def test_broken_files_are_named(tmp_path, tensors, rng):
         (lambda all: {"query.lora_A.weight": all.popitem()[1]}, r"got tensors query.lora_A.weight"),
         (lambda all: all | {"base_model.model.x.lora_magnitude_vector": np.ones(2)}, "magnitude"),
         (
-            lambda all: {name: one for name, one in all.items() if "lora_B" not in name},
+            lambda all: {name: value for name, value in all.items() if "lora_B" not in name},
             r"got no tensor bert.*lora_B.weight",
         ),
         (
-            lambda all: {name: one for name, one in all.items() if "lora" not in name},
+            lambda all: {name: value for name, value in all.items() if "lora" not in name},
             "got no tensor .lora_A",
         ),
     ],
@@ -201,7 +202,7 @@ def test_an_adapter_of_another_network_is_refused(tmp_path, tensors, rng):
     wider = {**tensors, f"{LAYER}.value.weight": jnp.ones((4, 7))}
     with pytest.raises(Misuse, match=r"value.lora_A.weight: got shape \(2, 4\).*\(2, 7\)"):
         with_adapter(wider, adapter, family="bert")
-    fewer = {name: one for name, one in tensors.items() if "value" not in name}
+    fewer = {name: value for name, value in tensors.items() if "value" not in name}
     with pytest.raises(Misuse, match=r"adapter layer bert.*value: got a network without it"):
         with_adapter(fewer, adapter, family="bert")
     assert isinstance(adapter, Adapter)

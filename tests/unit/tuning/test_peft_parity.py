@@ -58,8 +58,8 @@ def torch_model(family):
     torch.manual_seed(0)
     model = kind(kind.config_class(**settings)).eval()
     with torch.no_grad():
-        for one in model.parameters():
-            one.normal_(std=0.3)
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
     return model
 
 
@@ -80,14 +80,14 @@ def peft_model(family, method):
         config.modules_to_save = ["classifier"]
     model = peft.get_peft_model(torch_model(family), config).eval()
     with torch.no_grad():
-        for name, one in model.named_parameters():
+        for name, parameter in model.named_parameters():
             if "lora_" in name or "ia3_" in name or "modules_to_save" in name:
-                one.normal_(mean=0.5, std=0.3)
+                parameter.normal_(mean=0.5, std=0.3)
     return model
 
 
 def tensors_of(model):
-    return {name: jnp.asarray(one.numpy()) for name, one in model.state_dict().items()}
+    return {name: jnp.asarray(value.numpy()) for name, value in model.state_dict().items()}
 
 
 def begun(family, method, tensors):
@@ -98,10 +98,10 @@ def adapter_of(model):
     """peft's adapter under our names."""
     from peft import get_peft_model_state_dict
 
-    found = get_peft_model_state_dict(model)
+    theirs = get_peft_model_state_dict(model)
     return {
-        name.removeprefix("base_model.model."): jnp.asarray(one.detach().numpy())
-        for name, one in found.items()
+        name.removeprefix("base_model.model."): jnp.asarray(value.detach().numpy())
+        for name, value in theirs.items()
     }
 
 
@@ -112,11 +112,13 @@ def outputs(model, family):
         return model(input_ids=tokens, **more).logits.numpy()
 
 
-def assert_merged_alike(found, model):
-    expected = {name: one.numpy() for name, one in model.merge_and_unload().state_dict().items()}
-    assert found.keys() == expected.keys()
+def assert_merged_alike(merged, model):
+    expected = {
+        name: value.numpy() for name, value in model.merge_and_unload().state_dict().items()
+    }
+    assert merged.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(merged[name], value, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(("family", "method"), BOTH)
@@ -200,7 +202,7 @@ def test_patterns_of_ours_that_peft_reads_otherwise_are_written_as_full_names(tm
         ]
     ):
         tuned = tuning.begin(tensors, family="gpt2", key=jax.random.key(0))
-        params = {name: one + 0.3 for name, one in tuned.params.items()}
+        params = {name: value + 0.3 for name, value in tuned.params.items()}
         folder = save_adapter(tuned, tmp_path / str(at), base_name="", params=params)
         again = PeftModel.from_pretrained(torch_model("gpt2"), folder)
         assert_merged_alike(tuned.assemble(params, tuned.frozen), again)
@@ -209,6 +211,6 @@ def test_patterns_of_ours_that_peft_reads_otherwise_are_written_as_full_names(tm
 def test_bfloat16_adapters_of_peft_are_read(tmp_path):
     model = peft_model("bert", "lora").to(torch.bfloat16)
     model.save_pretrained(tmp_path)
-    found = load_adapter(tmp_path).params
-    for name, one in adapter_of(model.float()).items():
-        np.testing.assert_array_equal(found[name], one)
+    params = load_adapter(tmp_path).params
+    for name, value in adapter_of(model.float()).items():
+        np.testing.assert_array_equal(params[name], value)

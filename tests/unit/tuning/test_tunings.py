@@ -48,8 +48,10 @@ def assembled(tuned):
     return tuned.assemble(tuned.params, tuned.frozen)
 
 
-def same_bits(one, other):
-    return one.dtype == other.dtype and np.asarray(one).tobytes() == np.asarray(other).tobytes()
+def same_bits(first, second):
+    return (
+        first.dtype == second.dtype and np.asarray(first).tobytes() == np.asarray(second).tobytes()
+    )
 
 
 EVERY = {
@@ -66,9 +68,9 @@ EVERY = {
 def test_training_starts_at_the_very_same_tensors(rng, tuning, dtype):
     tensors = bert_like(rng, dtype)
     tuned = begun(tuning, tensors)
-    found = assembled(tuned)
-    assert sorted(found) == sorted(tensors)
-    assert all(same_bits(found[name], tensors[name]) for name in tensors)
+    merged = assembled(tuned)
+    assert sorted(merged) == sorted(tensors)
+    assert all(same_bits(merged[name], tensors[name]) for name in tensors)
     assert isinstance(tuning, Tuning)
 
 
@@ -79,15 +81,15 @@ def test_only_what_is_trained_has_gradients_and_optimizer_state(rng, tuning):
 
     def loss(params):
         values = tuned.assemble(params, tuned.frozen).values()
-        return sum(jnp.square(one).sum() for one in values if one.dtype == jnp.float32)
+        return sum(jnp.square(value).sum() for value in values if value.dtype == jnp.float32)
 
     gradient = jax.jit(jax.grad(loss))(started)
     assert gradient.keys() == tuned.params.keys()
-    assert all(np.abs(one).max() > 0 for one in gradient.values())
+    assert all(np.abs(value).max() > 0 for value in gradient.values())
     state = optax.adamw(0.1).init(tuned.params)
-    leaves = [one for one in jax.tree.leaves(state) if one.ndim]
+    leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     assert len(leaves) == 2 * len(tuned.params)
-    assert sum(one.size for one in leaves) == 2 * tuned.counts()["trained"]
+    assert sum(leaf.size for leaf in leaves) == 2 * tuned.counts()["trained"]
 
 
 def test_what_each_trains(rng):
@@ -95,12 +97,12 @@ def test_what_each_trains(rng):
     head = {"classifier.weight", "classifier.bias"}
     floating = set(tensors) - {"embeddings.position_ids"}
     attention = "encoder.layer.0.attention.self"
-    trained = {name: set(begun(one, tensors).params) for name, one in EVERY.items()}
+    trained = {name: set(begun(tuning, tensors).params) for name, tuning in EVERY.items()}
     assert trained["full"] == floating
-    assert trained["excluding"] == {one for one in floating if "embeddings" not in one}
+    assert trained["excluding"] == {name for name in floating if "embeddings" not in name}
     assert trained["head"] == head
     assert trained["lora"] == head | {
-        f"{attention}.{part}.lora_{one}.weight" for part in ("query", "value") for one in "AB"
+        f"{attention}.{part}.lora_{factor}.weight" for part in ("query", "value") for factor in "AB"
     }
     assert trained["ia3"] == head | {
         f"{attention}.key.ia3_l",
@@ -111,11 +113,11 @@ def test_what_each_trains(rng):
 
 def test_counts_and_settings_are_plain_values(rng):
     tensors = bert_like(rng)
-    network = sum(one.size for one in tensors.values()) - 5
-    said = begun(LoRA(rank=3, alpha=5), tensors).as_dict()
+    network = sum(value.size for value in tensors.values()) - 5
+    settings = begun(LoRA(rank=3, alpha=5), tensors).as_dict()
     trained = 2 * (3 * HIDDEN + HIDDEN * 3) + 2 * HIDDEN + 2
     total = network + trained - (2 * HIDDEN + 2)
-    assert said == {
+    assert settings == {
         "name": "lora",
         "rank": 3,
         "alpha": 5,
@@ -125,9 +127,9 @@ def test_counts_and_settings_are_plain_values(rng):
         "share": trained / total,
     }
     assert begun(Full(["embeddings.*"]), tensors).as_dict()["exclude"] == ["embeddings.*"]
-    said = begun(IA3(), tensors).as_dict()
-    assert said["targets"] == ["key", "value", "output.dense"]
-    assert said["feedforward"] == ["output.dense"]
+    settings = begun(IA3(), tensors).as_dict()
+    assert settings["targets"] == ["key", "value", "output.dense"]
+    assert settings["feedforward"] == ["output.dense"]
     assert IA3().as_dict() == {"name": "ia3", "targets": None, "feedforward": None}
     assert begun(Head(), tensors).counts()["trained"] == 2 * HIDDEN + 2
 
@@ -144,12 +146,12 @@ def by_hand(tuning, params, *, family="bert", dtype=jnp.float32, layer="query"):
     weight = weight.T if family == "gpt2" else weight
     tensors = {f"a.{layer}.weight": weight, f"a.{layer}.bias": jnp.asarray(BIAS, dtype)}
     tuned = begun(tuning, tensors, family)
-    given = {f"a.{layer}.{name}": jnp.asarray(value) for name, value in params.items()}
-    shapes = {name: value.shape for name, value in given.items()}
+    adapter = {f"a.{layer}.{name}": jnp.asarray(value) for name, value in params.items()}
+    shapes = {name: value.shape for name, value in adapter.items()}
     assert {name: value.shape for name, value in tuned.params.items()} == shapes
-    found = tuned.assemble(given, tuned.frozen)
-    weight = found[f"a.{layer}.weight"]
-    return weight.T if family == "gpt2" else weight, found[f"a.{layer}.bias"]
+    merged = tuned.assemble(adapter, tuned.frozen)
+    weight = merged[f"a.{layer}.weight"]
+    return weight.T if family == "gpt2" else weight, merged[f"a.{layer}.bias"]
 
 
 @pytest.mark.parametrize(("family", "layer"), [("bert", "query"), ("gpt2", "c_attn")])
@@ -205,7 +207,7 @@ def test_many_runs_are_assembled_by_vmap(rng):
     tuned = begun(LoRA(rank=2), bert_like(rng))
     name = "encoder.layer.0.attention.self.query"
     up = jnp.asarray(rng.normal(size=(3, HIDDEN, 2)), jnp.float32)
-    several = {one: jnp.repeat(value[None], 3, 0) for one, value in tuned.params.items()}
+    several = {name: jnp.repeat(value[None], 3, 0) for name, value in tuned.params.items()}
     several[f"{name}.lora_B.weight"] = up
     together = jax.vmap(tuned.assemble, in_axes=(0, None))(several, tuned.frozen)
     for run in range(3):
@@ -229,7 +231,7 @@ def test_patterns_match_whole_names_or_ends_after_a_dot():
 def test_embeddings_norms_biases_and_the_head_are_no_linear_layers(rng):
     layer = "encoder.layer.0"
     parts = ("key", "query", "value")
-    expected = [*(f"{layer}.attention.self.{one}" for one in parts), f"{layer}.output.dense"]
+    expected = [*(f"{layer}.attention.self.{part}" for part in parts), f"{layer}.output.dense"]
     assert linear_layers(bert_like(rng), family_of("bert")) == expected
 
 
@@ -273,7 +275,7 @@ def test_what_does_not_fit_is_refused(rng, tuning, family, match):
 
 
 def test_a_head_is_needed_to_train_one(rng):
-    tensors = {name: one for name, one in bert_like(rng).items() if "classifier" not in name}
+    tensors = {name: value for name, value in bert_like(rng).items() if "classifier" not in name}
     with pytest.raises(Misuse, match=r"tuning head: got a network without tensors classifier"):
         begun(Head(), tensors)
     assert all("lora" in name for name in begun(LoRA(), tensors).params)
@@ -327,7 +329,7 @@ def test_recording_trains_the_adapters_alone(tmp_path, rng):
         "classifier.weight": jnp.asarray(rng.normal(size=(1, 3)), jnp.float32),
     }
     tuned = begun(LoRA(rank=1, alpha=1, targets=["query"]), tensors)
-    assert tuned.counts()["trained"] < sum(one.size for one in tensors.values())
+    assert tuned.counts()["trained"] < sum(value.size for value in tensors.values())
     inputs = jnp.asarray(rng.normal(size=(5, 6)), jnp.float32)
 
     def loss(weights, example):
@@ -361,5 +363,5 @@ def test_recording_trains_the_adapters_alone(tmp_path, rng):
                 slope = jax.grad(of)(params)
                 params = {name: params[name] - 0.01 * slope[name] for name in params}
             weights = tuned.assemble(params, tuned.frozen)
-            losses.append([loss(weights, one) for one in inputs[3:]])
+            losses.append([loss(weights, example) for example in inputs[3:]])
         np.testing.assert_allclose(runs["loss"][run], losses, rtol=1e-5)
