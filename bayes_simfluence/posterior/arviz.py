@@ -55,7 +55,7 @@ PRIOR: Final = frozenset(["prior", "prior_predictive"])
 LIMIT_BYTES: Final = 2 * 2**30
 """Most bytes of draws that a container is made of unless more is asked for."""
 
-CONSTANT: Final = ("batch", "step_size", "train_feature", "query_feature")
+CONSTANT: Final = ("batch", "weight", "step_size", "train_feature", "query_feature")
 DIMS: Final = ("chain", "draw", "run", "time", "query")
 
 

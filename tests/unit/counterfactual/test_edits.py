@@ -6,9 +6,11 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.counterfactual import edits as e
 from bayes_simfluence.data.runs import runs_from_arrays
+from bayes_simfluence.evaluation.synthetic import linear_runs
 
 curricula = st.lists(st.lists(st.integers(-1, 6), min_size=3, max_size=3), min_size=1, max_size=6)
 
@@ -206,3 +208,23 @@ def test_an_edit_of_ones_own_gets_its_arguments_as_they_are():
 def test_unknown_ids_are_named():
     with pytest.raises(Misuse, match="examples to drop: got unknown ids z; expected ids among a"):
         e.edit_runs(some_runs(), e.drop, ["z"])
+
+
+@pytest.mark.parametrize("objective", ["paper", "centred"])
+def test_a_weight_of_two_is_two_slots_to_a_fit_and_its_simulations(objective, key):
+    runs, _ = linear_runs(key=key, runs=5, train=6, query=2, per_run=4, epochs=2)
+    batch, loss = runs["batch"].values, runs["loss"].values
+    slots = np.concatenate([batch, batch[:, :, :1]], axis=2)
+    weight = np.where(batch >= 0, [2.0, 1.0], 0.0)
+    simulated = []
+    for recorded in (
+        runs_from_arrays(batch=slots, loss=loss),
+        runs_from_arrays(batch=batch, loss=loss, weight=weight),
+    ):
+        ridge = bs.fit(recorded, method=bs.Ridge(objective=objective, penalty=1.0), key=key)
+        planned = e.edit_runs(recorded, e.upweight, {0: 3.0})
+        simulated.append(ridge.simulate(planned, key=key)["mean_loss"].values)
+        assert (
+            abs(simulated[-1] - ridge.simulate(recorded, key=key)["mean_loss"].values).max() > 1e-3
+        )
+    np.testing.assert_allclose(*simulated, rtol=1e-5)
