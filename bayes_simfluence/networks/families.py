@@ -22,7 +22,7 @@ FAMILIES = {
     "t5": t5.FAMILY,
     "llama": llama.FAMILY,
     "mistral": llama.FAMILY,
-    "qwen2": llama.FAMILY,
+    "qwen2": llama.QWEN2,
 }
 """``model_type`` of a configuration -> its family."""
 

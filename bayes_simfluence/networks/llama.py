@@ -4,7 +4,7 @@ Llama (Touvron et al. 2023, arXiv 2302.13971 and 2307.09288), Mistral (Jiang et 
 2310.06825; a sliding window) and Qwen 2 (arXiv 2407.10671; biases of query, key and value).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,15 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["FAMILY", "LlamaSettings", "hidden_states", "network", "settings_of", "shapes_of"]
+__all__ = [
+    "FAMILY",
+    "QWEN2",
+    "LlamaSettings",
+    "hidden_states",
+    "network",
+    "settings_of",
+    "shapes_of",
+]
 
 UNUSED = (
     r"(.*\.)?rotary_emb\..*",
@@ -161,6 +169,9 @@ FAMILY = Family(
     prefix="model.",
     peft_task="CAUSAL_LM",
 )
+
+# peft scales queries, not keys, in Qwen 2.
+QWEN2 = replace(FAMILY, ia3_targets=("q_proj", "v_proj", "down_proj"))
 
 
 def _size(config: "PretrainedConfig") -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bayes_simfluence.networks.checkpoint import load_checkpoint, network_of
+from bayes_simfluence.networks.families import FAMILIES
 from bayes_simfluence.networks.heads import head_logits
 from bayes_simfluence.networks.network import Sequence
 from bayes_simfluence.tuning.peft_format import load_adapter, save_adapter, with_adapter
@@ -119,6 +120,19 @@ def assert_merged_alike(merged, model):
     assert merged.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(merged[name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_default_layers_are_those_of_peft(model_type):
+    from peft.utils import constants
+
+    family = FAMILIES[model_type]
+    for table, layers in (
+        (constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, family.lora_targets),
+        (constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, family.ia3_targets),
+        (constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING, family.ia3_feedforward),
+    ):
+        assert table.get(model_type, list(layers)) == list(layers)
 
 
 @pytest.mark.parametrize(("family", "method"), BOTH)
