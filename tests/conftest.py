@@ -105,3 +105,96 @@ def minilm_task() -> Callable[..., Any]:
         )
 
     return made
+
+
+@pytest.fixture(scope="session")
+def minilm_torch() -> Callable[[Any], Any]:
+    """Makes transformers' MiniLM with the head of a ``minilm_task``, a function of tokens and of
+    what is attended to."""
+
+    def made(task: Any) -> Any:
+        import torch
+        import transformers
+
+        class Classifier(torch.nn.Module):  # type: ignore[misc]
+            def __init__(self) -> None:
+                super().__init__()
+                self.encoder = transformers.AutoModel.from_pretrained(
+                    task.provenance["folder"],
+                    add_pooling_layer=False,
+                    dtype=torch.float32,
+                    attn_implementation="eager",
+                )
+                self.classifier = torch.nn.Linear(self.encoder.config.hidden_size, 2)
+
+            def forward(self, tokens: Any, attended: Any) -> Any:
+                # Scores as a mask: transformers asks a mask of bits for values, which vmap forbids.
+                mask = (1.0 - attended)[:, None, None, :] * torch.finfo(torch.float32).min
+                hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
+                pooled = (hidden * attended[..., None]).sum(1) / attended.sum(1, keepdim=True)
+                return self.classifier(pooled)
+
+        model = Classifier().eval()
+        with torch.no_grad():
+            for name in ("weight", "bias"):
+                value = torch.tensor(np.array(task.params[f"classifier.{name}"]))
+                getattr(model.classifier, name).copy_(value)
+        return model
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def kronfluence_scores() -> Callable[..., Any]:
+    """Fits kronfluence's EK-FAC to a classifier of two classes and scores ``(train, query)``.
+
+    Two classes have one direction of slopes, so nothing is random.
+    """
+
+    def made(
+        model: Any,
+        train: Any,
+        query: Any,
+        *,
+        logits: Callable[[Any, Any], Any],
+        label: Callable[[Any], Any],
+        mask: Callable[[Any], Any] = lambda batch: None,
+        damping: float,
+        queries: int,
+        folder: Path,
+    ) -> Any:
+        from kronfluence.analyzer import Analyzer, prepare_model
+        from kronfluence.arguments import FactorArguments, ScoreArguments
+        from kronfluence.task import Task
+        from torch.nn.functional import cross_entropy
+
+        class Classifier(Task):  # type: ignore[misc]
+            def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> Any:
+                outputs = logits(model, batch)
+                if not sample:
+                    return cross_entropy(outputs, label(batch), reduction="sum")
+                shares = outputs.detach().softmax(-1)
+                return (shares.prod(-1).sqrt() * (outputs[:, 0] - outputs[:, 1])).sum()
+
+            def compute_measurement(self, batch: Any, model: Any) -> Any:
+                return self.compute_train_loss(batch, model)
+
+            def get_attention_mask(self, batch: Any) -> Any:
+                return mask(batch)
+
+        task = Classifier()
+        analyzer = Analyzer(
+            "classifier",
+            prepare_model(model, task),
+            task,
+            cpu=True,
+            disable_tqdm=True,
+            output_dir=str(folder),
+        )
+        analyzer.fit_all_factors("factors", train, 20, factor_args=FactorArguments("ekfac"))
+        analyzer.compute_pairwise_scores(
+            "scores", "factors", query, train, queries, 20, score_args=ScoreArguments(damping)
+        )
+        return analyzer.load_pairwise_scores("scores")["all_modules"].T.numpy()
+
+    return made

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bayes_simfluence.attribution.gradients.gradients import (
+from bayes_simfluence.attribution.gradients.checkpoints import check_finite
+from bayes_simfluence.attribution.gradients.per_example import (
     MEMORY,
     GradientMaker,
     flat,
     flat_gradients,
     gradient_maker,
 )
-from bayes_simfluence.attribution.gradients.points import check_finite
 from bayes_simfluence.checks import Misuse, positive_integer, positive_number
 from bayes_simfluence.recording.checkpoints import named_tensors
 from bayes_simfluence.tasks.task import Task
@@ -109,7 +109,7 @@ def second_moments(
     memory: int = MEMORY,
     where: str = "these weights",
 ) -> Float[Array, " weight"]:
-    """Mean of the squared batch gradients over all batches of training examples, at one point.
+    """Mean of the squared batch gradients over all batches of training examples, at given weights.
 
     With m the mean and s the variance (divided by N) of the N examples' gradients, the mean
     gradient of b of them, drawn without replacement, has the mean square
@@ -117,7 +117,7 @@ def second_moments(
     (``beta2 = 0.999``) where this stands still.
 
     Args:
-        where: what errors call the point.
+        where: what errors call the weights.
 
     Raises:
         Misuse: a gradient that is not finite (its example is named).
@@ -130,18 +130,17 @@ def second_moments(
     for places, rows in flat_gradients(maker, params, task.train, memory=memory):
         total, squares = _added(total, squares, rows)
         sums[places] = np.asarray(rows.sum(axis=1))
-    check_finite(task, where, train=sums, query=np.zeros(0))
+    check_finite(task, where, train=sums)
     mean = total / count
     variance = jnp.maximum(squares / count - mean**2, 0.0)
-    found: Array = mean**2 + variance / batch_size * (count - batch_size) / max(count - 1, 1)
-    return found
+    return mean**2 + variance / batch_size * (count - batch_size) / max(count - 1, 1)
 
 
 @jax.jit
 def _added(
     total: Float[Array, " weight"],
     squares: Float[Array, " weight"],
-    rows: Float[Array, "piece weight"],
+    rows: Float[Array, "batch weight"],
 ) -> tuple[Float[Array, " weight"], Float[Array, " weight"]]:
     return total + rows.sum(axis=0), squares + jnp.square(rows).sum(axis=0)
 
@@ -154,17 +153,17 @@ def _check_moments(task: Task, moments: Sequence[PyTree], checkpoints: int) -> N
             expected="one for each checkpoint",
             do="pass them in the order of the checkpoints",
         )
-    wanted = {name: one.shape for name, one in named_tensors(task.params).items()}
-    for place, one in enumerate(moments):
-        found = named_tensors(one)
-        if {name: array.shape for name, array in found.items()} != wanted:
+    wanted = {name: array.shape for name, array in named_tensors(task.params).items()}
+    for place, moment in enumerate(moments):
+        tensors = named_tensors(moment)
+        if {name: array.shape for name, array in tensors.items()} != wanted:
             raise Misuse(
                 f"moments[{place}]",
                 got="other arrays than the trained parameters",
                 expected="a pytree like task.params",
                 do="pass the optimizer's second moments (nu of optax.scale_by_adam)",
             )
-        if any(not np.isfinite(array).all() or (array < 0).any() for array in found.values()):
+        if any(not np.isfinite(array).all() or (array < 0).any() for array in tensors.values()):
             raise Misuse(
                 f"moments[{place}]",
                 got="numbers below 0 or not finite",

@@ -1,4 +1,4 @@
-"""A Bayesian datamodel: outcomes of retraining regressed on who was in the training subset.
+"""A Bayesian datamodel: outcomes of retraining regressed on membership in the training subset.
 
     outcome_mq = c_q + sum_i mask_mi theta_iq + e_mq,
     theta_iq ~ N(0, ratio s_q^2),  e_mq ~ N(0, s_q^2),  p(c_q, s_q^2) ~ 1 / s_q^2.
@@ -24,9 +24,9 @@ from bayes_simfluence.checks import Misuse, named, unit_interval
 __all__ = ["Datamodel", "fit_datamodel"]
 
 FEWEST = 4
-"""Subsets that a scale and a constant can be told from."""
+"""Subsets from which a scale and a constant can be estimated."""
 LOG_RATIOS = (-12.0, 12.0)
-"""Where the ratio is looked for: natural logarithm of explained over unexplained variance."""
+"""Interval in which the ratio is searched: natural log of explained over unexplained variance."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,19 @@ class Datamodel:
         variance = 1.0 + ratio * np.square(centred).sum(axis=1)
         variance -= np.einsum("ms,st,mt->m", cross, self.inverse, cross)
         variance += np.square(1.0 - cross @ solved) / total
-        freedom = len(y) - 1
-        scale = np.sqrt(variance[:, None] * self._squares[None] / freedom)
-        return self._interval(mean, scale, freedom, probability, mask["subset"].values)
+        df = len(y) - 1
+        scale = np.sqrt(variance[:, None] * self._squares[None] / df)
+        return self._interval(mean, scale, df, probability, mask["subset"].values)
 
     def left_out(self, *, probability: float = 0.90) -> xr.Dataset:
         """Every fitted subset's outcomes as predicted from the others, with the same ``share``."""
         y, diagonal = self._outcomes, np.diag(self.corrected)[:, None]
         weights = self.corrected @ y
-        freedom = len(y) - 2
+        df = len(y) - 2
         squares = np.maximum(self._squares[None] - np.square(weights) / diagonal, 0.0)
-        scale = np.sqrt(squares / freedom / diagonal)
+        scale = np.sqrt(squares / df / diagonal)
         names = self.subsets["subset"].values
-        return self._interval(y - weights / diagonal, scale, freedom, probability, names)
+        return self._interval(y - weights / diagonal, scale, df, probability, names)
 
     def scores(self) -> xr.DataArray:
         """Posterior means of ``theta``: change of the outcome when an example is in the subset."""
@@ -124,21 +124,21 @@ class Datamodel:
         self,
         mean: Float[np.ndarray, "subset query"],
         scale: Float[np.ndarray, "subset query"],
-        freedom: int,
+        df: int,
         probability: float,
         names: np.ndarray,
     ) -> xr.Dataset:
-        reach = student_t.ppf((1.0 + unit_interval("probability", probability)) / 2.0, freedom)
+        reach = student_t.ppf((1.0 + unit_interval("probability", probability)) / 2.0, df)
         attrs = {"units": self.subsets["outcome"].attrs["units"], "probability": probability}
-        found = {"mean": mean, "low": mean - reach * scale, "high": mean + reach * scale}
+        columns = {"mean": mean, "low": mean - reach * scale, "high": mean + reach * scale}
         return xr.Dataset(
-            {name: (("subset", "query"), one, attrs) for name, one in found.items()},
+            {name: (("subset", "query"), column, attrs) for name, column in columns.items()},
             coords={"subset": names, "query": self.subsets["query"].values},
         )
 
 
 def fit_datamodel(subsets: xr.Dataset) -> Datamodel:
-    """Regress the outcomes of training subsets on who was in them.
+    """Regress the outcomes of training subsets on which examples were in them.
 
     Raises:
         Misuse: fewer than four subsets, or subsets that are all the same.
@@ -146,8 +146,8 @@ def fit_datamodel(subsets: xr.Dataset) -> Datamodel:
     >>> from bayes_simfluence.data.subsets import subsets_from_arrays
     >>> rng = np.random.default_rng(0)
     >>> masks = rng.integers(0, 2, (40, 5))
-    >>> found = fit_datamodel(subsets_from_arrays(masks, masks @ rng.normal(size=(5, 2))))
-    >>> found.share > 0.99
+    >>> datamodel = fit_datamodel(subsets_from_arrays(masks, masks @ rng.normal(size=(5, 2))))
+    >>> datamodel.share > 0.99
     True
     """
     count = subsets.sizes["subset"]
@@ -179,7 +179,7 @@ def fit_datamodel(subsets: xr.Dataset) -> Datamodel:
 
     # A grid first, since the likelihood may have two humps.
     grid = np.linspace(*LOG_RATIOS, 49)
-    best = grid[np.argmin([surprise(one) for one in grid])]
+    best = grid[np.argmin([surprise(log_ratio) for log_ratio in grid])]
     step = grid[1] - grid[0]
     log_ratio = minimize_scalar(surprise, bounds=(best - step, best + step), method="bounded").x
     ratio = float(np.exp(log_ratio))
@@ -190,5 +190,5 @@ def fit_datamodel(subsets: xr.Dataset) -> Datamodel:
 
 
 def _unit_of(mask: np.ndarray) -> float:
-    """Makes the mean squared distance of the masks from their mean 1."""
+    """Scale in which the mean squared distance of the masks from their mean is 1."""
     return float(np.sqrt(np.asarray(mask, float).var(axis=0).sum()))

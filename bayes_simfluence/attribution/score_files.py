@@ -40,7 +40,7 @@ def load_scores(path: PathLike) -> xr.DataArray:
     if not path.is_file():
         raise Misuse(str(path), got="no such file", expected="saved scores", do="check the path")
     try:
-        found = read_group(path)
+        dataset = read_group(path)
     except Exception as error:
         raise Misuse(
             str(path),
@@ -48,8 +48,8 @@ def load_scores(path: PathLike) -> xr.DataArray:
             expected="a netCDF file",
             do="save the scores again",
         ) from error
-    held = [str(name) for name in found.data_vars]
-    unnamed = sorted({"train", "query"} - set(found.coords))
+    held = [str(name) for name in dataset.data_vars]
+    unnamed = sorted({"train", "query"} - set(dataset.coords))
     if len(held) != 1 or unnamed:
         raise Misuse(
             str(path),
@@ -57,5 +57,5 @@ def load_scores(path: PathLike) -> xr.DataArray:
             expected="one variable (train, query) with ids along both",
             do="save scores made by score_array",
         )
-    scores = found[held[0]].rename(NAME)
-    return check_scores(scores.assign_attrs({**found.attrs, **scores.attrs}))
+    scores = dataset[held[0]].rename(NAME)
+    return check_scores(scores.assign_attrs({**dataset.attrs, **scores.attrs}))

@@ -1,4 +1,4 @@
-"""Scores of training examples: one number for each example and query, with its sign said."""
+"""Scores of training examples: a number for each example and query, under a stated sign."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +47,7 @@ def score_array(
             expected=f"{expected}, one for each training example and query",
             do="pass ids in the order of the scores",
         )
-    found = xr.DataArray(
+    scores = xr.DataArray(
         values,
         dims=DIMS,
         coords={"train": list(train_ids), "query": list(query_ids)},
@@ -60,7 +60,7 @@ def score_array(
             **settings,
         },
     )
-    return check_scores(found)
+    return check_scores(scores)
 
 
 def check_scores(scores: xr.DataArray) -> xr.DataArray:
@@ -105,9 +105,8 @@ def opponents(scores: xr.DataArray, query: object, count: int = 5) -> xr.DataArr
 
 
 def _ranked(scores: xr.DataArray, query: object, count: int, *, descending: bool) -> xr.DataArray:
-    found = check_scores(scores)
-    choice_of("query", str(query), [str(one) for one in found["query"].values])
-    place = [str(one) for one in found["query"].values].index(str(query))
-    column = found.isel(query=place)
+    names = [str(name) for name in check_scores(scores)["query"].values]
+    choice_of("query", str(query), names)
+    column = scores.isel(query=names.index(str(query)))
     order = np.argsort(-column.values if descending else column.values, kind="stable")
     return column.isel(train=order[: positive_integer("count", count)])

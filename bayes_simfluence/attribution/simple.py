@@ -1,4 +1,4 @@
-"""Baselines that do not look at what a run trains on."""
+"""Baselines that ignore what a run trains on."""
 
 import numpy as np
 import xarray as xr
@@ -15,7 +15,7 @@ __all__ = ["mean_trajectory", "persistence"]
 
 
 def persistence(runs: xr.Dataset) -> Posterior:
-    """Every loss stays what it was before training; a point.
+    """Every loss stays what it was before training, without spread.
 
     >>> import bayes_simfluence as bs
     >>> print(bs.persistence(bs.example_runs()).verdict)
@@ -32,7 +32,7 @@ def persistence(runs: xr.Dataset) -> Posterior:
 
 
 def mean_trajectory(runs: xr.Dataset) -> Posterior:
-    """Every run goes the way of the fitted runs' mean; their spread around it is the band.
+    """Every run follows the fitted runs' mean; their spread around it is the band.
 
     The band holds each run's difference from the mean of the others. Where losses are missing,
     the mean at a time is over the runs that were recorded then; times at which none was, and the
@@ -52,7 +52,7 @@ def mean_trajectory(runs: xr.Dataset) -> Posterior:
     loss = np.asarray(runs["loss"].values, float)
     change = loss - loss[:, :1]
     residual = [
-        _filled(one - _mean(np.delete(change, run, axis=0))) for run, one in enumerate(change)
+        _filled(change[run] - _mean(np.delete(change, run, axis=0))) for run in range(count)
     ]
     return Posterior(
         simulator=MeanSimulator(_mean(change), np.stack(residual)),
@@ -70,9 +70,9 @@ def _mean(change: Float[np.ndarray, "run time query"]) -> Float[np.ndarray, "tim
     return _filled(np.where(count > 0, total / np.maximum(count, 1), np.nan))
 
 
-def _filled(path: Float[np.ndarray, "time query"]) -> Float[np.ndarray, "time query"]:
-    """Straight lines between what is known of each query, constant after the last of it."""
-    times = np.arange(len(path))
-    known = np.isfinite(path)
-    columns = zip(path.T, known.T, strict=True)
-    return np.stack([np.interp(times, times[at], one[at]) for one, at in columns], axis=1)
+def _filled(change: Float[np.ndarray, "time query"]) -> Float[np.ndarray, "time query"]:
+    """Straight lines between the known values of each query, constant after the last of them."""
+    times = np.arange(len(change))
+    columns = zip(change.T, np.isfinite(change).T, strict=True)
+    filled = [np.interp(times, times[known], column[known]) for column, known in columns]
+    return np.stack(filled, axis=1)

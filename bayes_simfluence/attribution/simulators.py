@@ -33,8 +33,8 @@ def additive_simulator(scores: xr.DataArray, runs: xr.Dataset, *, band: bool = T
         scores: effects on the loss, ``(train, query)``, a negative one lowers it; ids as in
             ``runs``, in any order.
         runs: recorded runs, none of those that the simulator is judged by.
-        band: add the residual paths of the runs, each at the scale of the others, as predictive
-            noise; without it a point.
+        band: add the residual trajectories of the runs, each at the scale that the other runs
+            give, as predictive noise; without it the simulation has no spread.
 
     Returns:
         A posterior like any other: simulate, compare and save it.
@@ -59,7 +59,7 @@ def additive_simulator(scores: xr.DataArray, runs: xr.Dataset, *, band: bool = T
     change = np.where(known, loss - loss[:, :1], 0.0)
     summed = np.where(known, _summed(recorded_arrays(runs), effects), 0.0)
     # Sufficient statistics of each run: a run is left out by subtraction.
-    cross, square = ((one * summed).sum(axis=(1, 2)) for one in (change, summed))
+    cross, square = ((factor * summed).sum(axis=(1, 2)) for factor in (change, summed))
     scale = _ratio(cross.sum(), square.sum())
     residual = None
     if band:

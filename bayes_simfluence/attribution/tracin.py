@@ -12,18 +12,18 @@ import xarray as xr
 from jaxtyping import Float, PyTree
 
 from bayes_simfluence.attribution.adam import AdamDiagonal
-from bayes_simfluence.attribution.gradients.gradients import MEMORY, gradient_maker
-from bayes_simfluence.attribution.gradients.layerwise import (
-    layer_products,
-    layers_of,
-    squared_norms,
-)
-from bayes_simfluence.attribution.gradients.points import (
+from bayes_simfluence.attribution.gradients.checkpoints import (
     check_checkpoints,
     check_finite,
-    points_of,
     step_sizes_of,
+    weights_along,
 )
+from bayes_simfluence.attribution.gradients.layerwise import (
+    layer_products,
+    partition_of,
+    squared_norms,
+)
+from bayes_simfluence.attribution.gradients.per_example import MEMORY, gradient_maker
 from bayes_simfluence.attribution.scores import score_array
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.progress import Progress, Silent
@@ -44,8 +44,8 @@ def tracin(
 ) -> xr.DataArray:
     """TracIn-CP: ``score[i, q] = -sum_k step_size_k g_i(k) . g_q(k)``, over all trained weights.
 
-    The first-order change of the query's loss if at EACH checkpoint one step was made on a batch of
-    example i alone (one exposure of weight 1); in a batch of n examples it would be a n-th of that.
+    The first-order change of the query's loss if at EACH checkpoint a step was made on a batch of
+    example i alone (exposure 1); in a batch of n examples it would be an n-th of that.
     Of k checkpoints that stand for equal parts of a run, a single exposure at a random time changes
     the loss by ``score / k``; a simulator fits the scale anyway (``additive_simulator``).
 
@@ -56,7 +56,7 @@ def tracin(
             ``data.curriculum.exposures(batch, train)[steps - 1]`` are those of a run.
         preconditioner: Adam's diagonal, ``g_i . (g_q / (sqrt(v) + epsilon))``; plain when omitted.
         memory: bytes held at once, about.
-        progress: told of every pair of examples at every checkpoint; silent when omitted.
+        progress: reports the pairs of examples at every checkpoint; silent when omitted.
 
     Returns:
         Scores ``(train, query)`` in nats, negative = lowers the loss.
@@ -71,19 +71,19 @@ def tracin(
     if preconditioner is not None:
         preconditioner.validate(task, len(checkpoints))
     total = np.zeros((len(task.train_ids), len(task.query_ids)))
-    layers, maker = layers_of(task), gradient_maker(task)
+    partition, maker = partition_of(task), gradient_maker(task)
     with (progress or Silent()).work("TracIn", total.size * len(checkpoints)) as meter:
-        for place, (where, params) in enumerate(points_of(task, checkpoints)):
+        for place, (where, params) in enumerate(weights_along(task, checkpoints)):
             scale = None
             if preconditioner is not None:
                 scale = preconditioner.scale(
                     task, params, place, maker=maker, memory=memory, where=where
                 )
-            found = layer_products(
-                task, params, layers=layers, scale=scale, memory=memory, meter=meter
+            gradients = layer_products(
+                task, params, partition=partition, scale=scale, memory=memory, meter=meter
             )
-            check_finite(task, where, train=found.train, query=found.query)
-            total -= sizes[place] * weights[place][:, None] * found.products
+            check_finite(task, where, train=gradients.train, query=gradients.query)
+            total -= sizes[place] * weights[place][:, None] * gradients.products
     return score_array(
         total,
         task.train_ids,
@@ -104,14 +104,14 @@ def grad_dot(
     memory: int = MEMORY,
     progress: Progress | None = None,
 ) -> xr.DataArray:
-    """Grad-Dot: ``-g_i . g_q`` at one point (Charpiat et al. 2019), TracIn with one checkpoint.
+    """Grad-Dot: ``-g_i . g_q`` at given weights (Charpiat et al. 2019), TracIn of one checkpoint.
 
     In nats: the first-order change of the query's loss by a step of size 1 on the example alone.
 
     Args:
         params: the trained parameters, the task's initial ones when omitted.
         memory: bytes held at once, about.
-        progress: told of every pair of examples; silent when omitted.
+        progress: reports the pairs of examples; silent when omitted.
 
     Raises:
         Misuse: a gradient that is not finite (its example is named).
@@ -126,7 +126,7 @@ def grad_cos(
     memory: int = MEMORY,
     progress: Progress | None = None,
 ) -> xr.DataArray:
-    """Grad-Cos: minus the cosine of two gradients at one point; 0 where one of them is 0.
+    """Grad-Cos: minus the cosine of two gradients at given weights; 0 where one of them is 0.
 
     Arguments and errors as for ``grad_dot``.
     """
@@ -150,11 +150,11 @@ def self_influence(
     """
     check_checkpoints(task, checkpoints)
     sizes = step_sizes_of(checkpoints)
-    total, layers = np.zeros(len(task.train_ids)), layers_of(task)
+    total, partition = np.zeros(len(task.train_ids)), partition_of(task)
     with (progress or Silent()).work("self-influence", total.size * len(checkpoints)) as meter:
-        for size, (where, params) in zip(sizes, points_of(task, checkpoints), strict=True):
-            norms = squared_norms(task, params, layers=layers, memory=memory, meter=meter)
-            check_finite(task, where, train=norms, query=np.zeros(0))
+        for size, (where, params) in zip(sizes, weights_along(task, checkpoints), strict=True):
+            norms = squared_norms(task, params, partition=partition, memory=memory, meter=meter)
+            check_finite(task, where, train=norms)
             total += size * norms
     return xr.DataArray(
         total,
@@ -182,14 +182,14 @@ def _similarity(
 ) -> xr.DataArray:
     method = "Grad-Cos" if cosine else "Grad-Dot"
     where = "the initial weights" if params is None else "the given weights"
-    point = jax.tree.map(jax.numpy.asarray, task.params if params is None else params)
+    weights = jax.tree.map(jax.numpy.asarray, task.params if params is None else params)
     pairs = len(task.train_ids) * len(task.query_ids)
     with (progress or Silent()).work(method, pairs) as meter:
-        found = layer_products(task, point, memory=memory, meter=meter)
-    check_finite(task, where, train=found.train, query=found.query)
-    values = -found.products
+        gradients = layer_products(task, weights, memory=memory, meter=meter)
+    check_finite(task, where, train=gradients.train, query=gradients.query)
+    values = -gradients.products
     if cosine:
-        norms = np.sqrt(found.train)[:, None] * np.sqrt(found.query)[None]
+        norms = np.sqrt(gradients.train)[:, None] * np.sqrt(gradients.query)[None]
         values = np.divide(values, norms, out=np.zeros_like(values), where=norms > 0)
     return score_array(
         values,
@@ -202,15 +202,17 @@ def _similarity(
 
 
 def _exposures(
-    given: Float[np.ndarray, "checkpoint train"] | None, shape: tuple[int, int]
+    exposures: Float[np.ndarray, "checkpoint train"] | None, shape: tuple[int, int]
 ) -> Float[np.ndarray, "checkpoint train"]:
-    if given is None:
+    if exposures is None:
         return np.ones(shape)
-    if given.shape != shape or not np.isfinite(given).all():
+    if exposures.shape != shape or not np.isfinite(exposures).all():
         raise Misuse(
             "exposures",
-            got=f"shape {given.shape}" if given.shape != shape else "values that are not finite",
+            got=f"shape {exposures.shape}"
+            if exposures.shape != shape
+            else "values that are not finite",
             expected=f"finite weights of shape {shape}, for each checkpoint and example",
             do="take the rows of data.curriculum.exposures at the checkpoints' steps",
         )
-    return given
+    return exposures

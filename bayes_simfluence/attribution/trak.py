@@ -1,11 +1,12 @@
 """TRAK: attribution by random projections of gradients (Park et al. 2023, arXiv 2303.14186).
 
-The network is taken for a linear model in its gradients' projections, and one Newton step of
-logistic regression says what an example does to a query's output.
+The network is approximated by a linear model in its gradients' projections, and a Newton step of
+logistic regression gives the effect of an example on a query's output.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +14,24 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Array, Float, PyTree
 
-from bayes_simfluence.attribution.gradients.gradients import MEMORY
-from bayes_simfluence.attribution.gradients.points import check_checkpoints, check_finite, points_of
+from bayes_simfluence.attribution.gradients.checkpoints import (
+    check_checkpoints,
+    check_finite,
+    weights_along,
+)
+from bayes_simfluence.attribution.gradients.per_example import MEMORY
 from bayes_simfluence.attribution.scores import score_array
 from bayes_simfluence.checks import Misuse, choice_of, keyed, positive_integer
 from bayes_simfluence.progress import Meter, Progress, Silent
-from bayes_simfluence.recording.batches import pieces_of
+from bayes_simfluence.recording.batches import over_batches
 from bayes_simfluence.recording.checkpoints import SavedWeights
 from bayes_simfluence.recording.sketch import random_signs, sketched
 from bayes_simfluence.tasks.task import Task
 
 __all__ = ["newton_effects", "trak"]
 
-PIECE = 25
-"""Examples between two words of progress."""
+BATCH = 25
+"""Examples between two reports of progress."""
 
 SINGULAR = 1e12
 """Condition number from which a matrix counts as singular."""
@@ -75,7 +80,7 @@ def trak(
             the sign turned, so that negative = helpful there too.
         key: decides the projection.
         memory: bytes of gradients held at once.
-        progress: told of every few examples; silent when omitted.
+        progress: reports every few examples; silent when omitted.
 
     Raises:
         Misuse: no checkpoints, or those of another task; a curvature that is singular without
@@ -92,9 +97,10 @@ def trak(
     projected = _projector(task, length, key, memory)
     used = []
     with (progress or Silent()).work("TRAK", sum(sizes) * len(checkpoints)) as meter:
-        for where, params in points_of(task, checkpoints):
+        for where, params in weights_along(task, checkpoints):
             (train, train_error), (query, query_error) = (
-                _in_pieces(projected, params, one, meter) for one in (task.train, task.query)
+                _all_projected(partial(projected, params), part, meter)
+                for part in (task.train, task.query)
             )
             check_finite(task, where, train=train.sum(axis=1), query=query.sum(axis=1))
             effects, added = newton_effects(train, query, float(damping))
@@ -153,36 +159,27 @@ def _projector(
     signs = random_signs(task.params, key)
     width = sum(leaf.size for leaf in jax.tree.leaves(task.params))
     # A gradient and its signed copy.
-    at_once = max(1, min(PIECE, memory // (8 * width)))
+    at_once = max(1, min(BATCH, memory // (8 * width)))
 
     @jax.jit
     def made(params: PyTree, frozen: PyTree, signs: list[Array], examples: PyTree) -> _Projected:
         def loss(params: PyTree, example: PyTree) -> Float[Array, ""]:
             return task.loss(task.weights(params, frozen), example)
 
-        def one(example: PyTree) -> _Projected:
+        def of_example(example: PyTree) -> _Projected:
             value, gradient = jax.value_and_grad(loss)(params, example)
             error = jnp.maximum(-jnp.expm1(-value), SMALLEST)
             return _Projected(-sketched(gradient, signs, length) / error, error)
 
-        found: Any = jax.lax.map(one, examples, batch_size=at_once)
-        return _Projected(*found)
+        return _Projected(*jax.lax.map(of_example, examples, batch_size=at_once))
 
     return lambda params, examples: made(params, task.frozen, signs, examples)
 
 
-def _in_pieces(
-    projected: Callable[[PyTree, PyTree], _Projected],
-    params: PyTree,
-    examples: PyTree,
-    meter: Meter,
+def _all_projected(
+    projected: Callable[[PyTree], _Projected], examples: PyTree, meter: Meter
 ) -> tuple[Float[np.ndarray, "example dimension"], Float[np.ndarray, " example"]]:
     """Projected gradients of all examples and their errors, in float64."""
-    found, done = [], 0
-    for where, some in pieces_of(examples, PIECE):
-        new = projected(params, some)
-        found.append([np.asarray(one, float)[done - where.start :] for one in new])
-        meter.advance(where.stop - done)
-        done = where.stop
-    gradients, errors = (np.concatenate(one) for one in zip(*found, strict=True))
-    return gradients, errors
+    batches = [batch for _, batch in over_batches(projected, examples, BATCH, meter)]
+    gradients = np.concatenate([np.asarray(batch.gradients, float) for batch in batches])
+    return gradients, np.concatenate([np.asarray(batch.error, float) for batch in batches])

@@ -4,9 +4,7 @@ Everything follows the dtype of the tensors, except norms, attention scores, sof
 which are computed in float32 (or wider).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +28,6 @@ __all__ = [
     "rotate",
     "split_heads",
     "vocabulary_logits",
-    "watching",
     "wide",
 ]
 
@@ -89,26 +86,6 @@ def fits(tokens: Int[Array, " token"], positions: int) -> None:
         )
 
 
-Watch = Callable[[str, Array, Array], Array]
-"""Name of a linear layer, what enters it, what leaves it -> what is to leave it instead."""
-
-_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
-
-
-@contextmanager
-def watching(watch: Watch) -> Iterator[None]:
-    """While a network is traced in this context, ``watch`` sees every linear layer.
-
-    What it returns goes on in the layer's place: adding a probe of zeros makes the gradient with
-    respect to the probe that of the layer's output.
-    """
-    token = _watch.set(watch)
-    try:
-        yield
-    finally:
-        _watch.reset(token)
-
-
 def dense(
     tensors: Tensors, name: str, value: Float[Array, "*lead inward"]
 ) -> Float[Array, "*lead outward"]:
@@ -116,10 +93,7 @@ def dense(
     one is checked with the tensors' shapes."""
     product = value @ tensors[f"{name}.weight"].T
     bias = tensors.get(f"{name}.bias")
-    if bias is not None:
-        product = product + jnp.broadcast_to(bias, product.shape)
-    watch = _watch.get()
-    return product if watch is None else watch(name, value, product)
+    return product if bias is None else product + jnp.broadcast_to(bias, product.shape)
 
 
 def layer_norm(

@@ -1,22 +1,24 @@
-"""Many examples a piece at a time."""
+"""Many examples a batch at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from jaxtyping import PyTree
 
-__all__ = ["pieces_of"]
+from bayes_simfluence.progress import Meter
+
+__all__ = ["batches_of", "over_batches"]
 
 
-def pieces_of(examples: PyTree, size: int) -> Iterator[tuple[slice, PyTree]]:
-    """Pieces of one size, so that one compiled program serves all: the last one overlaps.
+def batches_of(examples: PyTree, size: int) -> Iterator[tuple[slice, PyTree]]:
+    """Batches of a single size, so that one compiled function serves all: the last one overlaps.
 
     Args:
         examples: arrays with a leading axis of examples.
-        size: of a piece; at least one example, at most all.
+        size: of a batch; at least one example, at most all.
 
     >>> import numpy as np
-    >>> [(where.start, some.tolist()) for where, some in pieces_of(np.arange(5), 2)]
+    >>> [(where.start, some.tolist()) for where, some in batches_of(np.arange(5), 2)]
     [(0, [0, 1]), (2, [2, 3]), (3, [3, 4])]
     """
     count = len(jax.tree.leaves(examples)[0])
@@ -25,3 +27,28 @@ def pieces_of(examples: PyTree, size: int) -> Iterator[tuple[slice, PyTree]]:
         begin = min(start, count - size)
         where = slice(begin, begin + size)
         yield where, jax.tree.map(lambda leaf, where=where: leaf[where], examples)
+
+
+def over_batches(
+    function: Callable[[PyTree], PyTree], examples: PyTree, size: int, meter: Meter | None = None
+) -> Iterator[tuple[slice, PyTree]]:
+    """The results of a function for all examples, each once: positions, and results.
+
+    Args:
+        function: of a batch; its results have a leading axis of examples.
+        meter: advanced by the examples that are done.
+
+    >>> import numpy as np
+    >>> [some.tolist() for _, some in over_batches(np.negative, np.arange(5), 2)]
+    [[0, -1], [-2, -3], [-4]]
+    """
+    done = 0
+    for where, some in batches_of(examples, size):
+        results = function(some)
+        yield (
+            slice(done, where.stop),
+            jax.tree.map(lambda leaf, new=done - where.start: leaf[new:], results),
+        )
+        if meter is not None:
+            meter.advance(where.stop - done)
+        done = where.stop

@@ -2,12 +2,11 @@
 
 Inner products of these features approximate those of the gradients, hence what one SGD step on a
 training example does to a query's loss (TracIn with one checkpoint: Pruthi et al. 2020, eq. 1).
-They are what a prior can know of an example before any run: examples with alike gradients have
-alike effects. Each gradient is compressed by random signs and folding (a count sketch: Charikar
+They are what a prior can know of an example before any run: examples with similar gradients have
+similar effects. Each gradient is compressed by random signs and folding (a count sketch: Charikar
 et al. 2002) as it is made, so memory holds one gradient at a time.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,14 +16,14 @@ from jaxtyping import Array, Float, PyTree
 
 from bayes_simfluence.checks import keyed, positive_integer
 from bayes_simfluence.progress import Meter
-from bayes_simfluence.recording.batches import pieces_of
+from bayes_simfluence.recording.batches import over_batches
 from bayes_simfluence.recording.sketch import random_signs, sketched
 from bayes_simfluence.tasks.task import Task
 
 __all__ = ["Features", "gradient_features"]
 
-PIECE = 25
-"""Examples between two words of progress."""
+BATCH = 25
+"""Examples between two reports of progress."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def gradient_features(
         sketch: length of a compressed gradient; an inner product of two gradients is then off by
             about ``1 / sqrt(sketch)`` of the product of their norms.
         key: decides the random signs.
-        meter: told of every few examples.
+        meter: advanced every few examples.
     """
     keyed(key)
     rank = min(positive_integer("rank", rank), len(task.train_ids))
@@ -69,18 +68,22 @@ def gradient_features(
     @jax.jit
     def sketches(
         params: PyTree, frozen: PyTree, signs: list[Array], examples: PyTree
-    ) -> Float[Array, "piece sketch"]:
+    ) -> Float[Array, "batch sketch"]:
         def loss(params: PyTree, example: PyTree) -> Float[Array, ""]:
             return task.loss(task.weights(params, frozen), example)
 
-        def one(example: PyTree) -> Float[Array, " sketch"]:
+        def sketch_of(example: PyTree) -> Float[Array, " sketch"]:
             return sketched(jax.grad(loss)(params, example), signs, length)
 
-        found: Array = jax.lax.map(one, examples)
-        return found
+        return jax.lax.map(sketch_of, examples)
 
-    made = partial(sketches, task.params, task.frozen, signs)
-    train, query = (_in_pieces(made, part, meter) for part in (task.train, task.query))
+    of_batch = partial(sketches, task.params, task.frozen, signs)
+    train, query = (
+        np.concatenate(
+            [np.asarray(rows, float) for _, rows in over_batches(of_batch, part, BATCH, meter)]
+        )
+        for part in (task.train, task.query)
+    )
     values, vectors = np.linalg.eigh(train @ train.T)
     values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
     scale = np.sqrt(max(values.sum() / len(train), np.finfo(float).tiny))
@@ -92,15 +95,3 @@ def gradient_features(
         query=(query @ right / scale).astype(np.float32),
         kept=float(values[:rank].sum() / max(values.sum(), np.finfo(float).tiny)),
     )
-
-
-def _in_pieces(
-    sketches: Callable[[PyTree], Array], examples: PyTree, meter: Meter | None
-) -> Float[np.ndarray, "example sketch"]:
-    found, done = [], 0
-    for where, some in pieces_of(examples, PIECE):
-        found.append(np.asarray(sketches(some), np.float64)[done - where.start :])
-        if meter is not None:
-            meter.advance(where.stop - done)
-        done = where.stop
-    return np.concatenate(found)

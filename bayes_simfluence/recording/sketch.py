@@ -16,8 +16,8 @@ def random_signs(params: PyTree, key: jax.Array) -> list[Int8[Array, " weight"]]
     leaves = jax.tree.leaves(params)
     keys = jax.random.split(key, len(leaves))
     return [
-        jax.random.rademacher(one, (leaf.size,), jnp.int8)
-        for leaf, one in zip(leaves, keys, strict=True)
+        jax.random.rademacher(drawn, (leaf.size,), jnp.int8)
+        for leaf, drawn in zip(leaves, keys, strict=True)
     ]
 
 

@@ -1,7 +1,7 @@
 """The methods of a study by name: one line each.
 
-An attribution takes a pilot run (its task and weights) and gives scores ``(train, query)``; a
-simulator takes the fitted runs. To add one, add a line.
+An attribution takes a pilot run (its task and weights) and returns scores ``(train, query)``; a
+simulator takes the fitted runs. To add a method, add a line.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,13 +16,13 @@ import xarray as xr
 from jaxtyping import PyTree
 
 from bayes_simfluence.attribution.adam import AdamDiagonal
-from bayes_simfluence.attribution.gradients.gradients import weights_at
-from bayes_simfluence.attribution.influence.gram import Span, span_of
-from bayes_simfluence.attribution.influence.influence import (
+from bayes_simfluence.attribution.gradients.checkpoints import weights_at
+from bayes_simfluence.attribution.influence.gram import Gram, gram_of
+from bayes_simfluence.attribution.influence.influence_functions import (
     EKFAC,
     Arnoldi,
     ConjugateGradient,
-    InSpan,
+    InGram,
     LiSSA,
     influence,
 )
@@ -91,9 +91,9 @@ class Pilot:
         return weights_at(self.task, SavedWeights(self.steps, float("nan"), tensors))
 
     @cached_property
-    def span(self) -> Span:
-        """Gram matrix of the gradients at the end; the first solver that needs it computes it."""
-        return span_of(self.task, self.final(), memory=MEMORY, progress=self.progress)
+    def gram(self) -> Gram:
+        """Of the gradients at the end; the first solver that needs it computes it."""
+        return gram_of(self.task, self.final(), memory=MEMORY, progress=self.progress)
 
 
 @dataclass(frozen=True)
@@ -125,18 +125,18 @@ def _tracin_all(pilot: Pilot) -> xr.DataArray:
     return tracin(pilot.task, saved, progress=pilot.progress)
 
 
-def _in_span(solver: Solver | None, pilot: Pilot) -> xr.DataArray:
-    return _influence(InSpan(solver, pilot.span), pilot)
+def _in_gram(solver: Solver | None, pilot: Pilot) -> xr.DataArray:
+    return _influence(InGram(solver, pilot.gram), pilot)
 
 
 def _damped(pilot: Pilot) -> xr.DataArray:
-    """Exact, with .1 of the mean eigenvalue within the span: much more than over all weights."""
-    return _influence(InSpan(span=pilot.span), pilot, SHARE_OF_MEAN * pilot.span.mean_within)
+    """Exact, with .1 of the mean eigenvalue in Gram coordinates: far more than over all weights."""
+    return _influence(InGram(gram=pilot.gram), pilot, SHARE_OF_MEAN * pilot.gram.mean_within)
 
 
 def _lissa(pilot: Pilot) -> xr.DataArray:
     # The smallest scale that is sure to converge with batches of single examples.
-    return _in_span(LiSSA(scale=pilot.span.largest), pilot)
+    return _in_gram(LiSSA(scale=pilot.gram.largest), pilot)
 
 
 def _influence(solver: Solver, pilot: Pilot, damping: float | None = None) -> xr.DataArray:
@@ -175,11 +175,11 @@ ATTRIBUTIONS: Mapping[str, Callable[[Pilot], xr.DataArray]] = {
     "trak": lambda pilot: trak(
         pilot.task, pilot.checkpoints(10), key=pilot.key, progress=pilot.progress
     ),
-    "influence-exact": partial(_in_span, None),
+    "influence-exact": partial(_in_gram, None),
     "influence-damped": _damped,
-    "influence-cg": partial(_in_span, ConjugateGradient()),
+    "influence-cg": partial(_in_gram, ConjugateGradient()),
     "influence-lissa": _lissa,
-    "influence-arnoldi": partial(_in_span, Arnoldi()),
+    "influence-arnoldi": partial(_in_gram, Arnoldi()),
     "influence-ekfac": partial(_influence, EKFAC()),
 }
 """Name -> scores of a pilot run; negative = lowers the query's loss."""

@@ -16,7 +16,7 @@ from bayes_simfluence.attribution.tracin import tracin
 from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors
 
 TRAIN, QUERIES, TOKENS, RATE = 200, 50, 32, 1e-3
-PIECE = 5
+BATCH = 5
 """Examples whose gradients PyTorch makes at once, beside 4.5 GB of the queries' gradients."""
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -31,33 +31,10 @@ pytestmark = [
 ]
 
 
-def torch_job(task, measured):
+def torch_job(task, model, measured):
     """The same scores in PyTorch; and seconds of one gradient of dattri, where it is installed."""
     import torch
-    import transformers
 
-    class Classifier(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = transformers.AutoModel.from_pretrained(
-                task.provenance["folder"],
-                add_pooling_layer=False,
-                dtype=torch.float32,
-                attn_implementation="eager",
-            )
-            self.classifier = torch.nn.Linear(self.encoder.config.hidden_size, 2)
-
-        def forward(self, tokens, attended):
-            mask = (1.0 - attended)[:, None, None, :] * torch.finfo(torch.float32).min
-            hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
-            pooled = (hidden * attended[..., None]).sum(1) / attended.sum(1, keepdim=True)
-            return self.classifier(pooled)
-
-    model = Classifier().eval()
-    with torch.no_grad():
-        for name in ("weight", "bias"):
-            value = np.array(task.params[f"classifier.{name}"])
-            getattr(model.classifier, name).copy_(torch.tensor(value))
     data = [
         torch.utils.data.TensorDataset(
             torch.tensor(np.array(part["tokens"])).long(),
@@ -66,25 +43,25 @@ def torch_job(task, measured):
         )
         for part in (task.train, task.query)
     ]
-    loaders = [torch.utils.data.DataLoader(one, batch_size=PIECE) for one in data]
+    loaders = [torch.utils.data.DataLoader(part, batch_size=BATCH) for part in data]
 
     def loss(weights, example):
-        tokens, attended, label = (one[None] for one in example)
+        tokens, attended, label = (column[None] for column in example)
         logits = torch.func.functional_call(model, weights, (tokens, attended))
         return torch.nn.functional.cross_entropy(logits, label)
 
-    weights = {name: one.detach() for name, one in model.named_parameters()}
+    weights = {name: value.detach() for name, value in model.named_parameters()}
     gradient = torch.func.vmap(torch.func.grad(loss), (None, 0))
 
     def rows(loader):
         for batch in loader:
-            found = gradient(weights, batch)
-            yield torch.cat([one.flatten(1) for one in found.values()], dim=1)
+            gradients = gradient(weights, batch)
+            yield torch.cat([rows.flatten(1) for rows in gradients.values()], dim=1)
 
     def run():
-        queries = torch.empty(QUERIES, sum(one.numel() for one in weights.values()))
-        for start, some in zip(range(0, QUERIES, PIECE), rows(loaders[1]), strict=True):
-            queries[start : start + PIECE] = some
+        queries = torch.empty(QUERIES, sum(value.numel() for value in weights.values()))
+        for start, some in zip(range(0, QUERIES, BATCH), rows(loaders[1]), strict=True):
+            queries[start : start + BATCH] = some
         return RATE * torch.cat([some @ queries.T for some in rows(loaders[0])]).numpy()
 
     def one_of_dattri():
@@ -99,8 +76,8 @@ def torch_job(task, measured):
         attributor = TracInAttributor(whole, torch.tensor([RATE]), normalized_grad=False)
         attributor.projector_kwargs = None  # whole gradients
         few = [
-            torch.utils.data.DataLoader(torch.utils.data.Subset(one, range(count)))
-            for one, count in zip(data, (2, 1), strict=True)
+            torch.utils.data.DataLoader(torch.utils.data.Subset(part, range(count)))
+            for part, count in zip(data, (2, 1), strict=True)
         ]
         # The query's gradient is made again for each batch of examples: four in all.
         return measured(lambda: attributor.attribute(*few))[0] / 4
@@ -108,12 +85,12 @@ def torch_job(task, measured):
     return run, one_of_dattri
 
 
-def test_tracin_over_minilm(benchmark, minilm_task, measured):
+def test_tracin_over_minilm(benchmark, minilm_task, minilm_torch, measured):
     """One checkpoint; our compilation is in our time."""
     task = minilm_task(TRAIN, QUERIES)
     saved = [SavedWeights(1, RATE, named_tensors(task.params))]
     ours, our_peak, scores = measured(lambda: tracin(task, saved))
-    job, one_of_dattri = torch_job(task, measured)
+    job, one_of_dattri = torch_job(task, minilm_torch(task), measured)
     theirs, their_peak, expected = measured(job)
     np.testing.assert_allclose(scores, -expected, rtol=2e-3, atol=1e-3 * np.abs(expected).mean())
     warm, _, _ = measured(lambda: tracin(task, saved))

@@ -1,4 +1,4 @@
-"""Products and norms of gradients that are kept as factors, one matrix at a time."""
+"""Products and norms of one matrix's gradients, which are kept as factors."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ __all__ = ["Factors", "Way", "written"]
 
 
 class Factors(NamedTuple):
-    """One matrix's gradients of several examples: ``left^T right``, and ``slopes`` added to rows.
+    """Gradients of several examples in one matrix: ``left^T right``, and ``slopes`` added to rows.
 
     The axis of examples is added outside.
 
@@ -36,18 +36,18 @@ class Way:
         kind: ``tokens``: of every two tokens; ``rows``: of every two taken rows; ``written``:
             gradients are written out; ``direct``: they are already.
         shape: of the matrix.
-        each: numbers that a pair of examples needs (``tokens``, ``rows``), or one example.
+        needed: numbers that a pair of examples needs (``tokens``, ``rows``), or a single one.
     """
 
     kind: Literal["tokens", "rows", "written", "direct"]
     shape: tuple[int, int]
-    each: int
+    needed: int
 
     def side(self, memory: int) -> int:
         """How many examples of each side fit in bytes of memory."""
         if self.kind in ("tokens", "rows"):
-            return max(1, math.isqrt(memory // (4 * self.each)))
-        return max(1, memory // (8 * self.each))
+            return max(1, math.isqrt(memory // (4 * self.needed)))
+        return max(1, memory // (8 * self.needed))
 
     def prepared(self, part: Any) -> Any:
         """What ``multiplied`` and ``norms`` take."""
@@ -55,21 +55,15 @@ class Way:
 
     def multiplied(self, train: Any, query: Any, scale: Any) -> Float[Array, "train query"]:
         """Products of prepared gradients, weighed by ``scale`` unless it is None."""
-        found: Array
         if self.kind == "tokens":
-            found = _by_token(train, query)
-        else:
-            found = (_by_row if self.kind == "rows" else _whole)(train, query, scale)
-        return found
+            return _by_token(train, query)
+        return (_by_row if self.kind == "rows" else _whole)(train, query, scale)
 
     def norms(self, part: Any, scale: Any) -> Float[Array, " example"]:
         """Squared norms of prepared gradients."""
-        found: Array
         if self.kind == "tokens":
-            found = _token_norms(part)
-        else:
-            found = (_row_norms if self.kind == "rows" else _whole_norms)(part, scale)
-        return found
+            return _token_norms(part)
+        return (_row_norms if self.kind == "rows" else _whole_norms)(part, scale)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -80,7 +74,7 @@ def written(part: Factors, shape: tuple[int, int]) -> Float[Array, "example weig
     if part.left is not None and part.right is not None:
         total = total + jnp.einsum("ptr,ptc->prc", part.left, part.right)
     if part.rows is not None and part.slopes is not None:
-        total = jax.vmap(lambda one, rows, slopes: one.at[rows].add(slopes))(
+        total = jax.vmap(lambda matrix, rows, slopes: matrix.at[rows].add(slopes))(
             total, part.rows, part.slopes
         )
     return total.reshape(size, -1)
@@ -119,15 +113,15 @@ def _token_norms(part: Factors) -> Float[Array, " example"]:
 @jax.jit
 def _by_row(train: Any, query: Any, scale: Any) -> Float[Array, "train query"]:
     alike = train.rows[:, :, None, None] == query.rows[None, None]
-    found = jnp.einsum("ptc,qsc->ptqs", train.slopes, _weighed_rows(query, scale))
-    return jnp.where(alike, found, 0.0).sum(axis=(1, 3))
+    products = jnp.einsum("ptc,qsc->ptqs", train.slopes, _weighed_rows(query, scale))
+    return jnp.where(alike, products, 0.0).sum(axis=(1, 3))
 
 
 @jax.jit
 def _row_norms(part: Any, scale: Any) -> Float[Array, " example"]:
     alike = part.rows[:, :, None] == part.rows[:, None]
-    found = jnp.einsum("ptc,psc->pts", part.slopes, _weighed_rows(part, scale))
-    return jnp.where(alike, found, 0.0).sum(axis=(1, 2))
+    products = jnp.einsum("ptc,psc->pts", part.slopes, _weighed_rows(part, scale))
+    return jnp.where(alike, products, 0.0).sum(axis=(1, 2))
 
 
 def _weighed_rows(part: Any, scale: Any) -> Any:

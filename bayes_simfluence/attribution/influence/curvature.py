@@ -8,7 +8,7 @@ the curvature of the network itself. Nothing here adds damping.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from bayes_simfluence.attribution.gradients.gradients import flat
+from bayes_simfluence.attribution.gradients.per_example import flat
 from bayes_simfluence.checks import Misuse, choice_of
 from bayes_simfluence.linalg import symmetric_eigen
 from bayes_simfluence.tasks.task import Task
@@ -24,6 +24,7 @@ from bayes_simfluence.tasks.task import Task
 __all__ = [
     "MOST_OUTPUTS",
     "Curvature",
+    "Operands",
     "Product",
     "check_curvature",
     "curvature_product",
@@ -40,10 +41,25 @@ CURVATURES = ("ggn", "hessian")
 
 Vectors = Float[Array, "vector weight"]
 
-Product = Callable[[Vectors, Int[Array, " example"] | None], Vectors]
-"""Vectors and places of training examples (None = all) -> the curvature of these times each."""
 
-PIECE = 16
+class Operands(NamedTuple):
+    """The arrays that a curvature is made of; a pytree, so that compiled loops take it whole.
+
+    Attributes:
+        params: the trained parameters at which it is taken.
+        frozen: weights that do not train.
+        examples: with a leading axis; the curvature is that of their mean loss.
+    """
+
+    params: PyTree
+    frozen: PyTree
+    examples: PyTree
+
+
+Product = Callable[[Operands, Vectors], Vectors]
+"""The curvature times each vector."""
+
+BATCH = 16
 """Training examples whose activations are held at once."""
 
 MOST_OUTPUTS = 64
@@ -90,14 +106,14 @@ def _check_parts(task: Task, params: PyTree) -> None:
             expected="the two parts of the loss",
             do="pass outputs and output_loss to the task, or take curvature='hessian'",
         )
-    one = jax.tree.map(lambda leaf: leaf[0], task.train)
+    first = jax.tree.map(lambda leaf: leaf[0], task.train)
 
     @jax.jit
     def both(params: PyTree, frozen: PyTree, example: PyTree) -> tuple[Array, Array]:
         parts = task.output_loss(outputs_of_one(task, params, frozen, example), example)  # type: ignore[misc]
         return task.loss(task.weights(params, frozen), example), parts
 
-    loss, parts = (float(one) for one in both(params, task.frozen, one))
+    loss, parts = map(float, both(params, task.frozen, first))
     if not np.isclose(loss, parts, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise Misuse(
             "task.output_loss",
@@ -109,8 +125,8 @@ def _check_parts(task: Task, params: PyTree) -> None:
 
 def output_size(task: Task, params: PyTree) -> int:
     """Number of outputs of one example."""
-    one = jax.tree.map(lambda leaf: leaf[0], task.train)
-    shape = jax.eval_shape(partial(outputs_of_one, task), params, task.frozen, one)
+    first = jax.tree.map(lambda leaf: leaf[0], task.train)
+    shape = jax.eval_shape(partial(outputs_of_one, task), params, task.frozen, first)
     return int(shape.size)
 
 
@@ -126,79 +142,69 @@ def outputs_of_one(
 
 
 def curvature_product(task: Task, params: PyTree, curvature: Curvature) -> Product:
-    """Products with the curvature of the mean loss of training examples.
+    """Products with the curvature of the mean loss, compiled.
 
-    One compiled program for each number of vectors and of examples. Activations of ``PIECE``
-    examples are held at once, and are shared by all vectors.
+    Activations of ``BATCH`` examples are held at once, and are shared by all vectors.
+
+    Args:
+        params: of the shapes of those at which products are taken.
     """
     unflat = ravel_pytree(params)[1]
     summed = _ggn_summed(task, unflat) if curvature == "ggn" else _hessian_summed(task, unflat)
 
     @jax.jit
-    def product(params: PyTree, frozen: PyTree, examples: PyTree, vectors: Vectors) -> Vectors:
-        size = len(jax.tree.leaves(examples)[0])
-        piece = min(PIECE, size)
-        # The last piece is filled up with examples that do not count.
-        places = jnp.arange(-(-size // piece) * piece).reshape(-1, piece)
+    def product(operands: Operands, vectors: Vectors) -> Vectors:
+        size = len(jax.tree.leaves(operands.examples)[0])
+        batch = min(BATCH, size)
+        # The last batch is filled up with examples that do not count.
+        numbers = jnp.arange(-(-size // batch) * batch).reshape(-1, batch)
 
-        def step(total: Vectors, at: Int[Array, " piece"]) -> tuple[Vectors, None]:
-            some = jax.tree.map(lambda leaf: leaf[jnp.minimum(at, size - 1)], examples)
-            return total + summed(params, frozen, some, at < size, vectors), None
+        def step(total: Vectors, at: Int[Array, " batch"]) -> tuple[Vectors, None]:
+            rows = jnp.minimum(at, size - 1)
+            some = jax.tree.map(lambda leaf: leaf[rows], operands.examples)
+            return total + summed(operands._replace(examples=some), at < size, vectors), None
 
-        return jax.lax.scan(step, jnp.zeros_like(vectors), places)[0] / size
+        return jax.lax.scan(step, jnp.zeros_like(vectors), numbers)[0] / size
 
-    def of_examples(vectors: Vectors, places: Int[Array, " example"] | None = None) -> Vectors:
-        some = task.train
-        if places is not None:
-            some = jax.tree.map(lambda leaf: leaf[places], some)
-        return product(params, task.frozen, some, vectors)
-
-    return of_examples
+    return product
 
 
-Summed = Callable[[PyTree, PyTree, PyTree, Bool[Array, " piece"], Vectors], Vectors]
+Summed = Callable[[Operands, Bool[Array, " batch"], Vectors], Vectors]
 Unflat = Callable[[Float[Array, " weight"]], PyTree]
 
 
 def _ggn_summed(task: Task, unflat: Unflat) -> Summed:
     def curved(outputs: Array, example: PyTree, slope: Array, counts: Array) -> Array:
         gradient = jax.grad(task.output_loss)  # type: ignore[arg-type]
-        found = jax.jvp(lambda at: gradient(at, example), (outputs,), (slope,))[1]
-        return jnp.where(counts, found, 0.0)
+        product = jax.jvp(lambda at: gradient(at, example), (outputs,), (slope,))[1]
+        return jnp.where(counts, product, 0.0)
 
-    def summed(
-        params: PyTree,
-        frozen: PyTree,
-        some: PyTree,
-        counts: Bool[Array, " piece"],
-        vectors: Vectors,
-    ) -> Vectors:
-        def outputs(params: PyTree) -> Array:
+    def summed(operands: Operands, counts: Bool[Array, " batch"], vectors: Vectors) -> Vectors:
+        params, frozen, examples = operands
+
+        def of_params(params: PyTree) -> Array:
             weights = task.weights(params, frozen)
-            return jax.vmap(lambda one: task.outputs(weights, one))(some)  # type: ignore[misc]
+            return jax.vmap(lambda example: task.outputs(weights, example))(examples)  # type: ignore[misc]
 
-        found, push = jax.linearize(outputs, params)
+        outputs, push = jax.linearize(of_params, params)
         pull = jax.linear_transpose(push, params)
 
-        def one(vector: Float[Array, " weight"]) -> Float[Array, " weight"]:
-            return flat(pull(jax.vmap(curved)(found, some, push(unflat(vector)), counts))[0])
+        def product(vector: Float[Array, " weight"]) -> Float[Array, " weight"]:
+            slopes = jax.vmap(curved)(outputs, examples, push(unflat(vector)), counts)
+            return flat(pull(slopes)[0])
 
-        return jax.lax.map(one, vectors)
+        return jax.lax.map(product, vectors)
 
     return summed
 
 
 def _hessian_summed(task: Task, unflat: Unflat) -> Summed:
-    def summed(
-        params: PyTree,
-        frozen: PyTree,
-        some: PyTree,
-        counts: Bool[Array, " piece"],
-        vectors: Vectors,
-    ) -> Vectors:
+    def summed(operands: Operands, counts: Bool[Array, " batch"], vectors: Vectors) -> Vectors:
+        params, frozen, examples = operands
+
         def total(params: PyTree) -> Float[Array, ""]:
             weights = task.weights(params, frozen)
-            losses = jax.vmap(lambda one: task.loss(weights, one))(some)
+            losses = jax.vmap(lambda example: task.loss(weights, example))(examples)
             return jnp.where(counts, losses, 0.0).sum()
 
         push = jax.linearize(jax.grad(total), params)[1]
@@ -221,7 +227,7 @@ def dense_curvature(
             "solver",
             got=f"a dense curvature of {len(start)} weights",
             expected=f"at most {MOST_DENSE}",
-            do="take ConjugateGradient, InSpan() or EKFAC",
+            do="take ConjugateGradient(), InGram() or EKFAC()",
         )
 
     def of_one(example: PyTree) -> Float[Array, "weight weight"]:
@@ -233,14 +239,14 @@ def dense_curvature(
 
         if curvature == "hessian":
             return jax.hessian(loss)(start)
-        found = outputs(start)
-        jacobian = jax.jacrev(outputs)(start).reshape(found.size, len(start))
-        return jacobian.T @ _output_hessian(task, found, example) @ jacobian
+        hessian = _output_hessian(task, outputs(start), example)
+        jacobian = jax.jacrev(outputs)(start).reshape(-1, len(start))
+        return jacobian.T @ hessian @ jacobian
 
     @jax.jit
     def summed(examples: PyTree) -> Float[Array, "weight weight"]:
         nothing = jnp.zeros((len(start), len(start)), start.dtype)
-        return jax.lax.scan(lambda total, one: (total + of_one(one), None), nothing, examples)[0]
+        return jax.lax.scan(lambda total, at: (total + of_one(at), None), nothing, examples)[0]
 
     return np.asarray(summed(task.train), float) / len(task.train_ids)
 
@@ -279,10 +285,9 @@ def output_slopes(
         Misuse: outputs too many to write their Hessian out, and no way to draw.
     """
     if draws is not None and task.output_draw is not None:
-        drawn = jax.vmap(lambda one: task.output_draw(outputs, example, one))(  # type: ignore[misc]
-            jax.random.split(key, draws)
-        )
-        return drawn / jnp.sqrt(draws)
+        draw: Any = task.output_draw
+        keys = jax.random.split(key, draws)
+        return jax.vmap(lambda key: draw(outputs, example, key))(keys) / jnp.sqrt(draws)
     if outputs.size > MOST_OUTPUTS:
         raise Misuse(
             "task.output_draw",
@@ -307,14 +312,14 @@ def mean_eigenvalue(task: Task, params: PyTree, key: jax.Array, *, draws: int | 
 
     @jax.jit
     def lengths(params: PyTree, frozen: PyTree, examples: PyTree, keys: jax.Array) -> Array:
-        def one(pair: tuple[PyTree, jax.Array]) -> Float[Array, ""]:
+        def length(pair: tuple[PyTree, jax.Array]) -> Float[Array, ""]:
             example, key = pair
-            found, pull = jax.vjp(lambda at: outputs_of_one(task, at, frozen, example), params)
-            slopes = output_slopes(task, found, example, key, draws)
-            return jax.lax.map(lambda at: jnp.square(flat(pull(at)[0])).sum(), slopes).sum()
+            outputs, pull = jax.vjp(lambda at: outputs_of_one(task, at, frozen, example), params)
+            slopes = output_slopes(task, outputs, example, key, draws)
+            return jax.lax.map(lambda slope: jnp.square(flat(pull(slope)[0])).sum(), slopes).sum()
 
-        return jax.lax.map(one, (examples, keys))
+        return jax.lax.map(length, (examples, keys))
 
     keys = jax.random.split(key, len(task.train_ids))
-    found = lengths(params, task.frozen, task.train, keys)
-    return float(np.asarray(found, float).mean()) / _width(params)
+    traces = np.asarray(lengths(params, task.frozen, task.train, keys), float)
+    return float(traces.mean()) / _width(params)

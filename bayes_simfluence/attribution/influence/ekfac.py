@@ -5,60 +5,49 @@ for the bias) and the slopes of what leaves it (``d``). The layer's block of the
 to be diagonal in the basis of the eigenvectors of ``E[a a^T]`` and ``E[d d^T]`` (K-FAC: Martens and
 Grosse 2015, arXiv 1503.05671), with the mean squared coordinates of gradients as eigenvalues
 (George et al. 2018, arXiv 1806.03884); blocks of different layers are taken to be independent
-(Grosse et al. 2023, arXiv 2308.03296, section 3.1). Gradients are written out one layer and a piece
-of examples at a time, in float32.
+(Grosse et al. 2023, arXiv 2308.03296, section 3.1). The layers are read from the trace of the
+network's outputs, so any network has them. Gradients are written out one layer and a batch of
+examples at a time, in float32.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jax.extend.core import ClosedJaxpr
+from jaxtyping import Array, Float, Int, PyTree
 
-from bayes_simfluence.attribution.influence.curvature import output_slopes
-from bayes_simfluence.attribution.influence.problem import (
-    SHARE_OF_MEAN,
-    Problem,
-    Solved,
-    check_finite,
-    regular,
+from bayes_simfluence.attribution.gradients.checkpoints import check_finite
+from bayes_simfluence.attribution.gradients.linear_layers import (
+    Layer,
+    layers_of,
+    probes_of,
+    with_probes,
 )
+from bayes_simfluence.attribution.gradients.trace import traced
+from bayes_simfluence.attribution.influence.curvature import output_slopes
+from bayes_simfluence.attribution.influence.problem import SHARE_OF_MEAN, Problem, Solved, regular
 from bayes_simfluence.checks import Misuse, positive_integer, shorten
-from bayes_simfluence.networks.layers import watching
-from bayes_simfluence.recording.batches import pieces_of
+from bayes_simfluence.networks.layers import wide
+from bayes_simfluence.recording.batches import batches_of
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["EKFAC", "Layer", "Layers", "layers_of"]
+__all__ = ["EKFAC"]
 
-PIECE = 8
+BATCH = 8
 """Examples whose activations and gradients of one layer are held at once."""
 
+MOST_SIDE = 16384
+"""Inputs or outputs of a layer up to which their covariance is factored; the output layer over a
+large vocabulary is longer."""
 
-class Layer(NamedTuple):
-    """A linear layer that trains.
-
-    Attributes:
-        inward, outward: sizes of what enters (without the 1 of the bias) and of what leaves.
-        bias: whether a bias trains with it.
-        calls: rows of each call of it on one example.
-    """
-
-    inward: int
-    outward: int
-    bias: bool
-    calls: tuple[tuple[int, ...], ...]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the gradient, the bias as its last column."""
-        return self.outward, self.inward + self.bias
-
-
-Layers = dict[str, Layer]
-Blocks = dict[str, Float[Array, "..."]]
+Layers = Mapping[int, Layer]
+Blocks = dict[int, Float[Array, "..."]]
+"""An array for each layer, by the number of its matrix among the trained parameters."""
 Entered = Blocks  # rows of what enters each layer
 Slopes = Blocks  # rows of the slopes of what leaves it
 
@@ -74,12 +63,13 @@ class Bases(NamedTuple):
 class EKFAC:
     """Eigenvalue-corrected Kronecker factors of the linear layers that train.
 
-    What trains besides them (embeddings, norms) is left out of the scores, as published, and
-    counted in the attributes.
+    What trains besides them (embeddings, norms, an output layer that shares its matrix with the
+    embeddings or has more than ``MOST_SIDE`` outputs) is left out of the scores, as published, and
+    listed in their attributes.
 
     Attributes:
         draws: random slopes of the outputs for each example, whose mean is the Gauss-Newton matrix;
-            None = all, exactly. One draw is exact for two classes.
+            None = all, exactly. A single draw is exact for two classes.
     """
 
     draws: int | None = 1
@@ -92,82 +82,76 @@ class EKFAC:
         """
         if self.draws is not None:
             positive_integer("draws", self.draws)
-        layers = layers_of(problem)
+        layers, names = _covered(problem), _names(problem.params)
         passes = _Passes(problem.task, layers, self.draws)
         bases = _bases(problem, passes)
-        values = _eigenvalues(problem, passes, bases)
-        inverses, damping = _inverses(problem, values)
-        covered = sum(np.prod(one.shape) for one in layers.values())
-        said = {
+        inverses, damping = _inverses(problem, _eigenvalues(problem, passes, bases), names)
+        covered = sum(math.prod(_block_shape(layer)) for layer in layers.values())
+        members = {at for leaf, layer in layers.items() for at in (leaf, layer.bias)}
+        left_out = [name for at, name in enumerate(names) if at not in members]
+        attributes = {
             "solver": "EK-FAC",
             "draws": "all" if self.draws is None else self.draws,
             "precision": "float32",
             "layers": len(layers),
-            "weights_covered": int(covered),
-            "weights_left_out": int(problem.width - covered),
-            "tensors_left_out": shorten(_left_out(problem.task, layers), 1000),
+            "weights_covered": covered,
+            "weights_left_out": problem.width - covered,
+            "tensors_left_out": shorten(sorted(left_out), 1000),
             "damping": damping,
         }
-        return _products(problem, passes, bases, inverses), said
+        return _products(problem, passes, bases, inverses), attributes
 
 
-def layers_of(problem: Problem) -> Layers:
-    """The linear layers whose own weights train, found by one abstract pass.
+def _covered(problem: Problem) -> Layers:
+    """The linear layers whose own weights train.
 
     Raises:
         Misuse: the Hessian, weights made of others (adapters), no such layer.
     """
     task, params = problem.task, problem.params
-    if problem.curvature != "ggn":
-        raise Misuse(
-            "curvature",
-            got="'hessian' with EK-FAC",
-            expected="'ggn', whose mean its factors are",
-            do="pass curvature='ggn', or take another solver",
-        )
-    known = jax.eval_shape(task.weights, params, task.frozen)
-    made = sorted(set(params) - set(known)) if _both_flat(params, known) else ["weights"]
+    problem.check_ggn("EK-FAC")
+    weights = jax.eval_shape(task.weights, params, task.frozen)
+    made = sorted(set(_names(params)) - set(_names(weights)))
     if made:
         raise Misuse(
             "solver",
             got=f"EK-FAC for trained parameters that are no tensors of the network: {made[0]}",
             expected="linear layers whose own weights train",
-            do="take InSpan(), Arnoldi or ConjugateGradient",
+            do="take InGram(), Arnoldi or ConjugateGradient",
         )
-    found: dict[str, list[tuple[int, ...]]] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-
-    def watch(name: str, value: Array, product: Array) -> Array:
-        found.setdefault(name, []).append(product.shape[:-1])
-        sizes[name] = value.shape[-1], product.shape[-1]
-        return product
-
-    one = jax.tree.map(lambda leaf: leaf[0], task.train)
-    with watching(watch):
-        # A function of its own: JAX would not call again what it has traced before.
-        jax.eval_shape(lambda *at: task.outputs(*at), known, one)  # type: ignore[misc]
+    example = jax.tree.map(lambda leaf: leaf[0], task.train)
+    closed, leaves = _trace(task, params, task.frozen, example)
     layers = {
-        name: Layer(*sizes[name], f"{name}.bias" in params, tuple(calls))
-        for name, calls in found.items()
-        if f"{name}.weight" in params
+        leaf: layer
+        for leaf, layer in layers_of(closed, leaves).items()
+        if not layer.taken and max(layer.shape) <= MOST_SIDE
     }
     if not layers:
         raise Misuse(
             "solver",
-            got=f"EK-FAC where none of the {len(found)} watched linear layers trains",
-            expected="at least one layers.dense whose weight is among task.params",
-            do="take InSpan(), Arnoldi or ConjugateGradient",
+            got=f"EK-FAC where none of the {leaves} trained parameters is a linear layer's matrix",
+            expected="at least one matrix that only multiplies vectors",
+            do="take InGram(), Arnoldi or ConjugateGradient",
         )
     return layers
 
 
-def _both_flat(params: PyTree, known: PyTree) -> bool:
-    return isinstance(params, Mapping) and isinstance(known, Mapping)
+def _trace(task: Task, params: PyTree, frozen: PyTree, example: PyTree) -> tuple[ClosedJaxpr, int]:
+    """The trace of one example's outputs, and the number of its parameters."""
+    outputs: Any = task.outputs
+    return traced(task, outputs, params, frozen, example), len(jax.tree.leaves(params))
 
 
-def _left_out(task: Task, layers: Layers) -> list[str]:
-    covered = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
-    return sorted(set(task.params) - covered)
+def _names(params: PyTree) -> list[str]:
+    """Names of the parameters in the order of the leaves."""
+    paths = jax.tree.leaves_with_path(params)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+
+
+def _block_shape(layer: Layer) -> tuple[int, int]:
+    """Of a layer's gradient, outward x inward, the bias as its last column."""
+    outward = layer.uses[0].outward
+    return outward, math.prod(layer.shape) // outward + (layer.bias is not None)
 
 
 @dataclass(frozen=True)
@@ -185,63 +169,79 @@ class _Passes:
         (a leading axis of draws)."""
         outputs, pull, entered = self._passed(params, frozen, example)
         slopes = output_slopes(self.task, outputs, example, key, self.draws)
-        found = jax.vmap(lambda one: self._rows(pull(one)[0]))(slopes)
-        return entered, found
+        return entered, jax.vmap(lambda slope: _rows(pull(slope)[0]))(slopes)
 
-    def true(self, params: PyTree, frozen: PyTree, example: PyTree) -> tuple[Entered, Slopes]:
-        """What enters the layers, and the slopes of the example's loss."""
+    def rotated(
+        self, params: PyTree, frozen: PyTree, bases: Bases, example: PyTree
+    ) -> tuple[Blocks, Float[Array, ""]]:
+        """The layers' gradients of the example's loss in their eigenbases, and the sum of all
+        coordinates: it is finite where they are."""
         outputs, pull, entered = self._passed(params, frozen, example)
         slope = jax.grad(self.task.output_loss)(outputs, example)  # type: ignore[arg-type]
-        return entered, self._rows(pull(slope)[0])
+        slopes = _rows(pull(slope)[0])
+        blocks = {
+            leaf: _rotated(entered[leaf], slopes[leaf], bases.inward[leaf], bases.outward[leaf])
+            for leaf in self.layers
+        }
+        return blocks, jnp.stack([block.sum() for block in blocks.values()]).sum()
 
     def _passed(
         self, params: PyTree, frozen: PyTree, example: PyTree
     ) -> tuple[Array, Any, Entered]:
-        probes = {
-            name: [jnp.zeros((*rows, layer.outward)) for rows in layer.calls]
-            for name, layer in self.layers.items()
-        }
+        closed, leaves = _trace(self.task, params, frozen, example)
+        args = jax.tree.leaves((params, frozen, example))
 
-        def probed(probes: dict[str, list[Array]]) -> tuple[Array, dict[str, list[Array]]]:
-            entered: dict[str, list[Array]] = {name: [] for name in self.layers}
+        def outputs(probes: dict[int, list[Array]]) -> tuple[Array, dict[int, list[Array]]]:
+            (value,), entered = with_probes(closed, leaves, args, probes)
+            return value, entered
 
-            def watch(name: str, value: Array, product: Array) -> Array:
-                if name not in entered:
-                    return product
-                entered[name].append(value.astype(jnp.float32))
-                return product + probes[name][len(entered[name]) - 1].astype(product.dtype)
-
-            with watching(watch):
-                outputs = self.task.outputs(self.task.weights(params, frozen), example)  # type: ignore[misc]
-            return outputs, entered
-
-        outputs, pull, entered = jax.vjp(probed, probes, has_aux=True)
-        rows = self._rows(entered)
-        for name, layer in self.layers.items():
-            if layer.bias:
-                rows[name] = jnp.pad(rows[name], ((0, 0), (0, 1)), constant_values=1.0)
-        return outputs, pull, rows
-
-    def _rows(self, calls: dict[str, list[Array]]) -> Blocks:
-        """Rows of all calls of each layer, one call after the other."""
-        return {
-            name: jnp.concatenate([one.reshape(-1, one.shape[-1]) for one in some])
-            for name, some in calls.items()
-        }
+        value, pull, entered = jax.vjp(outputs, probes_of(self.layers), has_aux=True)
+        rows = _rows(entered)
+        for leaf, layer in self.layers.items():
+            if layer.bias is not None:
+                rows[leaf] = jnp.pad(rows[leaf], ((0, 0), (0, 1)), constant_values=1.0)
+        return value, pull, rows
 
 
-def _scanned(step: Any, start: PyTree, examples: PyTree, keys: jax.Array) -> PyTree:
-    """``step(total, examples, keys, counts)`` over pieces; the last one is filled up."""
-    size = len(keys)
-    piece = min(PIECE, size)
-    places = jnp.arange(-(-size // piece) * piece).reshape(-1, piece)
+def _rows(uses: dict[int, list[Array]]) -> Blocks:
+    """Rows of all uses of each layer, one use after the other."""
+    return {leaf: wide(jnp.concatenate(arrays)) for leaf, arrays in uses.items()}
 
-    def one(total: PyTree, at: Int[Array, " piece"]) -> tuple[PyTree, None]:
-        rows = jnp.minimum(at, size - 1)
-        some = jax.tree.map(lambda leaf: leaf[rows], examples)
-        return step(total, some, keys[rows], at < size), None
 
-    return jax.lax.scan(one, start, places)[0]
+def _summed(
+    problem: Problem,
+    passes: _Passes,
+    start: PyTree,
+    bases: Bases | None,
+    summand: Callable[[Any, Entered, Slopes], PyTree],
+) -> PyTree:
+    """``start`` plus ``summand(bases, entered, slopes)`` of all training examples, in batches.
+
+    The arguments of the summand have a leading axis of examples; its pseudo slopes are 0 for the
+    examples that fill the last batch up.
+    """
+    task, size = problem.task, len(problem.task.train_ids)
+    batch = min(BATCH, size)
+    numbers = jnp.arange(-(-size // batch) * batch).reshape(-1, batch)
+
+    @jax.jit
+    def total(
+        params: PyTree, frozen: PyTree, bases: Bases | None, examples: PyTree, keys: jax.Array
+    ) -> PyTree:
+        def step(total: PyTree, at: Int[Array, " batch"]) -> tuple[PyTree, None]:
+            rows = jnp.minimum(at, size - 1)
+            some = jax.tree.map(lambda leaf: leaf[rows], examples)
+            entered, slopes = jax.vmap(passes.pseudo, (None, None, 0, 0))(
+                params, frozen, some, keys[rows]
+            )
+            counts = (at < size)[:, None, None, None]
+            slopes = {leaf: jnp.where(counts, block, 0.0) for leaf, block in slopes.items()}
+            return jax.tree.map(jnp.add, total, summand(bases, entered, slopes)), None
+
+        return jax.lax.scan(step, start, numbers)[0]
+
+    keys = jax.random.split(problem.key, size)
+    return total(problem.params, task.frozen, bases, task.train, keys)
 
 
 def _bases(problem: Problem, passes: _Passes) -> Bases:
@@ -250,35 +250,35 @@ def _bases(problem: Problem, passes: _Passes) -> Bases:
     A row that no slope reaches (padding) does not count.
     """
 
-    @jax.jit
-    def covariances(
-        params: PyTree, frozen: PyTree, examples: PyTree, keys: jax.Array
-    ) -> tuple[Blocks, Blocks]:
-        def step(total: tuple[Blocks, Blocks], some: PyTree, keys: Any, counts: Any) -> Any:
-            entered, slopes = jax.vmap(lambda *one: passes.pseudo(params, frozen, *one))(some, keys)
-            inward, outward = {}, {}
-            for name in passes.layers:
-                d = jnp.where(counts[:, None, None, None], slopes[name], 0.0)
-                reached = (d != 0).any(axis=(1, 3))
-                a = jnp.where(reached[:, :, None], entered[name], 0.0)
-                inward[name] = total[0][name] + jnp.einsum("pri,prj->ij", a, a)
-                outward[name] = total[1][name] + jnp.einsum("psri,psrj->ij", d, d)
-            return inward, outward
+    def covariances(_: Any, entered: Entered, slopes: Slopes) -> tuple[Blocks, Blocks]:
+        inward, outward = {}, {}
+        for leaf, d in slopes.items():
+            reached = (d != 0).any(axis=(1, 3))
+            a = jnp.where(reached[:, :, None], entered[leaf], 0.0)
+            inward[leaf] = jnp.einsum("pri,prj->ij", a, a)
+            outward[leaf] = jnp.einsum("psri,psrj->ij", d, d)
+        return inward, outward
 
-        nothing = tuple(
-            {name: jnp.zeros((layer.shape[axis],) * 2) for name, layer in passes.layers.items()}
-            for axis in (1, 0)
-        )
-        return _scanned(step, nothing, examples, keys)
-
-    task = problem.task
-    keys = jax.random.split(problem.key, len(task.train_ids))
-    sums = covariances(problem.params, task.frozen, task.train, keys)
-    for name, matrix in (*sums[0].items(), *sums[1].items()):
+    start = tuple(
+        {leaf: jnp.zeros((_block_shape(layer)[axis],) * 2) for leaf, layer in passes.layers.items()}
+        for axis in (1, 0)
+    )
+    sums = _summed(problem, passes, start, None, covariances)
+    names = _names(problem.params)
+    for leaf, matrix in (*sums[0].items(), *sums[1].items()):
         if not np.isfinite(matrix).all():
-            problem.blame(f"The covariance of layer {name}")
-    turned = (jax.tree.map(lambda one: jnp.asarray(np.linalg.eigh(one)[1]), some) for some in sums)
-    return Bases(*turned)
+            problem.blame(f"The covariance of layer {_layer_name(names[leaf])}")
+    return Bases(
+        *(
+            jax.tree.map(lambda matrix: jnp.asarray(np.linalg.eigh(matrix)[1]), some)
+            for some in sums
+        )
+    )
+
+
+def _layer_name(name: str) -> str:
+    """A layer's name from that of its matrix."""
+    return name.removesuffix(".weight")
 
 
 def _rotated(
@@ -288,104 +288,86 @@ def _rotated(
     outward: Float[Array, "outward outward"],
 ) -> Float[Array, "outward inward"]:
     """A gradient in the eigenbasis; rows are turned, or the gradient where that is less work."""
-    rows, (wide, high) = len(entered), (len(inward), len(outward))
-    if rows * (wide**2 + high**2) <= wide * high * (rows + wide + high):
+    rows, (across, high) = len(entered), (len(inward), len(outward))
+    if rows * (across**2 + high**2) <= across * high * (rows + across + high):
         return (slopes @ outward).T @ (entered @ inward)
     return outward.T @ (slopes.T @ entered) @ inward
 
 
 def _eigenvalues(problem: Problem, passes: _Passes, bases: Bases) -> Blocks:
     """Mean squared coordinates of the pseudo gradients: the corrected eigenvalues."""
+    of_draws = jax.vmap(_rotated, in_axes=(None, 0, None, None))
+    of_examples = jax.vmap(of_draws, in_axes=(0, 0, None, None))
 
-    @jax.jit
-    def squares(
-        params: PyTree, frozen: PyTree, bases: Bases, examples: PyTree, keys: jax.Array
-    ) -> Blocks:
-        def step(total: Blocks, some: PyTree, keys: Any, counts: Any) -> Blocks:
-            entered, slopes = jax.vmap(lambda *one: passes.pseudo(params, frozen, *one))(some, keys)
-            found = {}
-            for name in passes.layers:
-                of_draws = jax.vmap(_rotated, in_axes=(None, 0, None, None))
-                of_examples = jax.vmap(of_draws, in_axes=(0, 0, None, None))
-                coordinates = of_examples(
-                    entered[name], slopes[name], bases.inward[name], bases.outward[name]
-                )
-                square = jnp.where(counts[:, None, None, None], jnp.square(coordinates), 0.0)
-                found[name] = total[name] + square.sum(axis=(0, 1))
-            return found
+    def squares(bases: Bases, entered: Entered, slopes: Slopes) -> Blocks:
+        return {
+            leaf: jnp.square(
+                of_examples(entered[leaf], d, bases.inward[leaf], bases.outward[leaf])
+            ).sum(axis=(0, 1))
+            for leaf, d in slopes.items()
+        }
 
-        nothing = {name: jnp.zeros(layer.shape) for name, layer in passes.layers.items()}
-        return _scanned(step, nothing, examples, keys)
-
-    task = problem.task
-    count = len(task.train_ids)
-    keys = jax.random.split(problem.key, count)
-    sums = squares(problem.params, task.frozen, bases, task.train, keys)
-    return {name: one / count for name, one in sums.items()}
+    start = {leaf: jnp.zeros(_block_shape(layer)) for leaf, layer in passes.layers.items()}
+    sums = _summed(problem, passes, start, bases, squares)
+    return {leaf: block / len(problem.task.train_ids) for leaf, block in sums.items()}
 
 
-def _inverses(problem: Problem, values: Blocks) -> tuple[Blocks, Any]:
+def _inverses(problem: Problem, values: Blocks, names: list[str]) -> tuple[Blocks, Any]:
     """One over the damped eigenvalues, and the damping: a number, or one for each layer."""
-    damping = {
-        name: SHARE_OF_MEAN * float(one.mean()) if problem.damping is None else problem.damping
-        for name, one in values.items()
-    }
-    for name, one in values.items():
-        smallest, largest = float(one.min()) + damping[name], float(one.max()) + damping[name]
-        regular(smallest, largest, damping[name], f"ggn of layer {name}")
-    inverses = {name: 1.0 / (one + damping[name]) for name, one in values.items()}
+    inverses, dampings = {}, []
+    for leaf, block in values.items():
+        name, damping = _layer_name(names[leaf]), problem.damping
+        if damping is None:
+            damping = SHARE_OF_MEAN * float(block.mean())
+        smallest, largest = float(block.min()) + damping, float(block.max()) + damping
+        regular(smallest, largest, damping, f"ggn of layer {name}")
+        inverses[leaf] = 1.0 / (block + damping)
+        dampings.append(f"{name} {damping:.6g}")
     if problem.damping is None:
-        said = ", ".join(f"{name} {one:.6g}" for name, one in damping.items())
-        return inverses, f".1 of each layer's mean eigenvalue: {said}"
+        return inverses, f".1 of each layer's mean eigenvalue: {', '.join(dampings)}"
     return inverses, problem.damping
 
 
 def _products(
     problem: Problem, passes: _Passes, bases: Bases, inverses: Blocks
 ) -> Float[np.ndarray, "train query"]:
-    """Products of all gradients, queries in groups whose turned gradients fit into memory."""
+    """Products of all gradients, queries in groups whose rotated gradients fit into memory."""
     task = problem.task
-
-    def turned(params: PyTree, frozen: PyTree, bases: Bases, example: PyTree) -> Blocks:
-        entered, slopes = passes.true(params, frozen, example)
-        return {
-            name: _rotated(entered[name], slopes[name], bases.inward[name], bases.outward[name])
-            for name in passes.layers
-        }
 
     @jax.jit
     def of_queries(
         params: PyTree, frozen: PyTree, bases: Bases, inverses: Blocks, examples: PyTree
-    ) -> tuple[Blocks, Bool[Array, " query"]]:
-        def one(example: PyTree) -> tuple[Blocks, Bool[Array, ""]]:
-            found = turned(params, frozen, bases, example)
-            finite = jnp.stack([jnp.isfinite(block).all() for block in found.values()]).all()
-            return {name: block * inverses[name] for name, block in found.items()}, finite
+    ) -> tuple[Blocks, Float[Array, " query"]]:
+        def of_query(example: PyTree) -> tuple[Blocks, Float[Array, ""]]:
+            blocks, total = passes.rotated(params, frozen, bases, example)
+            return {leaf: block * inverses[leaf] for leaf, block in blocks.items()}, total
 
-        return jax.lax.map(one, examples)
+        return jax.lax.map(of_query, examples)
 
     @jax.jit
     def of_trains(
         params: PyTree, frozen: PyTree, bases: Bases, solved: Blocks, examples: PyTree
-    ) -> tuple[Float[Array, "query piece"], Bool[Array, " piece"]]:
-        found = jax.vmap(lambda one: turned(params, frozen, bases, one))(examples)
-        finite = [jnp.isfinite(one).all(axis=(1, 2)) for one in found.values()]
+    ) -> tuple[Float[Array, "query train"], Float[Array, " train"]]:
+        blocks, totals = jax.vmap(lambda example: passes.rotated(params, frozen, bases, example))(
+            examples
+        )
         # Queries first and rows flat: the products are 15 times faster than in another order.
         parts = [
-            solved[name].reshape(len(solved[name]), -1) @ one.reshape(len(one), -1).T
-            for name, one in found.items()
+            solved[leaf].reshape(len(solved[leaf]), -1) @ block.reshape(len(block), -1).T
+            for leaf, block in blocks.items()
         ]
-        return sum(parts[1:], start=parts[0]), jnp.stack(finite).all(axis=0)
+        return sum(parts[1:], start=parts[0]), totals
 
-    found = np.zeros((len(task.train_ids), len(task.query_ids)))
-    covered = 4 * sum(int(np.prod(one.shape)) for one in passes.layers.values())
-    at = (problem.params, task.frozen, bases)
-    for columns, queries in pieces_of(task.query, problem.memory // covered):
-        solved, finite = of_queries(*at, inverses, queries)
-        check_finite(task, "query", columns, finite)
-        for rows, trains in pieces_of(task.train, PIECE):
-            products, finite = of_trains(*at, solved, trains)
-            check_finite(task, "train", rows, finite)
-            found[rows, columns] = np.asarray(products, float).T
-        problem.meter.advance(len(finite))
-    return found
+    products = np.zeros((len(task.train_ids), len(task.query_ids)))
+    covered = 4 * sum(math.prod(_block_shape(layer)) for layer in passes.layers.values())
+    at, where, done = (problem.params, task.frozen, bases), "the given weights", 0
+    for columns, queries in batches_of(task.query, problem.memory // covered):
+        solved, totals = of_queries(*at, inverses, queries)
+        check_finite(task, where, query=totals, start=columns.start)
+        for rows, trains in batches_of(task.train, BATCH):
+            block, totals = of_trains(*at, solved, trains)
+            check_finite(task, where, train=totals, start=rows.start)
+            products[rows, columns] = np.asarray(block, float).T
+        problem.meter.advance(columns.stop - done)
+        done = columns.stop
+    return products

@@ -1,11 +1,12 @@
-"""What the gradients of a task span, in as many coordinates as it has dimensions.
+"""Gradients of a task in coordinates found from their Gram matrix.
 
 The Gauss-Newton matrix is ``C = sum_r u_r u_r^T / n``, with one vector ``u_r`` for each training
 example and direction of its outputs in which the loss is curved. It takes every gradient of a
-training example to another vector of their span, so that influence functions, and whatever
-iteration computes them, never leave it (the identity behind kernel ridge regression; Ren and
-Goldfarb 2019, arXiv 1906.02353, use it for natural gradients). Inner products are all that is
-needed to find coordinates, and ``layerwise`` gives these without whole gradients.
+training example to another vector of their span, so influence functions, and the iterates of
+whatever computes them, never leave that span (the identity behind kernel ridge regression; Ren and
+Goldfarb 2019, arXiv 1906.02353, use it for natural gradients). An orthonormal basis of the span has
+as many vectors as the gradients have dimensions, and the coordinates follow from the gradients'
+inner products alone, which ``layerwise`` computes without whole gradients.
 """
 
 from dataclasses import dataclass, replace
@@ -16,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from bayes_simfluence.attribution.gradients.gradients import MEMORY
-from bayes_simfluence.attribution.gradients.layerwise import layer_gram
-from bayes_simfluence.attribution.gradients.points import check_finite
+from bayes_simfluence.attribution.gradients.checkpoints import check_finite
+from bayes_simfluence.attribution.gradients.layerwise import gram_matrix
+from bayes_simfluence.attribution.gradients.per_example import MEMORY
 from bayes_simfluence.attribution.influence.curvature import (
     MOST_OUTPUTS,
     check_curvature,
@@ -30,7 +31,7 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["Span", "can_span", "span_of"]
+__all__ = ["Gram", "fits_gram", "gram_of"]
 
 MOST_ROWS = 8192
 """Vectors up to which their inner products are factored."""
@@ -43,8 +44,8 @@ SHORT = 1e-6
 
 
 @dataclass(frozen=True)
-class Span:
-    """Gradients of a task at one point in orthonormal coordinates.
+class Gram:
+    """Gradients of a task at given weights, in orthonormal coordinates.
 
     Attributes:
         rows: of each training example, vectors along which its loss is curved, and one of the
@@ -69,32 +70,29 @@ class Span:
 
     @property
     def mean_within(self) -> float:
-        """Mean eigenvalue of the Gauss-Newton matrix within the span of the training examples."""
+        """Mean eigenvalue of the Gauss-Newton matrix among the coordinates."""
         return float(self._traces.mean()) / max(self.rows.shape[2] - 1, 1)
 
     @property
     def _traces(self) -> Float[np.ndarray, " train"]:
         """Of each example's own Gauss-Newton matrix."""
-        found: np.ndarray = np.einsum("nka,nka,nk->n", self.rows, self.rows, self.curved)
-        return found
+        return np.einsum("nka,nka,nk->n", self.rows, self.rows, self.curved)
 
     def task(self, of: Task) -> Task:
         """A task of few weights with the inner products, and so the influences, of the whole one.
 
         The loss of an example is a parabola whose gradient at 0, and Gauss-Newton matrix, are
-        those of the task that was spanned.
+        those of the task that these gradients are of.
 
         Args:
             of: that task; its ids are kept.
         """
 
         def outputs(weights: Array, example: PyTree) -> Array:
-            found: Array = example["rows"] @ weights
-            return found
+            return example["rows"] @ weights
 
-        def output_loss(found: Array, example: PyTree) -> Array:
-            parabola: Array = example["curved"] * found**2 / 2 + example["slope"] * found
-            return parabola.sum()
+        def output_loss(output: Array, example: PyTree) -> Array:
+            return (example["curved"] * output**2 / 2 + example["slope"] * output).sum()
 
         kept = self.rows.shape[1]
         first = np.eye(kept)[0]
@@ -116,26 +114,26 @@ class Span:
         )
 
 
-def can_span(task: Task, params: PyTree) -> bool:
+def fits_gram(task: Task, params: PyTree) -> bool:
     """Whether a task has few enough outputs and examples; it has outputs."""
     outputs = output_size(task, params)
     return outputs <= MOST_OUTPUTS and outputs * len(task.train_ids) <= MOST_ROWS
 
 
-def span_of(
+def gram_of(
     task: Task,
     params: PyTree | None = None,
     *,
     memory: int = MEMORY,
     progress: Progress | None = None,
-) -> Span:
-    """Find the span of a task's gradients; keep it, so that several solvers share it.
+) -> Gram:
+    """Compute the Gram coordinates of a task's gradients; several solvers can share them.
 
     Args:
         params: the trained parameters at which gradients are taken, the task's initial ones when
             omitted.
         memory: bytes held at once, about.
-        progress: told of every pair of vectors; silent when omitted.
+        progress: reports the pairs of vectors; silent when omitted.
 
     Raises:
         Misuse: a task without outputs, outputs or examples too many, a gradient that is not finite
@@ -150,14 +148,14 @@ def span_of(
     rows, curved, slope = _rows(train)
     wide = _row_task(task, params, rows, query.slope)
     pairs = len(wide.train_ids) * (len(wide.train_ids) + len(task.query_ids))
-    with (progress or Silent()).work("span", pairs) as meter:
-        gram = layer_gram(wide, params, memory=memory, meter=meter)
+    with (progress or Silent()).work("Gram matrix", pairs) as meter:
+        gram = gram_matrix(wide, params, memory=memory, meter=meter)
     squares = np.diag(gram.train).reshape(curved.shape)
     check_finite(task, where, train=squares.sum(axis=1), query=gram.query)
     coordinates, queries = _orthonormal(gram.train, gram.cross, gram.query)
     weights = sum(leaf.size for leaf in jax.tree.leaves(params))
     trace = float((squares * curved).sum()) / len(task.train_ids)
-    return Span(
+    return Gram(
         rows=coordinates.reshape(*curved.shape, -1),
         curved=curved,
         slope=slope,
@@ -176,11 +174,11 @@ class _Slopes(NamedTuple):
 
 def _check_size(task: Task, params: PyTree) -> None:
     check_curvature(task, params, "ggn", None)
-    if not can_span(task, params):
+    if not fits_gram(task, params):
         outputs, count = output_size(task, params), len(task.train_ids)
         raise Misuse(
             "solver",
-            got=f"the span of {count} training examples of {outputs} outputs",
+            got=f"Gram coordinates of {count} training examples of {outputs} outputs",
             expected=f"at most {MOST_OUTPUTS} outputs, and {MOST_ROWS} in all",
             do="take EKFAC, Arnoldi or ConjugateGradient",
         )
@@ -189,37 +187,39 @@ def _check_size(task: Task, params: PyTree) -> None:
 def _slopes(task: Task, params: PyTree, examples: PyTree) -> _Slopes:
     @jax.jit
     def of_all(params: PyTree, frozen: PyTree, examples: PyTree) -> tuple[Array, Array]:
-        def one(example: PyTree) -> tuple[Array, Array]:
-            found = outputs_of_one(task, params, frozen, example)
-            return output_factor(task, found, example), jax.grad(task.output_loss)(found, example)  # type: ignore[arg-type]
+        def of_example(example: PyTree) -> tuple[Array, Array]:
+            outputs = outputs_of_one(task, params, frozen, example)
+            slope = jax.grad(task.output_loss)(outputs, example)  # type: ignore[arg-type]
+            return output_factor(task, outputs, example), slope
 
-        return jax.lax.map(one, examples)
+        return jax.lax.map(of_example, examples)
 
-    factor, slope = (np.asarray(one, float) for one in of_all(params, task.frozen, examples))
+    arrays = of_all(params, task.frozen, examples)
+    factor, slope = (np.asarray(array, float) for array in arrays)
     return _Slopes(factor, slope.reshape(len(slope), -1), slope.shape[1:])
 
 
 def _rows(
-    found: _Slopes,
+    slopes: _Slopes,
 ) -> tuple[
     Float[np.ndarray, "train row *outputs"],
     Float[np.ndarray, "train row"],
     Float[np.ndarray, "train row"],
 ]:
-    """Slopes that give a span's rows, which of them are curved, the loss's coordinates in them."""
+    """Slopes that give the rows, which of them are curved, the loss's coordinates in them."""
     # The rows of a factor are orthogonal; some are 0 (for a softmax, always one).
-    square = np.square(found.factor).sum(axis=2)
+    square = np.square(slopes.factor).sum(axis=2)
     reached = square > NOTHING * square.max(axis=1, keepdims=True)
-    along = np.einsum("nko,no->nk", found.factor, found.slope)
+    along = np.einsum("nko,no->nk", slopes.factor, slopes.slope)
     slope = np.where(reached, along / np.where(reached, square, 1.0), 0.0)
-    left = found.slope - np.einsum("nk,nko->no", slope, found.factor)
-    rest = np.linalg.norm(left, axis=1) > 100 * NOTHING * np.linalg.norm(found.slope, axis=1)
-    rows = np.concatenate([reached[:, :, None] * found.factor, (rest[:, None] * left)[:, None]], 1)
+    left = slopes.slope - np.einsum("nk,nko->no", slope, slopes.factor)
+    rest = np.linalg.norm(left, axis=1) > 100 * NOTHING * np.linalg.norm(slopes.slope, axis=1)
+    rows = np.concatenate([reached[:, :, None] * slopes.factor, (rest[:, None] * left)[:, None]], 1)
     curved = np.concatenate([reached, np.zeros_like(reached[:, :1])], axis=1)
     slope = np.concatenate([slope, rest[:, None]], axis=1)
     used: Bool[np.ndarray, " row"] = np.append(reached.any(axis=0), rest.any())
     used[0] |= not used.any()
-    rows = rows[:, used].reshape(len(rows), -1, *found.shape)
+    rows = rows[:, used].reshape(len(rows), -1, *slopes.shape)
     return rows, curved[:, used].astype(float), slope[:, used]
 
 
@@ -233,8 +233,8 @@ def _row_task(
     count, kept, *shape = rows.shape
 
     def loss(weights: Any, row: PyTree) -> Float[Array, ""]:
-        found = task.outputs(weights, row["example"])  # type: ignore[misc]
-        return (found * row["slope"]).sum()
+        outputs = task.outputs(weights, row["example"])  # type: ignore[misc]
+        return (outputs * row["slope"]).sum()
 
     def made(examples: PyTree, slopes: np.ndarray) -> PyTree:
         return {"example": examples, "slope": jnp.asarray(slopes, jnp.float32)}

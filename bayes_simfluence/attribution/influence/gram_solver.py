@@ -1,60 +1,61 @@
-"""Any solver in the span of the gradients: for few examples of few outputs, of any network."""
+"""Any solver in Gram coordinates: for few examples of few outputs, of any network."""
 
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
 
-from bayes_simfluence.attribution.influence.gram import Span, span_of
+from bayes_simfluence.attribution.influence.gram import Gram, gram_of
 from bayes_simfluence.attribution.influence.problem import SHARE_OF_MEAN, Problem, Solved, Solver
 from bayes_simfluence.checks import Misuse
 
-__all__ = ["InSpan"]
+__all__ = ["InGram"]
 
 
 @dataclass(frozen=True)
-class InSpan:
-    """A solver that works with coordinates in the span of the gradients, and not with weights.
+class InGram:
+    """A solver that works with coordinates in Gram coordinates instead of weights.
 
-    Exact in exact arithmetic: conjugate gradients and LiSSA go through the same iterates as in all
-    the weights, at the price of one matrix of inner products instead of several passes through the
-    network for each term and query. Arnoldi's random start has no part outside of the span, which
-    the first product would take away.
+    Up to rounding, conjugate gradients and LiSSA go through the same iterates as in all the
+    weights, at the price of one Gram matrix instead of several passes through the network for each
+    term and query. Arnoldi's random start lacks the part that is orthogonal to all gradients, which
+    the first product would remove anyway.
 
     Attributes:
         solver: what solves there; None = exactly, in double precision, and for any damping > 0.
-        span: of the same task and weights, where it was found before; ``span_of``.
+        gram: coordinates of the same task and weights, where ``gram_of`` has computed them before.
     """
 
     solver: Solver | None = None
-    span: Span | None = None
+    gram: Gram | None = None
 
     def solve(self, problem: Problem) -> Solved:
         """As in ``Solver``.
 
         Raises:
-            Misuse: the Hessian, no damping, the span of another task, outputs or examples too many.
+            Misuse: the Hessian, no damping, coordinates of another task, too many outputs or
+                examples.
         """
         _check(problem)
         task = problem.task
-        span = self.span or span_of(task, problem.params, memory=problem.memory)
-        if (len(span.rows), len(span.queries)) != (len(task.train_ids), len(task.query_ids)):
+        gram = self.gram or gram_of(task, problem.params, memory=problem.memory)
+        if (len(gram.rows), len(gram.queries)) != (len(task.train_ids), len(task.query_ids)):
             raise Misuse(
-                "span",
-                got=f"{len(span.rows)} training examples and {len(span.queries)} queries",
+                "gram",
+                got=f"{len(gram.rows)} training examples and {len(gram.queries)} queries",
                 expected=f"{len(task.train_ids)} and {len(task.query_ids)}, those of the task",
-                do="take span_of(task, params), or leave it out",
+                do="take gram_of(task, params), or leave it out",
             )
         damping = problem.damping
         if damping is None:
-            damping = SHARE_OF_MEAN * span.mean_eigenvalue
-        axes = span.rows.shape[2]
+            damping = SHARE_OF_MEAN * gram.mean_eigenvalue
+        axes = gram.rows.shape[2]
         if self.solver is None:
             problem.meter.advance(len(task.query_ids))
-            said = {"solver": "exact, in the span of the gradients", "damping": damping}
-            return _solved(span, damping), {**said, "dimensions": axes}
+            attributes = {"solver": "exact, in Gram coordinates", "damping": damping}
+            return _solved(gram, damping), {**attributes, "dimensions": axes}
         inside = Problem(
-            task=span.task(task),
+            task=gram.task(task),
             params=jnp.zeros(axes),
             curvature="ggn",
             damping=damping,
@@ -62,34 +63,28 @@ class InSpan:
             memory=problem.memory,
             meter=problem.meter,
         )
-        values, said = self.solver.solve(inside)
-        name = f"{said['solver']} in the span of the gradients"
-        return values, {**said, "solver": name, "dimensions": axes}
+        values, attributes = self.solver.solve(inside)
+        name = f"{attributes['solver']} in Gram coordinates"
+        return values, {**attributes, "solver": name, "dimensions": axes}
 
 
-def _solved(span: Span, damping: float) -> np.ndarray:
+def _solved(gram: Gram, damping: float) -> np.ndarray:
     """``g_q^T (C + damping I)^-1 g_i``, all pairs."""
-    count = len(span.rows)
+    count = len(gram.rows)
     # The last coordinate is one that no training example has.
-    rows, queries = span.rows[:, :, :-1], span.queries[:, :-1]
-    curvature = np.einsum("nk,nka,nkb->ab", span.curved, rows, rows, optimize=True) / count
+    rows, queries = gram.rows[:, :, :-1], gram.queries[:, :-1]
+    curvature = np.einsum("nk,nka,nkb->ab", gram.curved, rows, rows, optimize=True) / count
     values, vectors = np.linalg.eigh(curvature)
-    trains = np.einsum("nk,nka->na", span.slope, rows) @ vectors
+    trains = np.einsum("nk,nka->na", gram.slope, rows) @ vectors
     return trains / (np.maximum(values, 0.0) + damping) @ (queries @ vectors).T
 
 
 def _check(problem: Problem) -> None:
-    if problem.curvature != "ggn":
-        raise Misuse(
-            "curvature",
-            got="'hessian' with InSpan",
-            expected="'ggn', which is made of gradients",
-            do="pass curvature='ggn', or take another solver",
-        )
+    problem.check_ggn("InGram")
     if problem.damping == 0:
         raise Misuse(
             "damping",
-            got="0 with InSpan",
+            got="0 with InGram",
             expected="a number > 0",
             do="pass damping=None for .1 of the mean eigenvalue, or a number",
         )

@@ -1,22 +1,23 @@
-"""What a solver of influence functions is given, and what it gives back."""
+"""What a solver of influence functions takes and returns."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from bayes_simfluence.attribution.gradients.gradients import (
+from bayes_simfluence.attribution.gradients.checkpoints import check_finite
+from bayes_simfluence.attribution.gradients.per_example import (
     GradientMaker,
     flat_gradients,
     gradient_maker,
 )
 from bayes_simfluence.attribution.influence.curvature import (
     Curvature,
+    Operands,
     Product,
     curvature_product,
     mean_eigenvalue,
@@ -27,20 +28,18 @@ from bayes_simfluence.tasks.task import Task
 
 __all__ = [
     "SHARE_OF_MEAN",
+    "Attributes",
     "Problem",
-    "Said",
     "Solved",
     "Solver",
     "Vectors",
-    "all_finite",
-    "check_finite",
     "regular",
 ]
 
 Vectors = Float[Array, "vector weight"]
-Said = dict[str, Any]
-Solved = tuple[Float[np.ndarray, "train query"], Said]
-"""``g_q^T (C + damping I)^-1 g_i``, and what is to be said of how it was found."""
+Attributes = dict[str, Any]
+Solved = tuple[Float[np.ndarray, "train query"], Attributes]
+"""``g_q^T (C + damping I)^-1 g_i``, and how it was computed, for the scores' attributes."""
 
 SHARE_OF_MEAN = 0.1
 """Damping per mean eigenvalue where none is given (Grosse et al. 2023, section 3.1)."""
@@ -48,13 +47,13 @@ SHARE_OF_MEAN = 0.1
 
 @dataclass(frozen=True)
 class Problem:
-    """What a solver is given.
+    """What a solver takes.
 
     Attributes:
         params: the trained parameters at which everything is taken.
         damping: added to every eigenvalue; None = the solver's default.
         memory: bytes of gradients and vectors held at once.
-        meter: advanced by one for each query that is done.
+        meter: advanced by the number of queries that are done.
     """
 
     task: Task
@@ -69,6 +68,11 @@ class Problem:
     def product(self) -> Product:
         """Products with the curvature, without damping."""
         return curvature_product(self.task, self.params, self.curvature)
+
+    @property
+    def operands(self) -> Operands:
+        """What ``product`` takes for the curvature of all training examples."""
+        return Operands(self.params, self.task.frozen, self.task.train)
 
     @cached_property
     def maker(self) -> GradientMaker:
@@ -90,18 +94,50 @@ class Problem:
     def gradients(
         self, part: Literal["train", "query"], memory: int
     ) -> Iterator[tuple[slice, Vectors]]:
-        """Gradients of the examples, a piece at a time.
+        """Gradients of the examples, a batch at a time.
 
         Raises:
-            Misuse: one that is not finite; its example is named.
+            Misuse: a gradient that is not finite; its example is named.
         """
-        pieces = flat_gradients(self.maker, self.params, getattr(self.task, part), memory=memory)
-        for rows, gradients in pieces:
-            check_finite(self.task, part, rows, all_finite(gradients))
+        batches = flat_gradients(self.maker, self.params, getattr(self.task, part), memory=memory)
+        for rows, gradients in batches:
+            sums = {part: gradients.sum(axis=1)}
+            check_finite(self.task, "the given weights", **sums, start=rows.start)
             yield rows, gradients
 
+    def by_solving(
+        self, solve: Callable[[Vectors], Vectors], held: int
+    ) -> Float[np.ndarray, "train query"]:
+        """All products where ``solve`` takes queries' gradients to solutions.
+
+        Args:
+            held: arrays as large as the gradients of a group of queries that are held at once.
+        """
+        products = np.zeros((len(self.task.train_ids), len(self.task.query_ids)))
+        memory = self.memory // (held + 1)
+        for columns, queries in self.gradients("query", memory):
+            solved = solve(queries)
+            for rows, trains in self.gradients("train", memory):
+                products[rows, columns] = np.asarray(trains @ solved.T, float)
+            self.meter.advance(columns.stop - columns.start)
+        return products
+
+    def check_ggn(self, solver: str) -> None:
+        """Raise where a solver that knows Gauss-Newton curvature alone is given the Hessian.
+
+        Raises:
+            Misuse: it is given the Hessian.
+        """
+        if self.curvature != "ggn":
+            raise Misuse(
+                "curvature",
+                got=f"'hessian' with {solver}",
+                expected="'ggn', which is made of gradients",
+                do="pass curvature='ggn', or take another solver",
+            )
+
     def blame(self, what: str) -> NoReturn:
-        """Say of which training example it comes that ``what`` is not finite.
+        """Name the training example that is the cause of ``what`` not being finite.
 
         Raises:
             Misuse: a training example's gradient is not finite either.
@@ -120,34 +156,13 @@ class Solver(Protocol):
     """A way to multiply with the inverse of a damped curvature."""
 
     def solve(self, problem: Problem) -> Solved:
-        """The products for all training examples and queries, and words about them.
+        """The products for all training examples and queries, and attributes of the scores.
 
         Raises:
             Misuse: settings that do not fit the problem, gradients that are not finite.
             WorkFailed: a curvature that is not positive definite, iterations that diverge.
         """
         ...
-
-
-def check_finite(
-    task: Task, part: str, rows: slice, finite: Bool[np.ndarray, " piece"] | Bool[Array, " piece"]
-) -> None:
-    """Raise when a gradient is not finite; the first such example is named."""
-    wrong = np.flatnonzero(~np.asarray(finite))
-    if len(wrong):
-        name = getattr(task, f"{part}_ids")[rows.start + int(wrong[0])]
-        raise Misuse(
-            f"gradient of {part} example {name}",
-            got="values that are not finite",
-            expected="finite numbers",
-            do="look at that example's loss, or take weights from before training diverged",
-        )
-
-
-@jax.jit
-def all_finite(rows: Vectors) -> Bool[Array, " vector"]:
-    """Whether all of each row's numbers are finite."""
-    return jnp.isfinite(rows).all(axis=1)
 
 
 def regular(smallest: float, largest: float, damping: float, curvature: str) -> None:

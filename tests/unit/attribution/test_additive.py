@@ -49,15 +49,15 @@ def test_the_scale_and_the_trajectories_are_found_again(scores, rng, key):
 def test_ids_decide_not_places(scores, rng, key):
     runs = runs_of(scores, rng, scale=0.3)
     shuffled = scores.isel(train=[2, 0, 3, 1], query=[1, 2, 0])
-    one, other = (additive_simulator(some, runs) for some in (scores, shuffled))
-    np.testing.assert_allclose(one.simulator.b, other.simulator.b)
+    plain, permuted = (additive_simulator(some, runs) for some in (scores, shuffled))
+    np.testing.assert_allclose(plain.simulator.b, permuted.simulator.b)
 
 
 def test_the_band_is_made_of_runs_at_the_scale_of_the_others(scores, rng):
     runs = runs_of(scores, rng, scale=0.3, noise=0.5)
     posterior = additive_simulator(scores, runs)
     for left_out in range(runs.sizes["run"]):
-        rest = runs.isel(run=[one for one in range(runs.sizes["run"]) if one != left_out])
+        rest = runs.isel(run=[run for run in range(runs.sizes["run"]) if run != left_out])
         without = additive_simulator(scores, rest, band=False)
         batch = runs["batch"].values[left_out]
         steps = shares_of(batch) @ without.simulator.b.T
@@ -79,12 +79,12 @@ def test_losses_that_were_not_recorded_do_not_count(scores, rng):
         query_ids=runs["query"].values,
         missing=True,
     )
-    found = additive_simulator(scores, thin)
-    assert found.verdict.numbers["scale"] == pytest.approx(0.3, rel=1e-4)
-    assert np.isfinite(found.simulator.residual).all()
+    posterior = additive_simulator(scores, thin)
+    assert posterior.verdict.numbers["scale"] == pytest.approx(0.3, rel=1e-4)
+    assert np.isfinite(posterior.simulator.residual).all()
 
 
-def test_a_wrong_sign_is_said(scores, rng):
+def test_a_wrong_sign_is_reported(scores, rng):
     posterior = additive_simulator(-scores, runs_of(scores, rng, scale=0.3))
     assert not posterior.verdict.ok
     assert "wrong way" in posterior.verdict.sentence

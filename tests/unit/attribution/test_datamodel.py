@@ -36,42 +36,42 @@ def covered(band, truth):
 
 def test_it_is_the_dense_posterior_of_its_share(rng):
     subsets, _ = drawn(rng)
-    found = fit_datamodel(subsets.isel(subset=slice(0, 50)))
-    mask = found.subsets["mask"].values.astype(float)
+    datamodel = fit_datamodel(subsets.isel(subset=slice(0, 50)))
+    mask = datamodel.subsets["mask"].values.astype(float)
     unit = np.sqrt(mask.var(axis=0).sum())
-    ratio = found.share / (1 - found.share) / unit**2
+    ratio = datamodel.share / (1 - datamodel.share) / unit**2
     # Primal: regression on constant and examples, in s^2 = 1, with a flat constant.
     design = np.concatenate([np.ones((50, 1)), mask], axis=1)
     precision = design.T @ design + np.diag([0.0, *np.full(TRAIN, 1 / ratio)])
-    y = found.subsets["outcome"].values
+    y = datamodel.subsets["outcome"].values
     weights = np.linalg.solve(precision, design.T @ y)
-    np.testing.assert_allclose(found.scores().values, weights[1:], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(datamodel.scores().values, weights[1:], rtol=1e-6, atol=1e-9)
     new = subsets.isel(subset=slice(50, None))
     rows = np.concatenate([np.ones((10, 1)), new["mask"].values.astype(float)], axis=1)
-    band = found.predict(new["mask"])
+    band = datamodel.predict(new["mask"])
     np.testing.assert_allclose(band["mean"], rows @ weights, rtol=1e-6)
     squares = (y * (y - design @ weights)).sum(axis=0)
     variance = 1 + np.einsum("mi,ij,mj->m", rows, np.linalg.inv(precision), rows)
     reach = student_t.ppf(0.95, 49) * np.sqrt(variance[:, None] * squares[None] / 49)
     np.testing.assert_allclose(band["high"] - band["mean"], reach, rtol=1e-6)
     shuffled = new["mask"].isel(train=rng.permutation(TRAIN))
-    xr.testing.assert_allclose(found.predict(shuffled), band)
+    xr.testing.assert_allclose(datamodel.predict(shuffled), band)
 
 
 def test_left_out_is_a_fit_without_it(rng):
     subsets, _ = drawn(rng, subsets=12)
-    found = fit_datamodel(subsets)
-    out = found.left_out()
+    datamodel = fit_datamodel(subsets)
+    out = datamodel.left_out()
     rest = subsets.isel(subset=slice(1, None))
     # The same share of variance per inner product, though the unit of masks is another.
-    unit, other = (np.sqrt(one["mask"].values.var(axis=0).sum()) for one in (subsets, rest))
-    ratio = found.share / (1 - found.share) * other**2 / unit**2
+    unit, other = (np.sqrt(part["mask"].values.var(axis=0).sum()) for part in (subsets, rest))
+    ratio = datamodel.share / (1 - datamodel.share) * other**2 / unit**2
     mask = rest["mask"].values.astype(float)
     centred = (mask - mask.mean(axis=0)) / other
     inverse = np.linalg.inv(np.eye(11) + ratio * centred @ centred.T)
     solved = inverse.sum(axis=1)
     corrected = inverse - np.outer(solved, solved) / solved.sum()
-    again = type(found)(rest, ratio / (1 + ratio), inverse, corrected)
+    again = type(datamodel)(rest, ratio / (1 + ratio), inverse, corrected)
     alone = again.predict(subsets["mask"].isel(subset=[0]))
     for name in ("mean", "low", "high"):
         np.testing.assert_allclose(out[name][0], alone[name][0], rtol=1e-6)
@@ -82,15 +82,15 @@ def test_intervals_cover_a_known_truth(rng, key, noise):
     """Over 100 seeds the share that is covered has a mean of .900 and an sd of .009: five of these
     are allowed, a false alarm in a million."""
     subsets, theta = drawn(rng, noise, subsets=2 * SUBSETS)
-    fitted, new = (subsets.isel(subset=one) for one in (slice(0, SUBSETS), slice(SUBSETS, None)))
-    found = fit_datamodel(fitted)
-    band = found.predict(new["mask"])
+    fitted, new = (subsets.isel(subset=part) for part in (slice(0, SUBSETS), slice(SUBSETS, None)))
+    datamodel = fit_datamodel(fitted)
+    band = datamodel.predict(new["mask"])
     assert abs(covered(band, new["outcome"]) - 0.90) < 0.048
-    assert abs(covered(found.left_out(), fitted["outcome"]) - 0.90) < 0.048
+    assert abs(covered(datamodel.left_out(), fitted["outcome"]) - 0.90) < 0.048
     # The share that was drawn: masks' variance times that of the effects, over that plus noise.
     explained = TRAIN / 4 / (TRAIN / 4 + noise**2)
-    assert found.share == pytest.approx(explained, abs=0.12)
-    narrow = found.predict(new["mask"], probability=0.5)
+    assert datamodel.share == pytest.approx(explained, abs=0.12)
+    narrow = datamodel.predict(new["mask"], probability=0.5)
     assert abs(covered(narrow, new["outcome"]) - 0.50) < 0.08
     # Bands of another width are told apart.
     half = (band["high"] - band["low"]) / 4
@@ -100,10 +100,10 @@ def test_intervals_cover_a_known_truth(rng, key, noise):
     score = linear_datamodeling_score(band["mean"], new["outcome"], key=key)
     assert float(score["lds"]) > (0.9 if noise < 1 else 0.3)
     # Differences between examples are what a half can tell.
-    centred = [one - one.mean(axis=0) for one in (found.scores().values, theta)]
-    agreement = np.corrcoef(*(one.ravel() for one in centred))[0, 1]
+    centred = [effects - effects.mean(axis=0) for effects in (datamodel.scores().values, theta)]
+    agreement = np.corrcoef(*(effects.ravel() for effects in centred))[0, 1]
     assert agreement > (0.95 if noise < 1 else 0.5)
-    again = predicted_outcomes(found.scores(), new["mask"])
+    again = predicted_outcomes(datamodel.scores(), new["mask"])
     same = linear_datamodeling_score(again, new["outcome"], key=key)
     assert float(same["lds"]) == pytest.approx(float(score["lds"]), abs=1e-9)
 
@@ -112,9 +112,9 @@ def test_masks_that_explain_nothing_get_no_share(rng):
     subsets, _ = drawn(rng)
     noise = rng.normal(size=(SUBSETS, QUERY))
     nothing = subsets.assign(outcome=subsets["outcome"].copy(data=noise))
-    found = fit_datamodel(nothing)
-    assert found.share < 0.05
-    assert abs(covered(found.left_out(), nothing["outcome"]) - 0.90) < 0.048
+    datamodel = fit_datamodel(nothing)
+    assert datamodel.share < 0.05
+    assert abs(covered(datamodel.left_out(), nothing["outcome"]) - 0.90) < 0.048
 
 
 def test_misuse_is_named(rng):

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from bayes_simfluence.attribution.influence.influence import EKFAC, Dense, InSpan, influence
+from bayes_simfluence.attribution.influence.influence_functions import (
+    EKFAC,
+    Dense,
+    InGram,
+    influence,
+)
 from bayes_simfluence.checks import Misuse, WorkFailed
 from bayes_simfluence.networks.layers import dense
 from bayes_simfluence.networks.network import Network
@@ -25,8 +30,8 @@ def cross_entropy(logits, example):
     return -jax.nn.log_softmax(logits)[example["y"]]
 
 
-def squared(found, example):
-    return 0.5 * jnp.square(found - example["x"][: len(found)] + 1.0).sum()
+def squared(output, example):
+    return 0.5 * jnp.square(output - example["x"][: len(output)] + 1.0).sum()
 
 
 def linear(weights, example):
@@ -64,8 +69,8 @@ def made(outputs, output_loss, count, *, layers=("one",), bias=True, queries=5):
         output_loss=output_loss,
         train=jax.tree.map(lambda leaf: leaf[:count], data),
         query=jax.tree.map(lambda leaf: leaf[count:], data),
-        train_ids=[f"t{one}" for one in range(count)],
-        query_ids=[f"q{one}" for one in range(queries)],
+        train_ids=[f"t{number}" for number in range(count)],
+        query_ids=[f"q{number}" for number in range(queries)],
     )
 
 
@@ -79,8 +84,8 @@ def test_a_linear_layer_whose_curvature_is_a_kronecker_product(key, output_loss,
     task = made(linear, output_loss, count, bias=bias)
     settings = {"damping": 0.1, "key": key}
     exact = influence(task, solver=Dense(), **settings)
-    found = influence(task, solver=EKFAC(draws=None), **settings)
-    np.testing.assert_allclose(found, exact, atol=2e-4 * float(np.abs(exact).max()))
+    scores = influence(task, solver=EKFAC(draws=None), **settings)
+    np.testing.assert_allclose(scores, exact, atol=2e-4 * float(np.abs(exact).max()))
 
 
 def entered(params, x):
@@ -97,9 +102,9 @@ def ones(rows):
 
 def by_layer(gradients):
     """``(..., out, in + 1)`` of each layer."""
-    found = jax.tree.map(np.asarray, gradients)
+    arrays = jax.tree.map(np.asarray, gradients)
     return {
-        name: np.concatenate([found[f"{name}.weight"], found[f"{name}.bias"][..., None]], -1)
+        name: np.concatenate([arrays[f"{name}.weight"], arrays[f"{name}.bias"][..., None]], -1)
         for name in ("one", "two")
     }
 
@@ -116,15 +121,17 @@ def test_the_definition_written_out(key):
         columns = vectors * np.sqrt(np.maximum(values, 0))[None]
         jacobian = by_layer(slopes(params, x))
         pseudo.append(
-            {one: np.einsum("ok,oij->kij", columns, rows) for one, rows in jacobian.items()}
+            {name: np.einsum("ok,oij->kij", columns, rows) for name, rows in jacobian.items()}
         )
         rows = entered(params, x)
-        for one in inward:
-            inward[one] = inward[one] + rows[one].T @ rows[one]
+        for name in inward:
+            inward[name] = inward[name] + rows[name].T @ rows[name]
         # Slopes of what leaves a layer: those of the second are the outputs' own.
-        one, bias, two = (np.asarray(params[at]) for at in ("one.weight", "one.bias", "two.weight"))
-        inner = rows["one"] @ np.concatenate([one, bias[:, None]], axis=1).T
-        each = (columns.T @ two)[:, None, :] * (1 - np.tanh(inner) ** 2)[None]
+        first, bias, second = (
+            np.asarray(params[at]) for at in ("one.weight", "one.bias", "two.weight")
+        )
+        inner = rows["one"] @ np.concatenate([first, bias[:, None]], axis=1).T
+        each = (columns.T @ second)[:, None, :] * (1 - np.tanh(inner) ** 2)[None]
         outward["one"] = outward["one"] + np.einsum("kri,krj->ij", each, each)
         outward["two"] = outward["two"] + columns @ columns.T
     gradient = jax.jit(jax.grad(task.loss))
@@ -133,20 +140,20 @@ def test_the_definition_written_out(key):
         for some in (task.train, task.query)
     )
     expected = np.zeros((19, 5))
-    for one in inward:
-        right, left = np.linalg.eigh(inward[one])[1], np.linalg.eigh(outward[one])[1]
+    for layer in inward:
+        right, left = np.linalg.eigh(inward[layer])[1], np.linalg.eigh(outward[layer])[1]
 
-        def turned(some, name=one, left=left, right=right):
+        def turned(some, name=layer, left=left, right=right):
             return np.stack([left.T @ gradient[name] @ right for gradient in some])
 
         values = np.mean(
-            [np.square(left.T @ each[one] @ right).sum(axis=0) for each in pseudo], axis=0
+            [np.square(left.T @ each[layer] @ right).sum(axis=0) for each in pseudo], axis=0
         )
         expected -= np.einsum(
             "tij,qij,ij->tq", turned(trains), turned(queries), 1 / (values + damping)
         )
-    found = influence(task, solver=EKFAC(draws=None), damping=damping, key=key)
-    np.testing.assert_allclose(found, expected / 19, atol=1e-3 * np.abs(expected).max() / 19)
+    scores = influence(task, solver=EKFAC(draws=None), damping=damping, key=key)
+    np.testing.assert_allclose(scores, expected / 19, atol=1e-3 * np.abs(expected).max() / 19)
 
 
 def test_two_layers_against_the_dense_curvature(key):
@@ -159,34 +166,34 @@ def test_two_layers_against_the_dense_curvature(key):
 
     train, query = labelled(task.train, 1), labelled(task.query, 2)
     task = dataclasses.replace(task, train=train, query=query)
-    exact, found, plain = (
+    exact, scores, plain = (
         influence(task, solver=solver, damping=damping, key=key)
         for solver, damping in ((Dense(), 0.1), (EKFAC(), 0.1), (EKFAC(), 1e4))
     )
-    ranks = [spearmanr(one.values.ravel(), exact.values.ravel())[0] for one in (found, plain)]
+    ranks = [spearmanr(some.values.ravel(), exact.values.ravel())[0] for some in (scores, plain)]
     # Gradients that are hardly preconditioned do worse.
     assert ranks[0] > 0.9
     assert ranks[1] < 0.8
-    assert found.attrs["weights_left_out"] == 0
-    assert found.attrs["damping"] == 0.1
+    assert scores.attrs["weights_left_out"] == 0
+    assert scores.attrs["damping"] == 0.1
 
 
 def test_memory_decides_nothing(key):
     task = made(two_layers, cross_entropy, 11, layers=("one", "two"))
-    one, other = (
+    large, small = (
         influence(task, solver=EKFAC(), damping=0.01, key=key, memory=memory)
         for memory in (2**20, 500)
     )
-    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(large, small, rtol=1e-3, atol=1e-5)
 
 
 def test_default_damping_is_a_tenth_of_each_layers_mean(key):
     task = made(linear, squared, 20)
-    found = influence(task, solver=EKFAC(draws=None), key=key)
+    scores = influence(task, solver=EKFAC(draws=None), key=key)
     x = np.pad(np.asarray(task.train["x"]), ((0, 0), (0, 1)), constant_values=1.0)
     mean = np.square(x).sum() / 20 / x.shape[1]
-    said = f".1 of each layer's mean eigenvalue: one {0.1 * mean:.4g}"
-    assert found.attrs["damping"].startswith(said[:-1])
+    message = f".1 of each layer's mean eigenvalue: one {0.1 * mean:.4g}"
+    assert scores.attrs["damping"].startswith(message[:-1])
 
 
 class TestMisuse:
@@ -206,27 +213,27 @@ class TestMisuse:
             task, params={"low": jnp.ones((3, 1))}, frozen=task.params, assemble=assembled
         )
         with pytest.raises(
-            Misuse, match=r"no tensors of the network: low.* take InSpan\(\), Arnoldi"
+            Misuse, match=r"no tensors of the network: low.* take InGram\(\), Arnoldi"
         ):
             influence(adapted, solver=EKFAC(), damping=0.1, key=key)
 
     def test_no_linear_layer(self, task, key):
         def outputs(weights, example):
-            return weights["one.weight"] @ example["x"]
+            return (weights["one.weight"] * example["x"][None]).sum(axis=1)
 
         plain = dataclasses.replace(
             task,
             outputs=outputs,
             loss=lambda weights, example: cross_entropy(outputs(weights, example), example),
         )
-        with pytest.raises(Misuse, match=r"none of the 0 watched linear layers trains"):
+        with pytest.raises(Misuse, match=r"none of the 2 trained parameters is a linear"):
             influence(plain, solver=EKFAC(), damping=0.1, key=key)
 
     def test_outputs_too_many_to_write_out(self, task, key):
         many = dataclasses.replace(
             task,
             outputs=lambda weights, example: jnp.tile(linear(weights, example), 30),
-            output_loss=lambda found, example: cross_entropy(found[:CLASSES], example),
+            output_loss=lambda output, example: cross_entropy(output[:CLASSES], example),
         )
         with pytest.raises(Misuse, match=r"output_draw: got none; expected .* for 90 outputs"):
             influence(many, solver=EKFAC(), damping=0.1, key=key)
@@ -261,7 +268,7 @@ def bert_task(tuning, count=40):
         name: jnp.asarray(rng.normal(0.0, 0.4, at) + name.endswith("Norm.weight"), jnp.float32)
         for name, at in bert.shapes_of(config).items()
     }
-    tokenizer = Tokenizer(models.WordLevel({one: at for at, one in enumerate(WORDS)}, "[UNK]"))
+    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]")
     network: Network = bert.network(config, tensors)
@@ -290,13 +297,13 @@ NOT_LINEAR = ["embeddings.*", "*LayerNorm*"]
 def test_a_bert_against_the_exact_solution_of_the_same_tensors(key):
     """EK-FAC leaves out what is no linear layer; the exact solution excludes it."""
     settings = {"damping": 1e-3, "key": key}
-    exact = influence(bert_task(Full(exclude=NOT_LINEAR)), solver=InSpan(), **settings)
-    found = influence(bert_task(FULL), solver=EKFAC(), **settings)
-    assert spearmanr(found.values.ravel(), exact.values.ravel())[0] > 0.8
-    assert found.attrs["layers"] == 7
-    assert "embeddings.word_embeddings.weight" in found.attrs["tensors_left_out"]
+    exact = influence(bert_task(Full(exclude=NOT_LINEAR)), solver=InGram(), **settings)
+    scores = influence(bert_task(FULL), solver=EKFAC(), **settings)
+    assert spearmanr(scores.values.ravel(), exact.values.ravel())[0] > 0.8
+    assert scores.attrs["layers"] == 7
+    assert "embeddings.word_embeddings.weight" in scores.attrs["tensors_left_out"]
 
 
 def test_adapters_of_a_bert_are_refused(key):
-    with pytest.raises(Misuse, match=r"EK-FAC for .*lora_A.*take InSpan\(\), Arnoldi"):
+    with pytest.raises(Misuse, match=r"EK-FAC for .*lora_A.*take InGram\(\), Arnoldi"):
         influence(bert_task(LoRA(rank=2), 4), solver=EKFAC(), damping=0.1, key=key)

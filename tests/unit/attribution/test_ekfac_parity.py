@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bayes_simfluence.attribution.influence.influence import EKFAC, influence
+from bayes_simfluence.attribution.influence.influence_functions import EKFAC, influence
 from bayes_simfluence.networks.layers import dense
 from bayes_simfluence.tasks.task import Task
 
@@ -51,55 +51,32 @@ def made(rng):
     )
 
 
-def theirs(task, folder):
+@pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
+def test_scores_are_those_of_kronfluence(rng, key, tmp_path, kronfluence_scores):
+    """They are products without the sign and the number of examples."""
+    pytest.importorskip("kronfluence", reason="needs the command in docs/testing.md")
     import torch
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
-    from kronfluence.task import Task as KronfluenceTask
-    from torch.nn.functional import cross_entropy
 
-    class Classifier(KronfluenceTask):
-        def compute_train_loss(self, batch, model, sample=False):
-            logits = model(batch[0])
-            if not sample:
-                return cross_entropy(logits, batch[1], reduction="sum")
-            shares = logits.detach().softmax(-1)
-            return (shares.prod(-1).sqrt() * (logits[:, 0] - logits[:, 1])).sum()
-
-        def compute_measurement(self, batch, model):
-            return cross_entropy(model(batch[0]), batch[1], reduction="sum")
-
+    task = made(rng)
     layers = [torch.nn.Linear(*SIZES[name]) for name in SIZES]
     model = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1], torch.nn.Tanh(), layers[2])
-    weights = {name: torch.tensor(np.asarray(one)) for name, one in task.params.items()}
+    weights = {name: torch.tensor(np.asarray(value)) for name, value in task.params.items()}
     model.load_state_dict(weights)
     train, query = (
         torch.utils.data.TensorDataset(
-            torch.tensor(np.asarray(some["x"])), torch.tensor(np.asarray(some["y"])).long()
+            torch.tensor(np.asarray(part["x"])), torch.tensor(np.asarray(part["y"])).long()
         )
-        for some in (task.train, task.query)
+        for part in (task.train, task.query)
     )
-    chosen = Classifier()
-    analyzer = Analyzer(
-        "mlp",
-        prepare_model(model, chosen),
-        chosen,
-        cpu=True,
-        disable_tqdm=True,
-        output_dir=str(folder),
+    expected = kronfluence_scores(
+        model,
+        train,
+        query,
+        logits=lambda model, batch: model(batch[0]),
+        label=lambda batch: batch[1],
+        damping=DAMPING,
+        queries=QUERY,
+        folder=tmp_path,
     )
-    analyzer.fit_all_factors("factors", train, 20, factor_args=FactorArguments("ekfac"))
-    analyzer.compute_pairwise_scores(
-        "scores", "factors", query, train, QUERY, 20, score_args=ScoreArguments(DAMPING)
-    )
-    return analyzer.load_pairwise_scores("scores")["all_modules"].T.numpy()
-
-
-@pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
-def test_scores_are_those_of_kronfluence(rng, key, tmp_path):
-    """They are products without the sign and the number of examples."""
-    pytest.importorskip("kronfluence", reason="needs the command in docs/testing.md")
-    task = made(rng)
-    found = influence(task, solver=EKFAC(), damping=DAMPING, key=key)
-    expected = theirs(task, tmp_path)
-    np.testing.assert_allclose(-TRAIN * found, expected, atol=2e-3 * np.abs(expected).max())
+    scores = influence(task, solver=EKFAC(), damping=DAMPING, key=key)
+    np.testing.assert_allclose(-TRAIN * scores, expected, atol=2e-3 * np.abs(expected).max())

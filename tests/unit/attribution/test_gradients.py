@@ -1,11 +1,12 @@
-"""Gradients in pieces against gradients one by one."""
+"""Gradients in batches against gradients one by one."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bayes_simfluence.attribution.gradients.gradients import flat, gradient_products, weights_at
+from bayes_simfluence.attribution.gradients.checkpoints import weights_at
+from bayes_simfluence.attribution.gradients.per_example import flat, gradient_products
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors
 from bayes_simfluence.tasks.task import Task
@@ -37,22 +38,22 @@ def one_by_one(task, params, examples):
     def loss(params, example):
         return task.loss(task.weights(params, task.frozen), example)
 
-    return np.stack([np.asarray(flat(jax.grad(loss)(params, one))) for one in examples])
+    return np.stack([np.asarray(flat(jax.grad(loss)(params, example))) for example in examples])
 
 
-@pytest.mark.parametrize("memory", [2**20, 8 * 4 * 15, 1], ids=["whole", "pieces", "single"])
+@pytest.mark.parametrize("memory", [2**20, 8 * 4 * 15, 1], ids=["whole", "batches", "single"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
-def test_products_in_pieces_are_those_of_whole_gradients(task, rng, memory, scaled):
+def test_products_in_batches_are_those_of_whole_gradients(task, rng, memory, scaled):
     params = jax.tree.map(lambda leaf: leaf + 0.1, task.params)
-    train, query = (one_by_one(task, params, one) for one in (task.train, task.query))
+    train, query = (one_by_one(task, params, part) for part in (task.train, task.query))
     scale = rng.uniform(0.5, 2.0, train.shape[1]).astype(np.float32) if scaled else None
-    found = gradient_products(
+    products = gradient_products(
         task, params, scale=None if scale is None else jnp.asarray(scale), memory=memory
     )
     weights = np.ones(train.shape[1]) if scale is None else scale
-    np.testing.assert_allclose(found.products, train * weights @ query.T, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.train, (train**2 * weights).sum(axis=1), rtol=1e-4)
-    np.testing.assert_allclose(found.query, (query**2 * weights).sum(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(products.products, train * weights @ query.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(products.train, (train**2 * weights).sum(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(products.query, (query**2 * weights).sum(axis=1), rtol=1e-4)
 
 
 def test_weights_of_a_checkpoint_take_their_place(task):

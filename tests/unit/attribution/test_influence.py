@@ -7,23 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bayes_simfluence.attribution.gradients.gradients import flat
+from bayes_simfluence.attribution.gradients.per_example import flat
 from bayes_simfluence.attribution.influence.curvature import (
+    Operands,
     curvature_product,
     dense_curvature,
     mean_eigenvalue,
     output_slopes,
 )
-from bayes_simfluence.attribution.influence.influence import (
+from bayes_simfluence.attribution.influence.influence_functions import (
     Arnoldi,
     ConjugateGradient,
     Dense,
-    InSpan,
+    InGram,
     LiSSA,
     influence,
 )
+from bayes_simfluence.attribution.influence.problem import Problem
 from bayes_simfluence.checks import Misuse, WorkFailed
 from bayes_simfluence.networks.layers import dense
+from bayes_simfluence.progress import Silent
 from bayes_simfluence.tasks.task import Task
 
 TRAIN, QUERY, INWARD, WIDTH, CLASSES = 21, 4, 3, 4, 3
@@ -52,14 +55,14 @@ def task():
     shapes = {"one.weight": (WIDTH, INWARD), "one.bias": (WIDTH,)}
     shapes |= {"two.weight": (CLASSES, WIDTH), "two.bias": (CLASSES,)}
     return Task(
-        params={one: jnp.asarray(rng.normal(size=at), jnp.float32) for one, at in shapes.items()},
+        params={name: jnp.asarray(rng.normal(size=at), jnp.float32) for name, at in shapes.items()},
         loss=lambda weights, example: output_loss(outputs(weights, example), example),
         outputs=outputs,
         output_loss=output_loss,
         train=jax.tree.map(lambda leaf: leaf[:TRAIN], data),
         query=jax.tree.map(lambda leaf: leaf[TRAIN:], data),
-        train_ids=[f"t{one}" for one in range(TRAIN)],
-        query_ids=[f"q{one}" for one in range(QUERY)],
+        train_ids=[f"t{number}" for number in range(TRAIN)],
+        query_ids=[f"q{number}" for number in range(QUERY)],
     )
 
 
@@ -74,15 +77,17 @@ def broken(task, **changes):
 
 def test_gauss_newton_is_jacobians_around_the_hessian_of_the_softmax(task):
     """Written out with ``diag(p) - p p^T``, one example after another."""
-    found = dense_curvature(task, task.params, "ggn")
+    matrix = dense_curvature(task, task.params, "ggn")
     names = sorted(task.params)
-    expected = np.zeros_like(found)
+    expected = np.zeros_like(matrix)
     for x in task.train["x"]:
         jacobian = jax.jacrev(lambda params, x=x: outputs(params, {"x": x}))(task.params)
-        rows = np.concatenate([np.asarray(jacobian[one]).reshape(CLASSES, -1) for one in names], 1)
+        rows = np.concatenate(
+            [np.asarray(jacobian[name]).reshape(CLASSES, -1) for name in names], 1
+        )
         shares = np.asarray(jax.nn.softmax(outputs(task.params, {"x": x})))
         expected += rows.T @ (np.diag(shares) - np.outer(shares, shares)) @ rows / TRAIN
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(matrix, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
@@ -91,12 +96,14 @@ def test_products_are_those_of_the_matrix_written_out(task, rng, curvature):
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-5)
     vectors = jnp.asarray(rng.normal(size=(2, WEIGHTS)), jnp.float32)
     product = curvature_product(task, task.params, curvature)
-    np.testing.assert_allclose(product(vectors, None), vectors @ matrix, atol=1e-4)
+    whole = Operands(task.params, task.frozen, task.train)
+    np.testing.assert_allclose(product(whole, vectors), vectors @ matrix, atol=1e-4)
     # A batch has the curvature of its own examples.
     places = jnp.asarray([3, 5])
     some = broken(task, train=jax.tree.map(lambda leaf: leaf[places], task.train), train_ids="ab")
     expected = vectors @ dense_curvature(some, task.params, curvature)
-    np.testing.assert_allclose(product(vectors, places), expected, atol=1e-4)
+    batch = whole._replace(examples=some.train)
+    np.testing.assert_allclose(product(batch, vectors), expected, atol=1e-4)
 
 
 def test_the_trace_is_that_of_the_matrix(task, key):
@@ -117,9 +124,9 @@ def test_slopes_have_the_hessian_of_the_output_loss(task, key):
     np.testing.assert_allclose(drawn.T @ drawn, expected, atol=0.01)
     # Two classes leave one direction: every single draw is exact.
     two = jnp.asarray([0.3, -1.0])
-    one = output_slopes(task, two, example, key, 1)
+    drawn = output_slopes(task, two, example, key, 1)
     expected = jax.hessian(lambda at: output_loss(at, example))(two)
-    np.testing.assert_allclose(one.T @ one, expected, atol=1e-6)
+    np.testing.assert_allclose(drawn.T @ drawn, expected, atol=1e-6)
 
 
 def test_scores_are_the_formula(task, exact):
@@ -142,11 +149,11 @@ def test_scores_are_the_formula(task, exact):
 
 
 SOLVERS = {
-    "exact, in the span": InSpan(),
-    "dense in the span": InSpan(Dense()),
-    "conjugate gradients in the span": InSpan(ConjugateGradient(tolerance=1e-6)),
-    "LiSSA in the span": InSpan(LiSSA(depth=800, scale=2.0, batch=None)),
-    "Arnoldi in the span": InSpan(Arnoldi(rank=WEIGHTS - FLAT, iterations=WEIGHTS)),
+    "exact, in Gram coordinates": InGram(),
+    "dense in Gram coordinates": InGram(Dense()),
+    "conjugate gradients in Gram coordinates": InGram(ConjugateGradient(tolerance=1e-6)),
+    "LiSSA in Gram coordinates": InGram(LiSSA(depth=800, scale=2.0, batch=None)),
+    "Arnoldi in Gram coordinates": InGram(Arnoldi(rank=WEIGHTS - FLAT, iterations=WEIGHTS)),
     "conjugate gradients": ConjugateGradient(tolerance=1e-6),
     "LiSSA": LiSSA(depth=800, scale=2.0, batch=None),
     "Arnoldi": Arnoldi(rank=WEIGHTS, iterations=WEIGHTS),
@@ -156,10 +163,43 @@ SOLVERS = {
 @pytest.mark.parametrize("name", SOLVERS)
 def test_solvers_against_the_dense_solve(task, exact, key, name):
     memory = 4 * WEIGHTS * 60 if name != "Arnoldi" else 2**20
-    found = influence(task, solver=SOLVERS[name], damping=DAMPING, key=key, memory=memory)
-    np.testing.assert_allclose(found, exact, atol=2e-4 * float(np.abs(exact).max()))
-    assert found.attrs["damping"] == DAMPING
-    assert name in found.attrs["method"]
+    scores = influence(task, solver=SOLVERS[name], damping=DAMPING, key=key, memory=memory)
+    np.testing.assert_allclose(scores, exact, atol=2e-4 * float(np.abs(exact).max()))
+    assert scores.attrs["damping"] == DAMPING
+    assert name in scores.attrs["method"]
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient(1e-6), LiSSA(800, 2.0, batch=None)])
+def test_iterations_stay_on_the_device(task, key, solver):
+    """However many there are, the product is traced a single time."""
+    with Silent().work("", None) as meter:
+        problem = Problem(task, task.params, "ggn", DAMPING, key, 2**20, meter)
+    traced, product = [], problem.product
+    vars(problem)["product"] = lambda *args: traced.append(args) or product(*args)
+    solver.solve(problem)
+    assert len(traced) == 1
+
+
+def test_conjugate_gradients_say_whether_they_converged(task, exact, key):
+    scores, stopped = (
+        influence(task, solver=ConjugateGradient(1e-4, steps), damping=DAMPING, key=key)
+        for steps in (200, 3)
+    )
+    assert scores.attrs["converged"] is True and scores.attrs["residual"] <= 1e-4
+    assert stopped.attrs["converged"] is False and stopped.attrs["residual"] > 1e-4
+
+
+@pytest.mark.parametrize(("tolerance", "converges"), [(1e-3, True), (1e-12, False)])
+def test_convergence_is_that_of_the_solution(rng, tolerance, converges):
+    """The recurrence alone would go on to 0, where rounding keeps the solution from that."""
+    matrix = jnp.asarray(np.diag(np.logspace(-2, 2, 30)), jnp.float32)
+    b = jnp.asarray(rng.normal(size=(1, 30)), jnp.float32)
+    operands, solver = Operands(matrix, None, None), ConjugateGradient(tolerance, 500)
+    done, reached = solver._descend(lambda some, v: v @ some.params, operands, b, 0.0)
+    residual = np.linalg.norm(np.asarray(b, float) - np.asarray(done.x, float) @ matrix)
+    np.testing.assert_allclose(np.sqrt(done.gamma[0]), residual, rtol=1e-4, atol=1e-6)
+    assert bool(reached[0]) is converges and (int(done.steps) < 500) is converges
+    assert residual < 1.1 * max(tolerance * np.linalg.norm(b), 1e-6)
 
 
 @pytest.mark.parametrize("solver", [ConjugateGradient(1e-6), LiSSA(800, 2.0, batch=None)])
@@ -167,23 +207,23 @@ def test_solvers_of_the_hessian(task, key, solver):
     largest = np.linalg.eigvalsh(dense_curvature(task, task.params, "hessian"))[0]
     damping = 0.1 - float(largest)
     settings = {"curvature": "hessian", "damping": damping, "key": key}
-    found = influence(task, solver=solver, **settings)
+    scores = influence(task, solver=solver, **settings)
     exact = influence(task, solver=Dense(), **settings)
-    np.testing.assert_allclose(found, exact, atol=5e-4 * float(np.abs(exact).max()))
+    np.testing.assert_allclose(scores, exact, atol=5e-4 * float(np.abs(exact).max()))
 
 
 def test_batches_of_lissa_average_to_the_dense_solve(task, exact, key):
     solver = LiSSA(depth=100, scale=2.0, repeats=10, batch=7)
-    found = influence(task, solver=solver, damping=DAMPING, key=key)
-    assert np.corrcoef(found.values.ravel(), exact.values.ravel())[0, 1] > 0.95
-    assert {"scale": 2.0, "depth": 100, "repeats": 10, "batch": 7}.items() <= found.attrs.items()
+    scores = influence(task, solver=solver, damping=DAMPING, key=key)
+    assert np.corrcoef(scores.values.ravel(), exact.values.ravel())[0, 1] > 0.95
+    assert {"scale": 2.0, "depth": 100, "repeats": 10, "batch": 7}.items() <= scores.attrs.items()
 
 
 def test_a_few_eigenvectors_are_those_of_largest_eigenvalue(task, key):
-    found = influence(task, solver=Arnoldi(3, WEIGHTS), damping=DAMPING, key=key)
+    scores = influence(task, solver=Arnoldi(3, WEIGHTS), damping=DAMPING, key=key)
     values = np.linalg.eigvalsh(dense_curvature(task, task.params, "ggn"))[::-1]
-    np.testing.assert_allclose(found.attrs["largest"], values[0] + DAMPING, rtol=1e-3)
-    np.testing.assert_allclose(found.attrs["smallest"], values[2] + DAMPING, rtol=1e-3)
+    np.testing.assert_allclose(scores.attrs["largest"], values[0] + DAMPING, rtol=1e-3)
+    np.testing.assert_allclose(scores.attrs["smallest"], values[2] + DAMPING, rtol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -196,8 +236,8 @@ def least_squares():
     def outputs(weights, example):
         return (weights @ example["x"])[None]
 
-    def output_loss(found, example):
-        return 0.5 * (found[0] - example["y"]) ** 2
+    def output_loss(output, example):
+        return 0.5 * (output[0] - example["y"]) ** 2
 
     data = {"x": jnp.asarray(x, jnp.float32), "y": jnp.asarray(y, jnp.float32)}
     task = Task(
@@ -217,7 +257,7 @@ def least_squares():
 def test_influence_is_the_slope_of_retraining(least_squares, key, curvature):
     """Least squares solved again with a little more and a little less weight on an example."""
     task, x, y = least_squares
-    found = influence(task, solver=Dense(), curvature=curvature, damping=0.0, key=key)
+    scores = influence(task, solver=Dense(), curvature=curvature, damping=0.0, key=key)
 
     def losses(weights):
         root = np.sqrt(weights)
@@ -226,9 +266,9 @@ def test_influence_is_the_slope_of_retraining(least_squares, key, curvature):
 
     step = 1e-3
     expected = np.stack(
-        [(losses(1 + step * one) - losses(1 - step * one)) / (2 * step) for one in np.eye(TRAIN)]
+        [(losses(1 + step * unit) - losses(1 - step * unit)) / (2 * step) for unit in np.eye(TRAIN)]
     )
-    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(scores, expected, rtol=2e-3, atol=1e-5)
 
 
 class TestMisuse:
@@ -283,7 +323,7 @@ class TestMisuse:
             )
 
     @pytest.mark.parametrize(
-        "solver", [Dense(), InSpan(), ConjugateGradient(), LiSSA(), Arnoldi(3)]
+        "solver", [Dense(), InGram(), ConjugateGradient(), LiSSA(), Arnoldi(3)]
     )
     def test_a_gradient_that_is_not_finite(self, task, key, solver):
         train = {**task.train, "x": task.train["x"].at[17].set(np.nan)}

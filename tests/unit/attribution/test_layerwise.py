@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from bayes_simfluence.attribution.gradients.factors import Factors, Way
-from bayes_simfluence.attribution.gradients.gradients import flat, gradient_maker, gradient_products
 from bayes_simfluence.attribution.gradients.layerwise import (
-    layer_gram,
+    gram_matrix,
     layer_products,
-    layers_of,
+    partition_of,
     squared_norms,
+)
+from bayes_simfluence.attribution.gradients.per_example import (
+    flat,
+    gradient_maker,
+    gradient_products,
 )
 from bayes_simfluence.networks import bert, gpt2, t5
 from bayes_simfluence.networks.heads import head_logits, with_head
@@ -78,7 +82,7 @@ def network_task(family, tuning, *, options=0):
     def choice(weights, example):
         label = jnp.zeros((), int)
         texts = {name: example[name] for name in ("tokens", "attended")}
-        scores = jax.vmap(lambda one: -loss(weights, {**one, "label": label}))(texts)
+        scores = jax.vmap(lambda text: -loss(weights, {**text, "label": label}))(texts)
         return -jax.nn.log_softmax(scores)[0]
 
     tuned = tuning.begin(tensors, family=family, key=jax.random.key(2))
@@ -89,7 +93,7 @@ def network_task(family, tuning, *, options=0):
         loss=choice if options else loss,
         train=jax.tree.map(lambda leaf: leaf[:TRAIN], data),
         query=jax.tree.map(lambda leaf: leaf[TRAIN:], data),
-        train_ids=[f"t{one}" for one in range(TRAIN)],
+        train_ids=[f"t{number}" for number in range(TRAIN)],
         query_ids=range(QUERY),
     )
 
@@ -97,17 +101,17 @@ def network_task(family, tuning, *, options=0):
 def same(task, *, scaled=(False, True), memory=(2**24,)):
     """Both ways agree, at other weights than the initial ones."""
     params = jax.tree.map(lambda leaf: leaf + 0.05, task.params)
-    maker, layers = gradient_maker(task), layers_of(task)
+    maker, partition = gradient_maker(task), partition_of(task)
     width = flat(params).size
     drawn = jnp.asarray(np.random.default_rng(3).uniform(0.5, 2.0, width), jnp.float32)
-    for scale in (drawn if one else None for one in scaled):
+    for scale in (drawn if weighed else None for weighed in scaled):
         expected = gradient_products(task, params, maker=maker, scale=scale)
         for some in memory:
-            found = layer_products(task, params, layers=layers, scale=scale, memory=some)
-            norms = squared_norms(task, params, layers=layers, scale=scale, memory=some)
-            for one, other in zip((*found, norms), (*expected, expected.train), strict=True):
-                np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5 * np.abs(other).max())
-    return layers
+            products = layer_products(task, params, partition=partition, scale=scale, memory=some)
+            norms = squared_norms(task, params, partition=partition, scale=scale, memory=some)
+            for array, other in zip((*products, norms), (*expected, expected.train), strict=True):
+                np.testing.assert_allclose(array, other, rtol=2e-4, atol=2e-5 * np.abs(other).max())
+    return partition
 
 
 @pytest.mark.parametrize("held", [1, 3, 100])
@@ -122,23 +126,23 @@ def test_products_of_training_examples_with_one_another(held):
         def advance(self, count):
             told.append(count)
 
-    memory = 8 * held * layers_of(task).kept // 3 + 8
-    found = layer_gram(task, task.params, memory=memory, meter=Told())
-    for one, other in zip(
-        found, (expected[0].products, expected[1].products, expected[1].query), strict=True
+    memory = 8 * held * partition_of(task).kept // 3 + 8
+    gram = gram_matrix(task, task.params, memory=memory, meter=Told())
+    for array, other in zip(
+        gram, (expected[0].products, expected[1].products, expected[1].query), strict=True
     ):
-        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5 * np.abs(other).max())
+        np.testing.assert_allclose(array, other, rtol=2e-4, atol=2e-5 * np.abs(other).max())
     assert len(told) == {1: 4, 3: 2, 100: 1}[held]
     assert sum(told) == TRAIN * (TRAIN + QUERY)
 
 
-def names(task, layers):
+def names(task, partition):
     """The parameters that have factors."""
     paths = [
         jax.tree_util.keystr(path, simple=True)
         for path, _ in jax.tree.leaves_with_path(task.params)
     ]
-    return {paths[at] for at in layers.shapes}
+    return {paths[at] for at in partition.shapes}
 
 
 @pytest.mark.parametrize(
@@ -155,8 +159,8 @@ def names(task, layers):
 )
 def test_networks_of_every_kind(family, tuning, options, factored):
     task = network_task(family, tuning, options=options)
-    layers = same(task)
-    assert factored <= names(task, layers)
+    partition = same(task)
+    assert factored <= names(task, partition)
 
 
 def toy_task(tokens=2):
@@ -174,8 +178,8 @@ def toy_task(tokens=2):
         value = jnp.tanh(jnp.tanh(value @ weights["twice"].T) @ weights["twice"])
         value = jnp.tanh(jnp.einsum("tc,rc->tr", value, weights["once"]))
         value = value + weights["tied"][example]
-        value = jnp.tanh(jax.vmap(lambda one: weights["turned"] @ one)(value))
-        value, _ = jax.lax.scan(lambda one, _: (one @ weights["looped"], None), value, length=2)
+        value = jnp.tanh(jax.vmap(lambda row: weights["turned"] @ row)(value))
+        value, _ = jax.lax.scan(lambda state, _: (state @ weights["looped"], None), value, length=2)
         logits = jax.jit(lambda value, table: value @ table.T)(value, weights["tied"])
         return (
             jnp.square(logits).mean()
@@ -195,13 +199,13 @@ def toy_task(tokens=2):
 
 def test_every_use_of_a_matrix():
     task = toy_task()
-    layers = same(task, memory=(2**24, 5_000))
-    assert names(task, layers) == {"once", "right", "rows", "tied", "turned", "twice"}
+    partition = same(task, memory=(2**24, 5_000))
+    assert names(task, partition) == {"once", "right", "rows", "tied", "turned", "twice"}
 
 
 def test_factors_larger_than_the_gradient_are_not_kept():
     task = toy_task(tokens=5)
-    assert names(task, layers_of(task)) == {"rows"}
+    assert names(task, partition_of(task)) == {"rows"}
 
 
 @pytest.mark.parametrize("kind", ["tokens", "rows", "written"])
@@ -210,7 +214,7 @@ def test_ways_agree(rng, kind):
     shape, tokens = (6, 5), 3
     sides = []
     for count in (4, 2):
-        left, right = (rng.normal(size=(count, tokens, one)).astype("f4") for one in shape)
+        left, right = (rng.normal(size=(count, tokens, length)).astype("f4") for length in shape)
         rows = rng.integers(0, shape[0], (count, tokens))
         left = None if kind == "rows" else left
         taken = (rows, right) if kind != "tokens" else (None, None)
@@ -225,15 +229,15 @@ def test_ways_agree(rng, kind):
                 gradients[example, side.rows[example, token]] += side.slopes[example, token]
         whole.append(gradients.reshape(len(gradients), -1))
     way = Way(kind, shape, 1)
-    first, second = (way.prepared(jax.tree.map(jnp.asarray, one)) for one in sides)
-    found = way.multiplied(first, second, None)
-    np.testing.assert_allclose(found, whole[0] @ whole[1].T, rtol=1e-4, atol=1e-5)
+    first, second = (way.prepared(jax.tree.map(jnp.asarray, side)) for side in sides)
+    products = way.multiplied(first, second, None)
+    np.testing.assert_allclose(products, whole[0] @ whole[1].T, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(way.norms(first, None), (whole[0] ** 2).sum(axis=1), rtol=1e-4)
     if kind != "tokens":
         scale = rng.uniform(0.5, 2.0, shape).astype("f4")
         weighed = whole[0] * scale.ravel() @ whole[1].T
-        found = way.multiplied(first, second, jnp.asarray(scale))
-        np.testing.assert_allclose(found, weighed, rtol=1e-4, atol=1e-5)
+        products = way.multiplied(first, second, jnp.asarray(scale))
+        np.testing.assert_allclose(products, weighed, rtol=1e-4, atol=1e-5)
 
 
 def test_the_meter_hears_of_every_pair_once():

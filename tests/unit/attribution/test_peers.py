@@ -33,33 +33,15 @@ def checkpoints(task):
     """The initial weights, and others near them."""
     moved = jax.tree.map(lambda leaf: leaf * 1.01, task.params)
     places = zip((task.params, moved), (2e-5, 1e-5), strict=True)
-    return [SavedWeights(at, rate, named_tensors(one)) for at, (one, rate) in enumerate(places, 1)]
+    return [
+        SavedWeights(at, rate, named_tensors(weights))
+        for at, (weights, rate) in enumerate(places, 1)
+    ]
 
 
 @pytest.fixture(scope="module")
-def model(task):
-    """transformers' encoder with the same head, a function of tokens and what is attended to."""
-    import transformers
-
-    class Classifier(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = transformers.AutoModel.from_pretrained(
-                task.provenance["folder"],
-                add_pooling_layer=False,
-                dtype=torch.float32,
-                attn_implementation="eager",
-            )
-            self.classifier = torch.nn.Linear(self.encoder.config.hidden_size, 2)
-
-        def forward(self, tokens, attended):
-            # A mask of scores: transformers asks a mask of bits for its values, which vmap forbids.
-            mask = (1.0 - attended)[:, None, None, :] * torch.finfo(torch.float32).min
-            hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
-            pooled = (hidden * attended[..., None]).sum(1) / attended.sum(1, keepdim=True)
-            return self.classifier(pooled)
-
-    return Classifier().eval()
+def model(task, minilm_torch):
+    return minilm_torch(task)
 
 
 def states(checkpoints):
@@ -67,8 +49,8 @@ def states(checkpoints):
     head = "classifier."
     return [
         {
-            name if name.startswith(head) else f"encoder.{name}": torch.tensor(one)
-            for name, one in saved.tensors.items()
+            name if name.startswith(head) else f"encoder.{name}": torch.tensor(value)
+            for name, value in saved.tensors.items()
         }
         for saved in checkpoints
     ]
@@ -85,21 +67,21 @@ def tensors(examples):
     )
 
 
-def same(found, theirs):
+def same(scores, theirs):
     """Within 1e-3 of each number, or of the size of all where numbers cancel."""
-    np.testing.assert_allclose(found, -theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).mean())
+    np.testing.assert_allclose(scores, -theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).mean())
 
 
 def test_scores_are_those_of_a_loop_of_backward(task, checkpoints, model):
     def rows(examples, count):
         tokens, attended, label = tensors(examples)
-        found = []
+        gradients = []
         for at in range(count):
             model.zero_grad()
             logits = model(tokens[at : at + 1], attended[at : at + 1])
             torch.nn.functional.cross_entropy(logits, label[at : at + 1]).backward()
-            found.append(torch.cat([one.grad.ravel() for one in model.parameters()]))
-        return torch.stack(found)
+            gradients.append(torch.cat([value.grad.ravel() for value in model.parameters()]))
+        return torch.stack(gradients)
 
     total = np.zeros((TRAIN, QUERY))
     for saved, state in zip(checkpoints, states(checkpoints), strict=True):
@@ -119,7 +101,7 @@ def test_scores_are_those_of_dattri(task, checkpoints, model):
     from dattri.task import AttributionTask
 
     def loss(weights, data):
-        tokens, attended, label = (one[None] for one in data)
+        tokens, attended, label = (column[None] for column in data)
         logits = torch.func.functional_call(model, weights, (tokens, attended))
         return torch.nn.functional.cross_entropy(logits, label)
 
@@ -137,8 +119,8 @@ def test_scores_are_those_of_dattri(task, checkpoints, model):
     # Whole gradients; dattri projects them unless told otherwise here.
     attributor.projector_kwargs = None
     loaders = [
-        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*tensors(one)), batch_size=2)
-        for one in some
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*tensors(part)), batch_size=2)
+        for part in some
     ]
     scores = attributor.attribute(*loaders).detach().numpy().astype(float)
     same(grad_dot(few), scores)

@@ -29,9 +29,9 @@ def test_a_file_of_xarray_is_read(scores, tmp_path):
     plain = scores.assign_attrs({"method": "m", "units": "nat"})
     plain.attrs = {"method": "theirs"}
     plain.to_netcdf(tmp_path / "s.nc", engine="h5netcdf")
-    found = load_scores(tmp_path / "s.nc")
-    np.testing.assert_array_equal(found.values, scores.values)
-    assert found.attrs == {"method": "theirs"} and found["train"].values.tolist() == list("abcd")
+    loaded = load_scores(tmp_path / "s.nc")
+    np.testing.assert_array_equal(loaded.values, scores.values)
+    assert loaded.attrs == {"method": "theirs"} and loaded["train"].values.tolist() == list("abcd")
 
 
 def test_other_files_are_refused(scores, tmp_path):
@@ -41,8 +41,8 @@ def test_other_files_are_refused(scores, tmp_path):
     with pytest.raises(Misuse, match=r"text\.nc: got a file that cannot be read"):
         load_scores(tmp_path / "text.nc")
     two = xr.Dataset({"one": scores, "two": scores})
-    for one in two.values():
-        one.attrs = {}
+    for variable in two.values():
+        variable.attrs = {}
     two.to_netcdf(tmp_path / "two.nc", engine="h5netcdf")
     with pytest.raises(Misuse, match=r"'one', 'two'.*expected one variable"):
         load_scores(tmp_path / "two.nc")

@@ -35,7 +35,7 @@ def test_the_mean_trajectory_is_the_mean_of_changes(rng, key):
         np.testing.assert_allclose(draw, expected, rtol=1e-5, atol=1e-6)
     # The band: each run's distance from the mean of the others.
     residual = np.stack(
-        [one - np.delete(change, run, axis=0).mean(axis=0) for run, one in enumerate(change)]
+        [own - np.delete(change, run, axis=0).mean(axis=0) for run, own in enumerate(change)]
     )
     np.testing.assert_allclose(posterior.simulator.residual, residual, rtol=1e-6, atol=1e-9)
     added = (simulated["loss"] - simulated["mean_loss"]).values[0]

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from bayes_simfluence.attribution.adam import AdamDiagonal, second_moments
-from bayes_simfluence.attribution.gradients.gradients import flat
+from bayes_simfluence.attribution.gradients.per_example import flat
 from bayes_simfluence.attribution.tracin import grad_cos, grad_dot, self_influence, tracin
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.data.store import open_store
@@ -48,8 +48,8 @@ def checkpoints(task):
     """Three places near the initial weights."""
     places = [jax.tree.map(lambda leaf, at=at: leaf + 0.1 * at, task.params) for at in range(3)]
     return [
-        SavedWeights(at + 1, size, named_tensors(one))
-        for at, (one, size) in enumerate(zip(places, (0.3, 0.2, 0.05), strict=True))
+        SavedWeights(at + 1, size, named_tensors(weights))
+        for at, (weights, size) in enumerate(zip(places, (0.3, 0.2, 0.05), strict=True))
     ]
 
 
@@ -57,8 +57,8 @@ def gradients(task, params):
     slope = jax.grad(task.loss)
 
     def rows(data, count):
-        one_by_one = [jax.tree.map(lambda leaf, at=at: leaf[at], data) for at in range(count)]
-        return np.stack([np.asarray(flat(slope(params, one)), float) for one in one_by_one])
+        examples = [jax.tree.map(lambda leaf, at=at: leaf[at], data) for at in range(count)]
+        return np.stack([np.asarray(flat(slope(params, example)), float) for example in examples])
 
     return rows(task.train, TRAIN), rows(task.query, QUERY)
 
@@ -69,10 +69,14 @@ def test_tracin_is_the_sum_of_equation_1(task, checkpoints):
         train, query = gradients(task, saved.tensors)
         expected -= saved.step_size * train @ query.T
         own += saved.step_size * (train**2).sum(axis=1)
-    found = tracin(task, checkpoints)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    assert found.attrs["units"] == "nat" and found.attrs["checkpoint_steps"] == [1, 2, 3]
-    assert found.attrs["preconditioner"] == "none" and found.attrs["step_sizes"] == [0.3, 0.2, 0.05]
+    scores = tracin(task, checkpoints)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+    assert scores.attrs["units"] == "nat" and scores.attrs["checkpoint_steps"] == [1, 2, 3]
+    assert scores.attrs["preconditioner"] == "none" and scores.attrs["step_sizes"] == [
+        0.3,
+        0.2,
+        0.05,
+    ]
     selves = self_influence(task, checkpoints)
     np.testing.assert_allclose(selves, own, rtol=1e-4)
     assert selves.dims == ("train",) and selves.attrs["sign"].startswith("positive")
@@ -128,9 +132,9 @@ def test_every_step_of_adam_too(task, tmp_path):
     saved, loss = recorded(task, tmp_path / "runs.zarr", optimizer=rule, batch=batch)
     moments, running = [], jax.tree.map(jnp.ones_like, task.params)
     slope = jax.grad(lambda params, rows: jax.vmap(task.loss, (None, 0))(params, rows).mean())
-    for one, members in zip(saved, batch, strict=True):
+    for weights, members in zip(saved, batch, strict=True):
         rows = jax.tree.map(lambda leaf, at=members: leaf[at], task.train)
-        gradient = slope(one.tensors, rows)
+        gradient = slope(weights.tensors, rows)
         running = jax.tree.map(lambda v, g: 0.9 * v + 0.1 * g**2, running, gradient)
         moments.append(running)
     diagonal = AdamDiagonal(batch_size=2, moments=moments)
@@ -147,8 +151,8 @@ def test_second_moments_are_those_of_all_batches(task, checkpoints):
     train, query = gradients(task, task.params)
     batches = [train[list(some)].mean(axis=0) for some in combinations(range(TRAIN), 2)]
     squares = np.mean(np.square(batches), axis=0)
-    found = second_moments(task, task.params, batch_size=2, memory=1000)
-    np.testing.assert_allclose(found, squares, rtol=1e-4)
+    moments = second_moments(task, task.params, batch_size=2, memory=1000)
+    np.testing.assert_allclose(moments, squares, rtol=1e-4)
     scores = tracin(task, checkpoints[:1], preconditioner=AdamDiagonal(2, epsilon=0.1))
     expected = -0.3 * (train / (np.sqrt(squares) + 0.1)) @ query.T
     np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-4)

@@ -49,7 +49,7 @@ def task():
 def checkpoints(task):
     places = [jax.tree.map(lambda leaf, at=at: leaf - 0.2 * at, task.params) for at in range(2)]
     nan = float("nan")
-    return [SavedWeights(at + 1, nan, named_tensors(one)) for at, one in enumerate(places)]
+    return [SavedWeights(at + 1, nan, named_tensors(weights)) for at, weights in enumerate(places)]
 
 
 def log_odds(params, example):
@@ -67,13 +67,13 @@ def dense(task, checkpoints, key, damping):
     for saved in checkpoints:
 
         def rows(data, count, params=saved.tensors):
-            found, errors = [], []
+            sketches, errors = [], []
             for at in range(count):
-                one = jax.tree.map(lambda leaf, at=at: leaf[at], data)
-                gradient = jax.grad(log_odds)(params, one)
-                found.append(np.asarray(sketched(gradient, signs, DIMENSIONS), float))
-                errors.append(1.0 - np.exp(-float(classified(params, one))))
-            return np.stack(found), np.array(errors)
+                example = jax.tree.map(lambda leaf, at=at: leaf[at], data)
+                gradient = jax.grad(log_odds)(params, example)
+                sketches.append(np.asarray(sketched(gradient, signs, DIMENSIONS), float))
+                errors.append(1.0 - np.exp(-float(classified(params, example))))
+            return np.stack(sketches), np.array(errors)
 
         (phi, train_error), (queries, query_error) = (
             rows(task.train, TRAIN),
@@ -83,7 +83,7 @@ def dense(task, checkpoints, key, damping):
         added = damping * np.trace(square) / DIMENSIONS * np.eye(DIMENSIONS)
         total = total + phi @ np.linalg.inv(square + added) @ queries.T / len(checkpoints)
         wrong.append((train_error, query_error))
-    train_error, query_error = (np.mean(one, axis=0) for one in zip(*wrong, strict=True))
+    train_error, query_error = (np.mean(errors, axis=0) for errors in zip(*wrong, strict=True))
     return -total * train_error[:, None], query_error
 
 

@@ -59,7 +59,7 @@ def gradients(task):
         gradient = jax.grad(task.loss)(task.params, example)
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
 
-    return tuple(np.stack([flat(one) for one in part]) for part in (task.train, task.query))
+    return tuple(np.stack([flat(example) for example in part]) for part in (task.train, task.query))
 
 
 def mean_square(vectors):
@@ -69,11 +69,15 @@ def mean_square(vectors):
 def test_a_sketch_longer_than_the_gradient_keeps_every_inner_product(key):
     task = one_matrix()
     train, query = gradients(task)
-    found = gradient_features(task, rank=7, sketch=64, key=key)
+    coordinates = gradient_features(task, rank=7, sketch=64, key=key)
     unit = mean_square(train)
-    np.testing.assert_allclose(found.train @ found.train.T, train @ train.T / unit, atol=1e-4)
-    np.testing.assert_allclose(found.train @ found.query.T, train @ query.T / unit, atol=1e-4)
-    np.testing.assert_allclose(found.kept, 1.0, atol=1e-6)
+    np.testing.assert_allclose(
+        coordinates.train @ coordinates.train.T, train @ train.T / unit, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        coordinates.train @ coordinates.query.T, train @ query.T / unit, atol=1e-4
+    )
+    np.testing.assert_allclose(coordinates.kept, 1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("sketch", [64, 512])
@@ -84,9 +88,9 @@ def test_a_short_sketch_is_off_by_about_one_over_the_root_of_its_length(sketch):
     norms = np.linalg.norm(train, axis=1)[:, None] * np.linalg.norm(query, axis=1)[None]
     errors = []
     for seed in range(4):
-        found = gradient_features(task, rank=7, sketch=sketch, key=jax.random.key(seed))
+        coordinates = gradient_features(task, rank=7, sketch=sketch, key=jax.random.key(seed))
         # With all coordinates kept, inner products are those of the sketches.
-        errors.append((found.train @ found.query.T * unit - train @ query.T) / norms)
+        errors.append((coordinates.train @ coordinates.query.T * unit - train @ query.T) / norms)
     scale = np.sqrt(sketch * np.square(errors).mean())
     assert 0.0 < scale < 3.0
 
@@ -96,19 +100,19 @@ def test_coordinates_are_the_best_of_their_number(key):
     whole = gradient_features(task, rank=7, sketch=64, key=key)
     values = np.linalg.eigvalsh(whole.train @ whole.train.T)[::-1]
     for rank in (1, 3, 7):
-        found = gradient_features(task, rank=rank, sketch=64, key=key)
-        assert found.train.shape == (7, rank)
-        assert found.query.shape == (5, rank)
-        np.testing.assert_allclose(found.kept, values[:rank].sum() / values.sum(), rtol=1e-4)
-        np.testing.assert_allclose(mean_square(found.train), found.kept, rtol=1e-4)
-        np.testing.assert_allclose(found.train, whole.train[:, :rank], atol=1e-3)
+        coordinates = gradient_features(task, rank=rank, sketch=64, key=key)
+        assert coordinates.train.shape == (7, rank)
+        assert coordinates.query.shape == (5, rank)
+        np.testing.assert_allclose(coordinates.kept, values[:rank].sum() / values.sum(), rtol=1e-4)
+        np.testing.assert_allclose(mean_square(coordinates.train), coordinates.kept, rtol=1e-4)
+        np.testing.assert_allclose(coordinates.train, whole.train[:, :rank], atol=1e-3)
 
 
 def test_a_rank_above_the_number_of_examples_is_that_number(key):
-    found = gradient_features(one_matrix(), rank=16, sketch=64, key=key)
-    assert found.train.shape == (7, 7)
-    assert 0.0 < found.kept <= 1.0
-    np.testing.assert_allclose(mean_square(found.train), 1.0, rtol=1e-4)
+    coordinates = gradient_features(one_matrix(), rank=16, sketch=64, key=key)
+    assert coordinates.train.shape == (7, 7)
+    assert 0.0 < coordinates.kept <= 1.0
+    np.testing.assert_allclose(mean_square(coordinates.train), 1.0, rtol=1e-4)
 
 
 def test_the_key_decides(key):
@@ -127,24 +131,24 @@ class Listener:
         self.told.append(amount)
 
 
-@pytest.mark.parametrize("piece", [1, 4, 5, 6, 7, 100])
-def test_pieces_change_nothing_but_the_words_of_progress(monkeypatch, key, piece):
+@pytest.mark.parametrize("batch", [1, 4, 5, 6, 7, 100])
+def test_batches_change_nothing_but_the_reports_of_progress(monkeypatch, key, batch):
     expected = gradient_features(network(), rank=4, sketch=64, key=key)
-    monkeypatch.setattr(features, "PIECE", piece)
+    monkeypatch.setattr(features, "BATCH", batch)
     listener = Listener()
-    found = gradient_features(network(), rank=4, sketch=64, key=key, meter=listener)
-    np.testing.assert_allclose(found.train, expected.train, atol=1e-5)
-    np.testing.assert_allclose(found.query, expected.query, atol=1e-5)
+    coordinates = gradient_features(network(), rank=4, sketch=64, key=key, meter=listener)
+    np.testing.assert_allclose(coordinates.train, expected.train, atol=1e-5)
+    np.testing.assert_allclose(coordinates.query, expected.query, atol=1e-5)
     assert sum(listener.told) == 7 + 5
-    assert len(listener.told) == -(-7 // piece) + -(-5 // piece)
+    assert len(listener.told) == -(-7 // batch) + -(-5 // batch)
 
 
-def test_more_examples_than_a_piece(key):
-    task = one_matrix(train=features.PIECE + 6, query=features.PIECE + 1)
+def test_more_examples_than_a_batch(key):
+    task = one_matrix(train=features.BATCH + 6, query=features.BATCH + 1)
     train, query = gradients(task)
-    found = gradient_features(task, rank=12, sketch=64, key=key)
+    coordinates = gradient_features(task, rank=12, sketch=64, key=key)
     expected = train @ query.T / mean_square(train)
-    np.testing.assert_allclose(found.train @ found.query.T, expected, atol=1e-4)
+    np.testing.assert_allclose(coordinates.train @ coordinates.query.T, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +167,6 @@ def test_settings_that_do_not_fit_are_refused(key, settings, match):
 def test_a_sketch_longer_than_all_arrays_of_the_gradient_is_exact(key):
     task = network(width=10)
     train, query = gradients(task)
-    found = gradient_features(task, rank=7, sketch=512, key=key)
+    coordinates = gradient_features(task, rank=7, sketch=512, key=key)
     expected = train @ query.T / mean_square(train)
-    np.testing.assert_allclose(found.train @ found.query.T, expected, atol=1e-3)
+    np.testing.assert_allclose(coordinates.train @ coordinates.query.T, expected, atol=1e-3)

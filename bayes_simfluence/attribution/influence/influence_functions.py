@@ -15,24 +15,20 @@ import jax
 import xarray as xr
 from jaxtyping import PyTree
 
-from bayes_simfluence.attribution.gradients.gradients import MEMORY
+from bayes_simfluence.attribution.gradients.per_example import MEMORY
 from bayes_simfluence.attribution.influence.curvature import Curvature, check_curvature
 from bayes_simfluence.attribution.influence.ekfac import EKFAC
-from bayes_simfluence.attribution.influence.gram import can_span
-from bayes_simfluence.attribution.influence.gram_solver import InSpan
+from bayes_simfluence.attribution.influence.gram import fits_gram
+from bayes_simfluence.attribution.influence.gram_solver import InGram
+from bayes_simfluence.attribution.influence.iterative import ConjugateGradient, LiSSA
 from bayes_simfluence.attribution.influence.problem import Problem, Solver
-from bayes_simfluence.attribution.influence.solvers import (
-    Arnoldi,
-    ConjugateGradient,
-    Dense,
-    LiSSA,
-)
+from bayes_simfluence.attribution.influence.solvers import Arnoldi, Dense
 from bayes_simfluence.attribution.scores import score_array
 from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["EKFAC", "Arnoldi", "ConjugateGradient", "Dense", "InSpan", "LiSSA", "influence"]
+__all__ = ["EKFAC", "Arnoldi", "ConjugateGradient", "Dense", "InGram", "LiSSA", "influence"]
 
 FORMULA = "-g_query (curvature + damping I)^-1 g_train / number of training examples"
 
@@ -51,9 +47,9 @@ def influence(
     """Influence of every training example on every query.
 
     Args:
-        params: the trained parameters, as ``gradients.weights_at`` makes them of a checkpoint; the
+        params: the trained parameters, as ``weights_at`` makes them of a checkpoint; the
             task's initial ones when None.
-        solver: how to multiply with the inverse; when None, ``InSpan()`` where there are few enough
+        solver: how to multiply with the inverse; when None, ``InGram()`` where there are few enough
             examples of few outputs for it, and else ``ConjugateGradient()``.
         curvature: ``ggn`` or ``hessian``, of the mean training loss.
         damping: added to every eigenvalue, >= 0; None = .1 of the mean eigenvalue (with EK-FAC: of
@@ -77,18 +73,18 @@ def influence(
     params = task.params if params is None else params
     check_curvature(task, params, curvature, damping)
     if solver is None:
-        spanned = curvature == "ggn" and damping != 0 and can_span(task, params)
-        solver = InSpan() if spanned else ConjugateGradient()
+        small = curvature == "ggn" and damping != 0 and fits_gram(task, params)
+        solver = InGram() if small else ConjugateGradient()
     with (progress or Silent()).work("influence", len(task.query_ids)) as meter:
         problem = Problem(task, params, curvature, damping, key, memory, meter)
-        values, said = solver.solve(problem)
+        values, attributes = solver.solve(problem)
     return score_array(
         -values / len(task.train_ids),
         task.train_ids,
         task.query_ids,
-        method=f"influence functions ({said['solver']})",
+        method=f"influence functions ({attributes['solver']})",
         units="nat per unit of weight",
         formula=FORMULA,
         curvature=curvature,
-        **said,
+        **attributes,
     )
