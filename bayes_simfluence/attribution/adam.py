@@ -30,7 +30,7 @@ class AdamDiagonal:
 
     A gradient enters Adam's update divided by ``sqrt(v) + epsilon``, with v the running mean of
     the squared batch gradients; momentum only spreads it over later steps. The small change that an
-    example's own gradient makes to v is left out.
+    example's own gradient makes to v is left out. Estimates of v are for batches of equal weights.
 
     Attributes:
         batch_size: examples in a batch while training.

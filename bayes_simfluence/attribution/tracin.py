@@ -52,8 +52,8 @@ def tracin(
     Args:
         checkpoints: of one run of this task. All steps of the run, with the run's exposures, give
             the first-order sum along that run itself (the paper's TracInIdeal).
-        exposures: weight of each example at each checkpoint, 1 when omitted;
-            ``data.curriculum.exposures(batch, train)[steps - 1]`` are those of a run.
+        exposures: weight of each example at each checkpoint, 1 when omitted; those of a run are
+            ``model.arrays.exposures(batch, weight, train)[steps - 1]``.
         preconditioner: Adam's diagonal, ``g_i . (g_q / (sqrt(v) + epsilon))``; plain when omitted.
         memory: bytes held at once, about.
         progress: reports the pairs of examples at every checkpoint; silent when omitted.
@@ -213,6 +213,6 @@ def _exposures(
             if exposures.shape != shape
             else "values that are not finite",
             expected=f"finite weights of shape {shape}, for each checkpoint and example",
-            do="take the rows of data.curriculum.exposures at the checkpoints' steps",
+            do="take the rows of model.arrays.exposures at the checkpoints' steps",
         )
     return exposures

@@ -17,26 +17,34 @@ def scores(rng):
     return score_array(values, list("abcd"), list("xyz"), method="made up", units="nat")
 
 
-def shares_of(batch):
+def shares_of(batch, weight=None):
     """How much of each batch is each example, step by step."""
-    return np.stack([(batch == example).mean(axis=1) for example in range(TRAIN)], axis=1)
+    weight = np.ones(batch.shape) if weight is None else weight
+    own = [np.where(batch == example, weight, 0.0).sum(axis=1) for example in range(TRAIN)]
+    return np.stack(own, axis=1) / weight.sum(axis=1, keepdims=True)
 
 
-def runs_of(scores, rng, scale, noise=0.0, runs=5):
+def runs_of(scores, rng, scale, noise=0.0, runs=5, weighted=False):
     """Runs that follow the scores at ``scale``, by the recurrence itself."""
     batch = rng.integers(0, TRAIN, (runs, STEPS, 2))
+    weight = rng.uniform(0.2, 3.0, batch.shape) if weighted else np.ones(batch.shape)
     loss = np.full((runs, STEPS + 1, QUERY), 50.0)
     for run in range(runs):
-        for step, weights in enumerate(shares_of(batch[run])):
-            moved = scale * weights @ scores.values + noise * rng.normal(size=QUERY)
+        for step, shares in enumerate(shares_of(batch[run], weight[run])):
+            moved = scale * shares @ scores.values + noise * rng.normal(size=QUERY)
             loss[run, step + 1] = loss[run, step] + moved
     return bs.runs_from_arrays(
-        batch=batch, loss=loss, train_ids=list("abcd"), query_ids=list("xyz")
+        batch=batch,
+        loss=loss,
+        weight=weight if weighted else None,
+        train_ids=list("abcd"),
+        query_ids=list("xyz"),
     )
 
 
-def test_the_scale_and_the_trajectories_are_found_again(scores, rng, key):
-    runs = runs_of(scores, rng, scale=0.3)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_scale_and_the_trajectories_are_found_again(scores, rng, key, weighted):
+    runs = runs_of(scores, rng, scale=0.3, weighted=weighted)
     posterior = additive_simulator(scores, runs)
     assert posterior.verdict.ok
     assert posterior.verdict.numbers["scale"] == pytest.approx(0.3, rel=1e-4)

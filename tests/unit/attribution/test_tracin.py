@@ -13,6 +13,7 @@ from bayes_simfluence.attribution.gradients.per_example import flat
 from bayes_simfluence.attribution.tracin import grad_cos, grad_dot, self_influence, tracin
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.data.store import open_store
+from bayes_simfluence.model.arrays import exposures
 from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors, open_checkpoints
 from bayes_simfluence.recording.record import record
 from bayes_simfluence.recording.settings import Evaluation
@@ -108,9 +109,11 @@ def recorded(task, folder, *, optimizer, batch):
     return open_checkpoints(folder, runs["run"].values[0]), runs["loss"].values[0].astype(float)
 
 
-def shares_of(batch):
+def shares_of(batch, weight=None):
     """How much of each batch is each example, step by step."""
-    return np.stack([(batch == example).mean(axis=1) for example in range(TRAIN)], axis=1)
+    weight = np.ones(batch.shape) if weight is None else weight
+    own = [np.where(batch == example, weight, 0.0).sum(axis=1) for example in range(TRAIN)]
+    return np.stack(own, axis=1) / weight.sum(axis=1, keepdims=True)
 
 
 def test_every_step_of_sgd_adds_up_to_the_first_order_change(task, tmp_path):
@@ -123,6 +126,27 @@ def test_every_step_of_sgd_adds_up_to_the_first_order_change(task, tmp_path):
     assert np.abs(change).max() > 1e-3
     # Whole exposures, and scores of the sum of all steps, are another thing.
     assert not np.allclose(tracin(task, saved).sum("train"), change, rtol=0.5)
+
+
+def test_every_step_of_weighted_batches(task):
+    """Plain gradient descent on the weighted mean of each batch's losses."""
+    rng, rate = np.random.default_rng(3), 0.001
+    batch, weight = rng.integers(0, TRAIN, (STEPS, 2)), rng.uniform(0.2, 3.0, (STEPS, 2))
+    losses = jax.vmap(task.loss, (None, 0))
+    slope = jax.grad(lambda params, rows, weight: jnp.average(losses(params, rows), weights=weight))
+    params, saved = task.params, []
+    for step, (members, share) in enumerate(zip(batch, weight, strict=True)):
+        saved.append(SavedWeights(step + 1, rate, named_tensors(params)))
+        rows = jax.tree.map(lambda leaf, at=members: leaf[at], task.train)
+        gradient = slope(params, rows, jnp.asarray(share, jnp.float32))
+        params = jax.tree.map(lambda value, g: value - rate * g, params, gradient)
+    change = losses(params, task.query) - losses(task.params, task.query)
+    shares = np.asarray(exposures(jnp.asarray(batch), jnp.asarray(weight), TRAIN))
+    scores = tracin(task, saved, exposures=shares)
+    np.testing.assert_allclose(scores.sum("train"), change, rtol=0.03, atol=2e-5)
+    equal = tracin(task, saved, exposures=shares_of(batch)).sum("train")
+    assert not np.allclose(equal, change, rtol=0.03, atol=2e-5)
+    np.testing.assert_allclose(shares, shares_of(batch, weight), rtol=1e-5)
 
 
 def test_every_step_of_adam_too(task, tmp_path):
