@@ -95,8 +95,8 @@ def looped(simulator, plan, run, query):
     memory, total = dict.fromkeys(model.parts, 0.0), dict.fromkeys(model.parts, 0.0)
     for t, slots in enumerate(plan.batch[run]):
         weights = np.where(slots >= 0, plan.weight[run, t], 0.0)
-        total = weights.sum() or 1.0
-        share = [weights[slots == i].sum() / total for i in range(TRAIN)]
+        whole = weights.sum() or 1.0
+        share = [weights[slots == i].sum() / whole for i in range(TRAIN)]
         for part in model.parts:
             moved = scale * ratio[part] * (share @ value[f"{part}_unit"][query, :, 0])
             if model.time_effect != "none":
