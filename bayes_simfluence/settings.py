@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from bayes_simfluence.checks import Misuse, choice_of, shorten
 from bayes_simfluence.files import PathLike, atomically
@@ -24,7 +24,13 @@ __all__ = [
 ]
 
 Config = TypeVar("Config")
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    dict: "settings by name",
+}
 
 
 def say(help: str, default: Any, choices: tuple[str, ...] = ()) -> Any:
@@ -35,13 +41,14 @@ def say(help: str, default: Any, choices: tuple[str, ...] = ()) -> Any:
 def kinds_of(config: type[Any]) -> dict[str, tuple[type, ...]]:
     """Types that each setting may have; ``NoneType`` among them when it may be left out."""
     hints = get_type_hints(config)
-    return {
+    types = {
         field.name: get_args(hints[field.name]) or (hints[field.name],)
         for field in dataclasses.fields(config)
     }
+    return {name: tuple(get_origin(kind) or kind for kind in types[name]) for name in types}
 
 
-def layered(config: type[Config], *layers: Mapping[str, Any]) -> Config:
+def layered(config: type[Config], *layers: Mapping[str, Any], what: str = "settings") -> Config:
     """Settings from layers; the last one that names a setting decides.
 
     Raises:
@@ -52,9 +59,9 @@ def layered(config: type[Config], *layers: Mapping[str, Any]) -> Config:
     unknown = [name for name in settings if name not in kinds]
     if unknown:
         raise Misuse(
-            "settings",
+            what,
             got=f"unknown names {shorten(unknown)}",
-            expected=f"names among {shorten(kinds, 50)}",
+            expected=f"names among {shorten(kinds, 50)}" if kinds else "no settings",
             do="correct them",
         )
     defaults = {field.name: field.default for field in dataclasses.fields(config)}  # type: ignore[arg-type]
@@ -116,7 +123,7 @@ def _typed(name: str, value: Any, kinds: tuple[type, ...], example: Any) -> Any:
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
         with suppress(ValueError):
             return float(value)
-    if type(value) not in kinds:
+    if type(value) not in kinds and Any not in kinds:
         expected = " or ".join(WORDS[kind] for kind in kinds if kind in WORDS)
         shown = "" if example is None else f", as in {name}: {example!r}"
         raise Misuse(name, got=repr(value), expected=expected, do=f"correct it{shown}")

@@ -54,7 +54,7 @@ def methods(fit: xr.Dataset, validation: xr.Dataset, test: xr.Dataset, key: jax.
         "ridge, centred objective",
         bs.fit(fit, method=bs.Ridge("centred"), validation=validation, key=key),
     )
-    literal = bs.Simfluence(kind="linear")
+    literal = bs.Simfluence.linear()
     yield (
         "literal Bayes: linear, white noise, evidence",
         bs.fit(fit, model=literal, method=exact, key=key),

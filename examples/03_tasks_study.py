@@ -201,7 +201,7 @@ def study(measurements: Measurements, options: argparse.Namespace) -> None:
             few = recordings[recording].isel(query=slice(0, FEW_QUERIES))
             fit, validation, test = split(few, 0)
             for name, prior in priors.items():
-                model = bs.Simfluence(kind="additive", prior=prior)
+                model = bs.Simfluence.additive(prior=prior)
                 make = partial(bs.fit, fit, model=model, method=svi, key=jax.random.key(0))
                 keep(
                     make, test, validation, study="priors", recording=recording, method=name,

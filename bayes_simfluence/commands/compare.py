@@ -146,10 +146,10 @@ def _additive(scores: Any, runs: Any) -> Any:
 
 def _ridge(kind: Any, runs: Any, key: Any) -> Any:
     from bayes_simfluence.inference.ridge import Ridge
-    from bayes_simfluence.model.simfluence import Simfluence
+    from bayes_simfluence.model.simfluence import KINDS
     from bayes_simfluence.posterior.fit import fit
 
-    return fit(runs, model=Simfluence(kind=kind), method=Ridge(band=True), key=key)
+    return fit(runs, model=KINDS[kind](), method=Ridge(band=True), key=key)
 
 
 def show_metrics(table: Any, metrics: list[str]) -> None:

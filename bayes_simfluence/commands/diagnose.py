@@ -36,6 +36,7 @@ def diagnose(
 
     import jax
 
+    from bayes_simfluence.model.simfluence import Simfluence
     from bayes_simfluence.posterior.posterior import load_posterior
     from bayes_simfluence.report.diagnose import hyper_summary, numbers_table, plot_diagnosis
 
@@ -46,8 +47,9 @@ def diagnose(
         meter.advance()
         summary = hyper_summary(fitted, key=key, draws=draws)
         meter.advance()
-    model, method = fitted.settings.get("model", {}), fitted.settings.get("method", "")
-    print(f"{method}, kind {model.get('kind', 'none')}, {fitted.runs.sizes['run']} runs")
+    model, method = fitted.settings.get("model"), fitted.settings.get("method", "")
+    kind = Simfluence.from_dict(model).kind if model else "none"
+    print(f"{method}, kind {kind}, {fitted.runs.sizes['run']} runs")
     print(f"{'OK' if fitted.verdict.ok else 'ASKS FOR ATTENTION'}: {fitted.verdict}\n")
     _numbers(numbers_table(fitted.verdict))
     if len(summary):

@@ -72,6 +72,8 @@ def with_settings(verb: Callable[..., None], settings: type[Any]) -> Callable[..
     ]
     kinds = kinds_of(settings)
     for field in fields(settings):
+        if dict in kinds[field.name]:
+            continue  # Nested settings have no option: they come from a file.
         # Words are parsed later, numbers by typer.
         kind = str if str in kinds[field.name] else kinds[field.name][0]
         choices = ", ".join(field.metadata["choices"])

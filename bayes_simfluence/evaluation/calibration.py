@@ -79,7 +79,7 @@ def sbc(
     >>> def prior_draw(key):
     ...     runs, truth = linear_runs(key=key, runs=4, train=4, query=1, per_run=4, epochs=2)
     ...     return runs, xr.Dataset({"b": (("query", "train"), truth.b)})
-    >>> model = bs.Simfluence(kind="linear")
+    >>> model = bs.Simfluence.linear()
     >>> ranks = sbc(
     ...     prior_draw, bs.Exact(), model=model, simulations=2, draws=19, key=jax.random.key(0)
     ... )
@@ -204,16 +204,16 @@ def summaries_of(model: Simfluence, method: Method, runs: xr.Dataset) -> dict[st
     ranked where the method draws them.
     """
     effects = (
-        ["b"] * model.additive + ["a"] * model.multiplicative
-        if model.published
-        else [*model.parts, *(["multiplicative"] * model.multiplicative)]
+        ["b"] * model.has_additive + ["a"] * model.has_multiplicative
+        if model.per_query
+        else [*model.parts, *(["multiplicative"] * model.has_multiplicative)]
     )
     totals = {f"total {name}": _summed(name) for name in effects}
     settings = method.as_dict()
     fixed = settings["method"] == "Exact" and settings["hyperparameters"] != "nuts"
     features = recorded_arrays(runs, model.prior).features.where(model.prior.features)
     names = [] if fixed else list(hypers_of(model, features))
-    own = [] if fixed else ["scale", *(["noise"] * model.published)]
+    own = [] if fixed else ["scale", *(["noise"] * model.per_query)]
     return {**totals, **{name: _variable(name) for name in dict.fromkeys([*names, *own])}}
 
 

@@ -79,7 +79,7 @@ def loo_over_runs(idata: Any) -> pd.DataFrame:
 
     >>> import jax, warnings, bayes_simfluence as bs
     >>> runs = bs.example_runs().isel(run=slice(0, 5), query=slice(0, 1))
-    >>> posterior = bs.fit(runs, model=bs.Simfluence(kind="additive"), key=jax.random.key(0))
+    >>> posterior = bs.fit(runs, model=bs.Simfluence.additive(), key=jax.random.key(0))
     >>> with warnings.catch_warnings():
     ...     warnings.simplefilter("ignore")  # with five runs, no weights can be trusted
     ...     table = loo_over_runs(posterior.to_arviz(draws=400))

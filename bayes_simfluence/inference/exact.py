@@ -24,7 +24,7 @@ from bayes_simfluence.inference.nuts import NUTS
 from bayes_simfluence.inference.regression import Form, coefficients, eigen, moments
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.model.arrays import RunArrays
-from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.model.simfluence import KINDS, Simfluence
 from bayes_simfluence.progress import Progress
 from bayes_simfluence.simulators.affine import AffineSimulator
 from bayes_simfluence.simulators.gaussian import GaussianSimulator
@@ -122,15 +122,14 @@ class Exact:
 
 
 def _form_of(model: Simfluence) -> Form | None:
-    """The regression that a model is; None for one that is a path with smooth or own parts."""
-    if not model.published:
+    """The regression that a model is; None for one with shared scales."""
+    if not model.per_query:
         return None
-    plain = Simfluence(kind=model.kind)
-    if model != plain:
+    if model != KINDS[model.kind]():
         raise Misuse(
             "Exact: the model",
-            got=f"kind={model.kind!r} with other parts than its own",
-            expected=f"Simfluence(kind={model.kind!r}), or kind='two-timescale' with those parts",
+            got=f"scales='per-query' with other parts than those of Simfluence.{model.kind}()",
+            expected=f"Simfluence.{model.kind}(), or scales='shared' with those parts",
             do="fit it with NUTS() or SVI(), which take every model",
         )
     form: Any = model.kind
@@ -143,7 +142,7 @@ def _check_gaussian(runs: RunArrays, model: Simfluence) -> None:
     wrong = {
         f"error={error!r}": not error.gaussian or error.follows_loss,
         f"prior={prior!r}": not prior.gaussian or prior.pooled,
-        "multiplicative=True": model.multiplicative,
+        f"terms={model.terms!r}": model.has_multiplicative,
     }
     for what, bad in wrong.items():
         if bad:
@@ -159,7 +158,7 @@ def _check_gaussian(runs: RunArrays, model: Simfluence) -> None:
             "runs",
             got="one run",
             expected="at least two, since the error of a run is learned from left-out ones",
-            do="record more runs, or fit Simfluence(kind='linear')",
+            do="record more runs, or fit Simfluence.linear()",
         )
     _same_times(runs)
 

@@ -89,8 +89,8 @@ class NumpyroRuns:
         """Memory that one draw's sites take in single precision."""
         train, queries = self.runs.train, self.runs.loss.shape[2]
         knots = self.model.coefficients.count(1.0)
-        parts = len(self.model.parts) * knots if self.model.additive else 0
-        effects = queries * train * (parts + int(self.model.multiplicative))
+        parts = len(self.model.parts) * knots if self.model.has_additive else 0
+        effects = queries * train * (parts + int(self.model.has_multiplicative))
         return 4 * (effects + len(self.gaps.imputed) + 8 * queries + 64)
 
 
@@ -100,14 +100,14 @@ def in_numpyro(runs: RunArrays, model: Simfluence, method: str) -> NumpyroRuns:
     Raises:
         Misuse: a combination of parts that no density is known of.
     """
-    hidden = model.multiplicative and model.error.hides_state
+    hidden = model.has_multiplicative and model.error.hides_state
     if hidden and not filterable(model):
         raise Misuse(
             f"{method}: the model",
             got="observation noise and multiplicative terms with a memory longer than one step "
             "or a run effect",
-            expected="Gaussian(observation=True) with Exposure.memoryless() and a published kind, "
-            "or without multiplicative terms",
+            expected="Gaussian(observation=True) with Exposure.memoryless() and "
+            "scales='per-query', or without multiplicative terms",
             do="leave one of them out",
         )
     largest = runs.largest_step_size
@@ -129,7 +129,7 @@ def _reference(linked: Float[np.ndarray, "run time query"]) -> Array:
 
 def _spread(model: Simfluence, runs: RunArrays) -> Array:
     """Sd along the runs of effects with unit coefficients, hyperparameters at their centre."""
-    if model.published:
+    if model.per_query:
         return jnp.ones(())
     hypers = hypers_of(model, runs.features)
     values = natural_values(hypers, jnp.asarray(start(hypers)))

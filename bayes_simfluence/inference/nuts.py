@@ -83,7 +83,7 @@ class NUTS:
 
     def default_model(self) -> Simfluence:
         """The published linear kind: the two-timescale model is quicker by ``Exact``."""
-        return Simfluence(kind="linear")
+        return Simfluence.linear()
 
     def as_dict(self) -> dict[str, Any]:
         """Name and settings."""

@@ -12,7 +12,7 @@ from bayes_simfluence.inference.method import Fitted, LeftOutRuns
 from bayes_simfluence.inference.regression import Form, coefficients, moments, ridge_weights
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.model.arrays import RunArrays
-from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.model.simfluence import KINDS, Simfluence
 from bayes_simfluence.progress import Progress
 from bayes_simfluence.simulators.affine import AffineSimulator
 
@@ -52,7 +52,7 @@ class Ridge:
 
     def default_model(self) -> Simfluence:
         """The published linear form."""
-        return Simfluence(kind="linear")
+        return Simfluence.linear()
 
     def as_dict(self) -> dict[str, Any]:
         """Name and settings."""
@@ -100,17 +100,17 @@ class Ridge:
     def _form(self, model: Simfluence) -> Form:
         if model.kind == "two-timescale":
             raise Misuse(
-                "Ridge with Simfluence(kind='two-timescale')",
-                got="a model that has no least-squares form",
-                expected="kind linear, additive or multiplicative",
-                do="name such a kind, or fit with method=Exact()",
+                "Ridge: the model",
+                got="scales='shared', a model that has no least-squares form",
+                expected="Simfluence.linear(), .additive() or .multiplicative()",
+                do="fit one of them, or fit with method=Exact()",
             )
-        if model != Simfluence(kind=model.kind):
+        if model != KINDS[model.kind]():
             raise Misuse(
                 "Ridge: the model",
-                got=f"kind={model.kind!r} with other parts than its own",
-                expected=f"Simfluence(kind={model.kind!r}): least squares know no other prior, "
-                "error or exposure",
+                got=f"other parts than those of Simfluence.{model.kind}()",
+                expected=f"Simfluence.{model.kind}(): least squares know no other prior, error or "
+                "exposure",
                 do="fit it with NUTS() or SVI(), which take every model",
             )
         paper = self.objective == "paper"

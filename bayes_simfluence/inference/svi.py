@@ -90,7 +90,7 @@ class SVI:
 
     def default_model(self) -> Simfluence:
         """The published linear kind: the two-timescale model is quicker by ``Exact``."""
-        return Simfluence(kind="linear")
+        return Simfluence.linear()
 
     def as_dict(self) -> dict[str, Any]:
         """Name and settings; an optimizer of the caller's is not spelled out."""

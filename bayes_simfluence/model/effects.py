@@ -51,6 +51,8 @@ class Prior(ABC):
     """Whether the query's scale multiplies the effects."""
     varying: ClassVar[bool] = True
     """Whether effects change over training in the way that ``Varying`` says."""
+    stored: ClassVar[bool] = True
+    """Whether ``as_dict`` holds everything; else it describes what only the caller has."""
 
     number: ClassVar[str | None] = None
     """The setting that a number after the name sets, as in ``student-t:4``."""

@@ -28,7 +28,8 @@ class Features(Prior):
 
     Attributes:
         train: ``(train, feature)``, an array in the order of the recording's examples or a
-            ``DataArray`` with their ids; scaled to a mean squared norm of one.
+            ``DataArray`` with their ids; scaled to a mean squared norm of one. Of a saved model
+            only a description is left, a text.
         query: the same for the queries; None = no inner product.
     """
 
@@ -36,19 +37,20 @@ class Features(Prior):
     query: Any = field(default=None, repr=False)
     name: ClassVar[str] = "features"
     gaussian: ClassVar[bool] = True
+    stored: ClassVar[bool] = False
     # Arrays have no one truth value: two of these are equal when they are the same.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     def __post_init__(self) -> None:
         for name in ("train", "query"):
-            one = getattr(self, name)
-            if one is None:
+            rows = getattr(self, name)
+            if rows is None or isinstance(rows, str):
                 continue
-            if np.ndim(one) != 2 or not np.isfinite(np.asarray(one, float)).all():
+            if np.ndim(rows) != 2 or not np.isfinite(np.asarray(rows, float)).all():
                 raise Misuse(
                     f"Features({name}=...)",
-                    got=f"shape {np.shape(one)}" if np.ndim(one) != 2 else "values not finite",
+                    got=f"shape {np.shape(rows)}" if np.ndim(rows) != 2 else "values not finite",
                     expected=f"finite numbers, ({name}, feature)",
                     do="pass one row of numbers for each example",
                 )
@@ -80,14 +82,21 @@ class Features(Prior):
         return ExampleFeatures(jnp.asarray(train / unit), jnp.asarray(query / unit))
 
     def _settings(self) -> dict[str, Any]:
-        return {"features": self.features, "pooled": self.pooled}
+        described = {name: _described(getattr(self, name)) for name in ("train", "query")}
+        return {"features": self.features, "pooled": self.pooled, **described}
+
+
+def _described(given: Any) -> str | None:
+    if given is None or isinstance(given, str):
+        return given
+    return " x ".join(map(str, np.shape(given)))
 
 
 def _rows(what: str, given: Any, ids: np.ndarray) -> Float[np.ndarray, "row feature"]:
-    if given is None:
+    if given is None or isinstance(given, str):
         raise Misuse(
             f"Features({what}=...)",
-            got="nothing",
+            got="nothing" if given is None else f"the description {given!r} of a saved model",
             expected="one row for each example",
             do="pass their embeddings",
         )

@@ -8,6 +8,7 @@ effects).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from bayes_simfluence.checks import Misuse
+from bayes_simfluence.checks import Misuse, choice_of
 from bayes_simfluence.linalg import cholesky, solve_lower
 from bayes_simfluence.model.hyper import Hyper, Values
 from bayes_simfluence.model.recurrence import accumulation
+from bayes_simfluence.settings import layered
 
 __all__ = ["AR1", "ERRORS", "Error", "Gaussian", "Smooth", "StudentT", "error_from_dict"]
 
@@ -404,12 +406,13 @@ ERRORS: dict[str, type[Error]] = {kind.name: kind for kind in (Gaussian, Student
 """By the name that settings and the command line use."""
 
 
-def error_from_dict(settings: dict[str, Any]) -> Error:
+def error_from_dict(settings: Mapping[str, Any]) -> Error:
     """The error of settings made by ``Error.as_dict``."""
     rest = dict(settings)
     if "freedom" in rest:  # as version 0.1 wrote it
         rest["df"] = rest.pop("freedom")
-    return ERRORS[rest.pop("name")](**rest)
+    name = choice_of("name of the error", rest.pop("name", None), tuple(ERRORS))
+    return layered(ERRORS[name], rest, what=f"error {name}")
 
 
 def _matern(distance: Float[Array, "..."], length: Float[Array, ""]) -> Float[Array, "..."]:

@@ -52,7 +52,7 @@ WIDE_SCALE = Hyper(
     0.5, 1.5, "positive", "sd of a run's change by its curriculum, units of the link"
 )
 NOISE = Hyper(0.01, 1.5, "positive", "sd of one step's error, units of the link")
-"""Priors of what belongs to each query: for the published kinds, ``WIDE_SCALE`` for the other."""
+"""Priors of what belongs to each query; ``WIDE_SCALE`` is that of shared scales."""
 
 Sites = Mapping[str, Array]
 """Values of the program's sample sites, by name."""
@@ -105,12 +105,12 @@ def gaps_of(model: Simfluence, linked: Float[np.ndarray, "run time query"]) -> G
     steps = tuple(range(linked.shape[1] - 1))
     lost = ~np.isfinite(linked)
     error = model.error
-    hidden = model.multiplicative and error.hides_state
+    hidden = model.has_multiplicative and error.hides_state
     if hidden or (lost.any() and filterable(model)):
         return Gaps(steps, (), True)
     by_time = lost.any(axis=(0, 2))[1:]
     common = bool((lost[:, 1:] == by_time[None, :, None]).all())
-    linear = error.gaussian and not (model.multiplicative or error.follows_loss)
+    linear = error.gaussian and not (model.has_multiplicative or error.follows_loss)
     if common and linear:
         return Gaps(tuple(np.flatnonzero(~by_time).tolist()), (), False)
     return Gaps(steps, tuple(map(tuple, np.argwhere(lost).tolist())), False)
@@ -146,8 +146,8 @@ def numpyro_model(
     }
     queries = runs.loss.shape[2]
     sites = dict(values)
-    sites["scale"] = _of_query("scale", SCALE if model.published else WIDE_SCALE, model, queries)
-    if model.published and model.error.by_step:
+    sites["scale"] = _of_query("scale", SCALE if model.per_query else WIDE_SCALE, model, queries)
+    if model.per_query and model.error.by_step:
         sites["noise"] = _of_query("noise", NOISE, model, queries)
     sites.update(_coefficient_sites(model, values, runs))
     if simulate:
@@ -186,7 +186,7 @@ def _coefficient_sites(model: Simfluence, values: Values, runs: RunArrays) -> di
     train, queries = runs.train, runs.loss.shape[2]
     knots = model.coefficients.count(1.0)
     sites: dict[str, Array] = {}
-    for part in model.parts if model.additive else ():
+    for part in model.parts if model.has_additive else ():
         effects = model.prior.effects(part, (queries, train, knots), values, runs.features)
         sites[f"{part}_unit"] = numpyro.deterministic(f"{part}_unit", effects)
         if model.time_effect != "none":
@@ -194,7 +194,7 @@ def _coefficient_sites(model: Simfluence, values: Values, runs: RunArrays) -> di
             sites[f"{part}_time"] = latent(
                 f"{part}_time", dist.Normal(0.0, 1.0), shape, ingredient=False, coefficient=True
             )
-    if model.multiplicative:
+    if model.has_multiplicative:
         nothing = no_features(train, queries)
         effects = model.prior.effects(MULTIPLICATIVE, (queries, train, 1), values, nothing)
         sites["multiplicative_unit"] = numpyro.deterministic("multiplicative_unit", effects)
@@ -211,7 +211,7 @@ def coefficients_of(
     whole = sites["scale"] / units.spread
     scale = whole if model.prior.scaled else jnp.ones_like(whole)
     additive, common = {}, {}
-    for part in model.parts if model.additive else ():
+    for part in model.parts if model.has_additive else ():
         unit = sites[f"{part}_unit"]
         root = model.coefficients.root(sites, part, unit.shape[2])
         own = scale * part_scale(sites, part) if model.prior.scaled else scale
@@ -224,8 +224,8 @@ def coefficients_of(
             curve = time_curve(model, root)[:, : sites[f"{part}_time"].shape[1]]
             common[part] = size[:, None] * (sites[f"{part}_time"] @ curve.T)
     multiplicative = None
-    if model.multiplicative:
-        ratio = 1.0 / units.reference if model.published else sites["multiplicative_scale"]
+    if model.has_multiplicative:
+        ratio = 1.0 / units.reference if model.per_query else sites["multiplicative_scale"]
         size = scale * ratio if model.prior.scaled else scale
         multiplicative = size[:, None] * sites["multiplicative_unit"][..., 0]
     return Coefficients(additive, common, multiplicative)
@@ -257,7 +257,7 @@ def noise_of(model: Simfluence, sites: Sites) -> Float[Array, " query"]:
     """Size of each query's error."""
     if not model.error.by_step:
         return sites["scale"]
-    return sites["noise"] if model.published else sites["noise"] * sites["scale"]
+    return sites["noise"] if model.per_query else sites["noise"] * sites["scale"]
 
 
 def _filtered_density(

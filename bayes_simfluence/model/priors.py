@@ -5,6 +5,7 @@ them. ``own`` effects follow the prior's law, one for each query, example and kn
 time; gradient features and pooling over queries can be put on top of every law.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpyro import distributions as dist
 
-from bayes_simfluence.checks import Misuse, positive_integer, positive_number
+from bayes_simfluence.checks import Misuse, choice_of, positive_integer, positive_number
 from bayes_simfluence.model.arrays import ExampleFeatures
 from bayes_simfluence.model.effects import Prior, Shape, standard
 from bayes_simfluence.model.embeddings import Features
 from bayes_simfluence.model.hyper import Hyper, Values
 from bayes_simfluence.model.sites import latent
+from bayes_simfluence.settings import layered
 
 __all__ = [
     "PRIORS",
@@ -182,6 +184,7 @@ class Custom(Prior):
     name: ClassVar[str] = "custom"
     scaled: ClassVar[bool] = False
     varying: ClassVar[bool] = False
+    stored: ClassVar[bool] = False
     # Distributions have no equality: two of these are equal when they are the same.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -246,14 +249,15 @@ PRIORS: dict[str, type[Prior]] = {
 """By the name that settings and the command line use."""
 
 
-def prior_from_dict(settings: dict[str, Any]) -> Prior:
+def prior_from_dict(settings: Mapping[str, Any]) -> Prior:
     """The prior of settings made by ``Prior.as_dict``.
 
     A caller's own distribution or embeddings are not saved; what was inferred under them is.
     """
     # ``freedom``, ``slab_freedom``: as version 0.1 wrote them.
     rest = {name.replace("freedom", "df"): value for name, value in settings.items()}
-    return PRIORS[rest.pop("name")](**rest)
+    name = choice_of("name of the prior", rest.pop("name", None), tuple(PRIORS))
+    return layered(PRIORS[name], rest, what=f"prior {name}")
 
 
 def _mixture(name: str, shape: Shape, variance: dist.Distribution) -> Array:

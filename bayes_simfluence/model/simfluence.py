@@ -17,11 +17,14 @@ smooth error. The paper's (Guu et al. 2023, eq. 2), centred on "nothing happens"
 of the same parts: only ``u``, growth 0, constant coefficients, exposure without memory, independent
 errors of each step, for which the above is
 
-    ``L_t = (1 + e_t . a) L_{t-1} + e_t . b + eps_t``      (linear; a = 0: additive; b = 0:
-                                                           multiplicative).
+    ``L_t = (1 + e_t . a) L_{t-1} + e_t . b + eps_t``
+
+with both terms (``Simfluence.linear()``), with ``b`` alone (``Simfluence.additive()``), or with
+``a`` alone (``Simfluence.multiplicative()``).
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -42,6 +45,7 @@ from bayes_simfluence.model.priors import (
     prior_from_dict,
 )
 from bayes_simfluence.model.recurrence import accumulation
+from bayes_simfluence.settings import layered
 
 __all__ = [
     "KINDS",
@@ -63,77 +67,123 @@ __all__ = [
 ]
 
 Kind = Literal["two-timescale", "linear", "additive", "multiplicative"]
-KINDS: tuple[Kind, ...] = ("two-timescale", "linear", "additive", "multiplicative")
+TERMS = ("additive", "multiplicative", "both")
 TIMESCALES = {"both": ("staying", "fading"), "staying": ("staying",), "fading": ("fading",)}
 TIME_EFFECTS = ("smooth", "linear", "none")
+SCALES = ("shared", "per-query")
 MULTIPLICATIVE = "multiplicative"
 """Name of the part that holds the terms ``a``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Simfluence:
     """A model of training runs, as settings of its parts.
 
     ``Simfluence()`` is the two-timescale model that predicts left-out runs best (docs/results.md);
-    ``Simfluence(kind="linear")`` the published one with constant coefficients and white noise. A
-    kind is nothing but the settings that the parts take when they are left out.
+    ``Simfluence.linear()``, ``.additive()`` and ``.multiplicative()`` are the published ones, with
+    constant coefficients and white noise. A kind is nothing but the settings of its parts: models
+    with equal parts are equal, however they were made.
 
     Attributes:
-        kind: ``two-timescale``, or the published ``linear``, ``additive``, ``multiplicative``.
+        terms: ``additive`` (``b``), ``multiplicative`` (``a``, which multiply the loss before the
+            step) or ``both``.
         link: scale on which effects add up: ``log-odds``, the inverse of softplus, keeps simulated
             losses positive and is the margin of a two-class problem; ``log`` keeps them positive
             too; ``identity`` for losses that may be zero or below.
         timescales: effects that stay, that fade, or both.
-        exposure, coefficients, prior, error: the further parts. ``prior`` may be a scalar NumPyro
-            distribution.
+        exposure: how long a batch acts on the loss.
+        coefficients: how effects change over training.
+        prior: what is believed of examples' effects; may be a scalar NumPyro distribution.
+        error: what the curriculum does not explain.
         time_effect: what all runs have in common at a step: a ``smooth`` curve, ``linear`` in time
             (the same at every step), ``none``.
-        multiplicative: terms ``a_i y_{t-1}`` for each example.
+        scales: ``shared``: the sizes of errors and of multiplicative terms are relative to one
+            scale of each query, which is the sd of a run's change (units of the link), and what
+            stays may grow. ``per-query``, as published: each query has its own sd of coefficients
+            (of ``b``, units of the link; of ``a``, that over its loss before training) and of one
+            step's error; what stays does not grow.
 
-    >>> Simfluence(kind="additive").error
+    >>> Simfluence.additive().error
     Gaussian(loss_power=0.0, run_effect=False, observation=False)
     """
 
-    kind: Kind = "two-timescale"
-    link: Link = None  # type: ignore[assignment]
-    timescales: Literal["both", "staying", "fading"] = None  # type: ignore[assignment]
-    exposure: Exposure = None  # type: ignore[assignment]
-    coefficients: Varying = None  # type: ignore[assignment]
-    prior: Prior | Distribution = None
-    error: Error = None  # type: ignore[assignment]
-    time_effect: Literal["smooth", "linear", "none"] = None  # type: ignore[assignment]
-    multiplicative: bool = None  # type: ignore[assignment]
+    terms: Literal["additive", "multiplicative", "both"] = "additive"
+    link: Link = "log-odds"
+    timescales: Literal["both", "staying", "fading"] = "both"
+    exposure: Exposure = Exposure()
+    coefficients: Varying = Varying()
+    prior: Prior | Distribution = Normal()
+    error: Error = Smooth()
+    time_effect: Literal["smooth", "linear", "none"] = "smooth"
+    scales: Literal["shared", "per-query"] = "shared"
+
+    @classmethod
+    def linear(cls, **parts: Any) -> "Simfluence":
+        """The published model ``L_t = (1 + e_t . a) L_{t-1} + e_t . b + eps_t``.
+
+        Args:
+            parts: attributes that are to differ from the published ones.
+        """
+        published = {
+            "terms": "both",
+            "link": "identity",
+            "timescales": "staying",
+            "exposure": Exposure.memoryless(),
+            "coefficients": Varying(knots=1),
+            "prior": Normal(features=False),
+            "error": Gaussian(),
+            "time_effect": "none",
+            "scales": "per-query",
+        }
+        return cls(**{**published, **parts})
+
+    @classmethod
+    def additive(cls, **parts: Any) -> "Simfluence":
+        """The published model without ``a``; ``parts`` as in ``linear``."""
+        return cls.linear(**{"terms": "additive", **parts})
+
+    @classmethod
+    def multiplicative(cls, **parts: Any) -> "Simfluence":
+        """The published model without ``b``; ``parts`` as in ``linear``."""
+        return cls.linear(**{"terms": "multiplicative", **parts})
 
     def __post_init__(self) -> None:
-        choice_of("Simfluence(kind=...)", self.kind, KINDS)
-        for name, value in _settings_of(self.kind).items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
         if isinstance(self.prior, Distribution):
             object.__setattr__(self, "prior", Custom(self.prior))
+        choice_of("Simfluence(terms=...)", self.terms, TERMS)
         choice_of("Simfluence(link=...)", self.link, LINKS)
         choice_of("Simfluence(timescales=...)", self.timescales, tuple(TIMESCALES))
-        added = TIME_EFFECTS if self.additive else ("none",)
-        choice_of("Simfluence(time_effect=...)", self.time_effect, added)
+        choice_of("Simfluence(time_effect=...)", self.time_effect, TIME_EFFECTS)
+        choice_of("Simfluence(scales=...)", self.scales, SCALES)
         _instance("prior", self.prior, Prior, "a prior such as priors.Normal()")
         _instance("error", self.error, Error, "an error such as noise.Smooth()")
         _instance("exposure", self.exposure, Exposure, "an Exposure(...)")
         _instance("coefficients", self.coefficients, Varying, "a Varying(...)")
-        if not self.additive and (self.coefficients.knots > 1 or self.timescales != "staying"):
+        if not self.has_additive:
+            self._check_multiplicative()
+
+    def _check_multiplicative(self) -> None:
+        """Raise when a part belongs to terms ``b``, which are not there."""
+        own = {
+            f"timescales={self.timescales!r}": self.timescales == "staying",
+            f"knots={self.coefficients.knots}": self.coefficients.knots == 1,
+            f"time_effect={self.time_effect!r}": self.time_effect == "none",
+            f"scales={self.scales!r}": self.scales == "per-query",
+        }
+        if not all(own.values()):
             raise Misuse(
-                "Simfluence(kind='multiplicative')",
-                got=f"timescales={self.timescales!r}, knots={self.coefficients.knots}",
-                expected="timescales='staying' and Varying(knots=1): there are no terms b",
-                do="leave them out, or use kind='linear'",
+                "Simfluence(terms='multiplicative')",
+                got=", ".join(setting for setting, fits in own.items() if not fits),
+                expected="the settings of Simfluence.multiplicative(), since there are no terms b",
+                do="leave them out, or use Simfluence.linear()",
             )
-        wanted = {"additive": False, "linear": True, "multiplicative": True}.get(self.kind)
-        if wanted is not None and self.multiplicative != wanted:
-            raise Misuse(
-                "Simfluence(multiplicative=...)",
-                got=f"{self.multiplicative} with kind={self.kind!r}",
-                expected=str(wanted),
-                do="leave it out, or choose another kind",
-            )
+
+    @property
+    def kind(self) -> Kind:
+        """Name of the constructor that makes models with these ``scales`` and ``terms``."""
+        if self.scales == "shared":
+            return "two-timescale"
+        return "linear" if self.terms == "both" else self.terms
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -141,25 +191,30 @@ class Simfluence:
         return TIMESCALES[self.timescales]
 
     @property
-    def published(self) -> bool:
-        """Whether scale and noise belong to each query, as in the published kinds."""
-        return self.kind != "two-timescale"
+    def per_query(self) -> bool:
+        """Whether sd of coefficients and of a step's error belong to each query."""
+        return self.scales == "per-query"
 
     @property
-    def additive(self) -> bool:
+    def has_additive(self) -> bool:
         """Whether there are terms ``b``."""
-        return self.kind != "multiplicative"
+        return self.terms != "multiplicative"
+
+    @property
+    def has_multiplicative(self) -> bool:
+        """Whether there are terms ``a``."""
+        return self.terms != "additive"
 
     @property
     def markov(self) -> bool:
         """Whether it is ``L_t = alpha_t L_{t-1} + beta_t``: the next loss needs only the last."""
         plain = self.exposure.is_memoryless and self.exposure.step_size_power == 0
-        return self.published and plain and self.timescales == "staying"
+        return self.per_query and plain and self.timescales == "staying"
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values; ``from_dict`` makes them a model again."""
         return {
-            "kind": self.kind,
+            "terms": self.terms,
             "link": self.link,
             "timescales": self.timescales,
             "exposure": asdict(self.exposure),
@@ -167,46 +222,66 @@ class Simfluence:
             "prior": self.prior.as_dict(),
             "error": self.error.as_dict(),
             "time_effect": self.time_effect,
-            "multiplicative": self.multiplicative,
+            "scales": self.scales,
         }
 
     @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> "Simfluence":
-        """The model of settings made by ``as_dict``."""
-        return cls(
-            **{
-                **settings,
-                "exposure": Exposure(**settings["exposure"]),
-                "coefficients": Varying(**settings["coefficients"]),
-                "prior": prior_from_dict(settings["prior"]),
-                "error": error_from_dict(settings["error"]),
-            }
+    def from_dict(cls, settings: Mapping[str, Any]) -> "Simfluence":
+        """The model of settings made by ``as_dict``.
+
+        What they leave out is as ``Simfluence()`` has it, or the constructor that ``kind`` names.
+        Files of earlier versions say ``kind`` and ``multiplicative``, not ``terms`` and ``scales``.
+
+        Raises:
+            Misuse: names or values that no part has.
+        """
+        rest = dict(settings)
+        plain = KINDS[choice_of("model: kind", rest.pop("kind", "two-timescale"), tuple(KINDS))]()
+        if "multiplicative" in rest:
+            additive = rest.get("terms", plain.terms) != "multiplicative"
+            rest["terms"] = _terms(additive, rest.pop("multiplicative"))
+        for name in rest:
+            choice_of("a setting of the model", name, tuple(plain.as_dict()))
+        for name in PARTS_FROM_DICT.keys() & rest.keys():
+            if not isinstance(rest[name], Mapping):
+                raise Misuse(
+                    f"model: {name}",
+                    got=repr(rest[name]),
+                    expected="the settings of this part by name",
+                    do=f"write them as in {plain.as_dict()[name]}",
+                )
+            rest[name] = PARTS_FROM_DICT[name](rest[name])
+        return replace(plain, **rest)
+
+
+KINDS: dict[str, Callable[..., Simfluence]] = {
+    "two-timescale": Simfluence,
+    "linear": Simfluence.linear,
+    "additive": Simfluence.additive,
+    "multiplicative": Simfluence.multiplicative,
+}
+"""Constructors, by the name that YAML and the command line use."""
+
+
+PARTS_FROM_DICT: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "exposure": lambda settings: layered(Exposure, settings, what="exposure"),
+    "coefficients": lambda settings: layered(Varying, settings, what="coefficients"),
+    "prior": prior_from_dict,
+    "error": error_from_dict,
+}
+
+
+def _terms(additive: bool, multiplicative: bool) -> str:
+    if not additive and not multiplicative:
+        raise Misuse(
+            "model: multiplicative",
+            got="False, without additive terms",
+            expected="terms of one kind at least",
+            do="leave it out, or use another kind",
         )
-
-
-def _settings_of(kind: str) -> dict[str, Any]:
-    """What the parts are when the caller leaves them out."""
-    if kind == "two-timescale":
-        return {
-            "link": "log-odds",
-            "timescales": "both",
-            "exposure": Exposure(),
-            "coefficients": Varying(),
-            "prior": Normal(),
-            "error": Smooth(),
-            "time_effect": "smooth",
-            "multiplicative": False,
-        }
-    return {
-        "link": "identity",
-        "timescales": "staying",
-        "exposure": Exposure.memoryless(),
-        "coefficients": Varying(knots=1),
-        "prior": Normal(features=False),
-        "error": Gaussian(),
-        "time_effect": "none",
-        "multiplicative": kind != "additive",
-    }
+    if additive:
+        return "both" if multiplicative else "additive"
+    return "multiplicative"
 
 
 def _instance(name: str, value: Any, kind: Any, expected: str) -> None:
@@ -222,14 +297,14 @@ def _instance(name: str, value: Any, kind: Any, expected: str) -> None:
 def hypers_of(model: Simfluence, features: ExampleFeatures) -> dict[str, Hyper]:
     """Every hyperparameter that all queries share, by name."""
     free = {**model.exposure.hypers(), **model.error.hypers()}
-    if not model.published:
+    if not model.per_query:
         if "staying" in model.parts:
             free["growth"] = Hyper(0.0, 1.0, "real", "log growth of what stays per recorded length")
         if model.error.by_step:
             free["noise"] = Hyper(
                 0.05, 1.5, "positive", "sd of one step's error over the sd of the effects"
             )
-        if model.multiplicative:
+        if model.has_multiplicative:
             free["multiplicative_scale"] = Hyper(
                 0.3, 1.0, "positive", "sd of multiplicative terms over the staying ones'"
             )
@@ -241,12 +316,12 @@ def hypers_of(model: Simfluence, features: ExampleFeatures) -> dict[str, Hyper]:
         free["fading_scale"] = Hyper(
             1.65, 1.0, "positive", "sd of fading effects over staying ones"
         )
-    for part in model.parts if model.additive else ():
+    for part in model.parts if model.has_additive else ():
         if model.time_effect != "none":
             free[f"{part}_common"] = Hyper(0.6, 1.0, "positive", "sd of the effect of any step")
         free.update(model.coefficients.hypers(part))
         free.update(model.prior.hypers(part, features))
-    if model.multiplicative:
+    if model.has_multiplicative:
         nothing = no_features(len(features.train), len(features.query))
         free.update(model.prior.hypers(MULTIPLICATIVE, nothing))
     return free

@@ -1,17 +1,18 @@
 """A fit in words: one dataclass for command line and YAML, which makes a model and a method.
 
-A part of the model is a name, with one number where it has one: ``student-t:4``, ``order:3``. What
-is left unsaid is the kind's or the method's own.
+The model is the nested dict of ``Simfluence.as_dict``, in YAML under ``model``. Options have short
+forms of its parts, which overrule it: a name, with one number where it has one, as in
+``student-t:4``. What is left out is the kind's or the method's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from bayes_simfluence.checks import Misuse, count_of, positive_number, shorten
+from bayes_simfluence.checks import Misuse, count_of, positive_number
 from bayes_simfluence.settings import check_choices, say
 
-__all__ = ["FitConfig", "words_of"]
+__all__ = ["FitConfig"]
 
 INFERRED = "inferred"
 SAMPLER = ("chains", "warmup", "draws", "target_accept", "max_tree_depth", "chain_method")
@@ -22,16 +23,14 @@ OWN: dict[str, tuple[str, ...]] = {
     "ridge": ("objective", "penalty", "folds", "band"),
 }
 """Settings that each method takes; ``exact`` those of the sampler too where it samples."""
-NUMBER_OF_PRIOR: dict[str, tuple[str, Callable[[str], float | int]] | None] = {
-    "normal": None,
-    "student-t": ("df", float),
-    "laplace": None,
-    "horseshoe": ("share", float),
-    "low-rank": ("rank", int),
-}
-"""Priors that words can name, with the attribute that their number sets and its type. The others
-take arrays or distributions, which only Python can pass."""
-ERRORS = ("gaussian", "ar1", "student-t", "smooth")
+NUMBER_OF_EXPOSURE = {"memoryless": None, "momentum": "momentum", "order": "order"}
+"""Short forms of the exposure, with the attribute that their number sets."""
+FORMS = (
+    "kind", "link", "timescales", "prior", "noise", "exposure", "pooled", "features",
+    "loss_power", "run_effect", "observation", "step_size_power", "coefficients", "time_effect",
+    "multiplicative",
+)  # fmt: skip
+"""Settings that are short forms of the model's parts."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class FitConfig:
     """Everything that decides a fit besides the runs; saved beside the posterior."""
 
     method: str = say("how to fit", "exact", ("exact", "nuts", "svi", "ridge"))
+    model: dict[str, Any] | None = say("settings of the model's parts, as in a saved fit", None)
     kind: str | None = say(
         "model, by the settings of its parts", None,
         ("two-timescale", "linear", "additive", "multiplicative"),
@@ -94,17 +94,17 @@ class FitConfig:
     @classmethod
     def names(cls) -> list[str]:
         """The settings' names, in order."""
-        return [one.name for one in fields(cls)]
+        return [setting.name for setting in fields(cls)]
 
     def as_dict(self) -> dict[str, Any]:
-        """What was said, as plain values for YAML."""
-        return {name: one for name, one in asdict(self).items() if one is not None}
+        """The settings that are not left out, as plain values for YAML."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def parts(self) -> tuple[Any, Any]:
         """The model (``Simfluence``) and the method.
 
         Raises:
-            Misuse: a word that is not known, or that the method has no use for.
+            Misuse: a setting that is not known, or that the method does not take.
         """
         check_choices(self)
         count_of("seed", self.seed)
@@ -113,22 +113,24 @@ class FitConfig:
         return self._model(method.default_model()), method
 
     def resolved(self) -> "FitConfig":
-        """The same fit with everything said that was left to defaults."""
+        """The same fit with every default spelled out."""
         model, method = self.parts()
         own = {name: getattr(method, name, None) for name in OWN[self.method]}
         sampler = getattr(method, "sampler", None)
         if sampler is not None:
             own |= {name: getattr(sampler, name) for name in SAMPLER}
-        found = {name: one for name, one in own.items() if one is not None}
-        return replace(self, **{**found, **words_of(model)})
+        # What a method does not hold by that name, such as the step size of Adam, stays as it is.
+        own = {name: value for name, value in own.items() if value is not None}
+        changes: dict[str, Any] = {**own, **dict.fromkeys(FORMS), "model": model.as_dict()}
+        return replace(self, **changes)
 
     def _unused(self) -> None:
-        """Raise when something was said that this method does not look at."""
+        """Raise for settings that the method does not take."""
         taken = self._taken()
         every = {name for names in OWN.values() for name in names}
         for name in sorted(every - set(taken)):
             if getattr(self, name) is not None:
-                users = [one for one, names in OWN.items() if name in names]
+                users = [method for method, names in OWN.items() if name in names]
                 if name in SAMPLER:
                     users.append("exact with hyperparameters nuts")
                 raise Misuse(
@@ -150,208 +152,122 @@ class FitConfig:
         return OWN[self.method] + (SAMPLER if sampled else ())
 
     def _method(self) -> Any:
-        said = {name: getattr(self, name) for name in self._taken()}
-        said = {name: one for name, one in said.items() if one is not None}
+        settings = self._chosen(*self._taken())
         if self.method == "ridge":
             from bayes_simfluence.inference.ridge import Ridge
 
-            return Ridge(**{"band": True, **said})
+            return Ridge(**{"band": True, **settings})
         if self.method == "svi":
-            return _svi(said)
+            return _svi(settings)
         from bayes_simfluence.inference.exact import Exact
         from bayes_simfluence.inference.nuts import NUTS
 
         if self.method == "nuts":
-            return NUTS(**said)
-        sampler = {name: said.pop(name) for name in SAMPLER if name in said}
+            return NUTS(**settings)
+        sampler = {name: settings.pop(name) for name in SAMPLER if name in settings}
         sampled = self.hyperparameters == "nuts"
-        return Exact(**said, sampler=NUTS(**sampler) if sampled else None)
+        return Exact(**settings, sampler=NUTS(**sampler) if sampled else None)
 
     def _model(self, default: Any) -> Any:
-        from bayes_simfluence.model.coefficients import Varying
         from bayes_simfluence.model.simfluence import Simfluence
 
-        kind: Any = self.kind or default.kind
-        plain = Simfluence(kind=kind)
-        said: dict[str, Any] = {
-            "link": self.link,
-            "timescales": self.timescales,
-            "time_effect": self.time_effect,
-            "multiplicative": self.multiplicative,
-        }
-        parts = {name: one for name, one in said.items() if one is not None}
+        settings = self._plain(default)
+        settings["prior"] = self._prior(settings["prior"])
+        settings["error"] = self._error(settings["error"])
+        settings["exposure"] = self._exposure(settings["exposure"])
         if self.coefficients is not None:
-            parts["coefficients"] = Varying(self.coefficients)
-        return replace(
-            plain,
-            prior=self._prior(plain.prior),
-            error=self._error(plain.error),
-            exposure=self._exposure(plain.exposure),
-            **parts,
-        )
+            settings["coefficients"] = {"knots": self.coefficients}
+        settings |= self._chosen("link", "timescales", "time_effect", "multiplicative")
+        model = Simfluence.from_dict(settings)
+        if not model.prior.stored:
+            raise Misuse(
+                "model: prior",
+                got=f"{settings['prior']}, which describes what is not saved",
+                expected="a prior whose settings say all of it",
+                do="name one with prior, or pass the embeddings or the distribution in Python",
+            )
+        return model
 
-    def _prior(self, plain: Any) -> Any:
+    def _plain(self, default: Any) -> dict[str, Any]:
+        """Settings of the model before short forms of its parts."""
+        from bayes_simfluence.model.simfluence import KINDS, Simfluence
+
+        if self.model is None:
+            return (KINDS[self.kind]() if self.kind else default).as_dict()
+        if self.kind is not None:
+            raise Misuse(
+                "kind",
+                got=f"{self.kind!r} beside a model that is spelled out",
+                expected="one of them",
+                do="leave kind out, or the model of the file of settings",
+            )
+        return Simfluence.from_dict(self.model).as_dict()
+
+    def _chosen(self, *names: str) -> dict[str, Any]:
+        """Those of these settings that are not left out."""
+        chosen = {name: getattr(self, name) for name in names}
+        return {
+            name: None if value == INFERRED else value
+            for name, value in chosen.items()
+            if value is not None
+        }
+
+    def _prior(self, plain: dict[str, Any]) -> dict[str, Any]:
         from bayes_simfluence.model.priors import PRIORS
 
-        common = {"features": self.features, "pooled": self.pooled}
-        said = {name: one for name, one in common.items() if one is not None}
-        if self.prior is None:
-            return replace(plain, **said)
-        name, number = _named_number("prior", self.prior, tuple(NUMBER_OF_PRIOR))
-        taken = NUMBER_OF_PRIOR[name]
-        if number and taken is None:
-            raise _no_number("prior", self.prior, name)
-        own = {taken[0]: _number("prior", number, taken[1])} if number and taken else {}
-        return PRIORS[name](**{"features": plain.features, **own, **said})
+        if self.prior is not None:
+            numbers = {name: prior.number for name, prior in PRIORS.items() if prior.stored}
+            name, own = _short("prior", self.prior, numbers)
+            plain = {"name": name, "features": plain.get("features", True), **own}
+        return plain | self._chosen("features", "pooled")
 
-    def _error(self, plain: Any) -> Any:
-        from bayes_simfluence.model.noise import ERRORS as CLASSES
+    def _error(self, plain: dict[str, Any]) -> dict[str, Any]:
+        from bayes_simfluence.model.noise import ERRORS
 
-        said: dict[str, Any] = {}
-        if self.loss_power is not None:
-            said["loss_power"] = _inferred("loss_power", self.loss_power)
-        for flag in ("run_effect", "observation"):
-            if getattr(self, flag) is not None:
-                said[flag] = getattr(self, flag)
-        kind = type(plain)
         if self.noise is not None:
-            name, number = _named_number("noise", self.noise, ERRORS)
-            kind = CLASSES[name]
-            if number and name != "student-t":
-                raise _no_number("noise", self.noise, name)
-            if number:
-                said["df"] = _number("noise", number, float)
-        known = {one.name for one in fields(kind)}
-        for name in set(said) - known:
-            raise Misuse(
-                name,
-                got=f"{said[name]!r} with noise {_key_of(CLASSES, kind)}",
-                expected=f"nothing of it, since that noise has {shorten(sorted(known)) or 'no'} "
-                "settings",
-                do="leave it out, or choose another noise",
-            )
-        return replace(plain, **said) if self.noise is None else kind(**said)
+            numbers = {name: error.number for name, error in ERRORS.items()}
+            name, own = _short("noise", self.noise, numbers)
+            plain = {"name": name, **own}
+        return plain | self._chosen("loss_power", "run_effect", "observation")
 
-    def _exposure(self, plain: Any) -> Any:
-        from bayes_simfluence.model.exposure import Exposure
-
-        found = plain
+    def _exposure(self, plain: dict[str, Any]) -> dict[str, Any]:
         if self.exposure is not None:
-            name, number = _named_number(
-                "exposure", self.exposure, ("memoryless", "momentum", "order")
-            )
+            name, plain = _short("exposure", self.exposure, NUMBER_OF_EXPOSURE)
             if name == "memoryless":
-                if number:
-                    raise _no_number("exposure", self.exposure, name)
-                found = Exposure.memoryless()
-            elif name == "order":
-                found = Exposure(order=int(_number("exposure", number, int)))
-            else:
-                found = Exposure(momentum=_number("exposure", number, float) if number else None)
-        if self.step_size_power is None:
-            return found
-        return replace(found, step_size_power=_inferred("step_size_power", self.step_size_power))
+                plain = {"momentum": 0.0, "step_size_power": 0.0}
+        return plain | self._chosen("step_size_power")
 
 
-def words_of(model: Any) -> dict[str, Any]:
-    """The words that make a model: the settings of a ``FitConfig``, all of them said.
+def _short(option: str, word: str, numbers: Mapping[str, str | None]) -> tuple[str, dict[str, Any]]:
+    """Name and attributes of a short form such as ``student-t:4``.
 
-    >>> from bayes_simfluence.model.simfluence import Simfluence
-    >>> words = words_of(Simfluence(kind="linear"))
-    >>> words["noise"], words["exposure"], words["coefficients"]
-    ('gaussian', 'memoryless', 1)
+    Args:
+        option: as the command line calls it.
+        word: the short form.
+        numbers: the attribute that the number sets, by name.
     """
-    from bayes_simfluence.model.noise import ERRORS as CLASSES
-    from bayes_simfluence.model.priors import PRIORS
-
-    name = _key_of(PRIORS, type(model.prior))
-    taken = NUMBER_OF_PRIOR[name]
-    error, exposure = model.error, model.exposure
-    found = {
-        "kind": model.kind,
-        "link": model.link,
-        "timescales": model.timescales,
-        "prior": name if taken is None else f"{name}:{getattr(model.prior, taken[0])!r}",
-        "pooled": model.prior.pooled,
-        "features": model.prior.features,
-        "noise": _key_of(CLASSES, type(error)),
-        "exposure": _word_of(exposure),
-        "step_size_power": _word_of_inferred(exposure.step_size_power),
-        "coefficients": model.coefficients.knots,
-        "time_effect": model.time_effect,
-        "multiplicative": model.multiplicative,
-    }
-    if getattr(error, "df", None) is not None:
-        found["noise"] += f":{error.df!r}"
-    for one in fields(error):
-        if one.name != "df":
-            value = getattr(error, one.name)
-            found[one.name] = _word_of_inferred(value) if one.name == "loss_power" else value
-    return found
+    name, _, number = word.partition(":")
+    if name not in numbers:
+        raise Misuse(
+            option,
+            got=repr(word),
+            expected=f"one of {', '.join(numbers)}",
+            do="pick one of them, or pass another in Python",
+        )
+    attribute = numbers[name]
+    if attribute is None and number:
+        raise Misuse(option, got=repr(word), expected=f"{name} without a number", do="leave it out")
+    if attribute is None or not (number or name == "order"):
+        return name, {}
+    return name, {attribute: int(number) if number.isdigit() else number}
 
 
-def _svi(said: dict[str, Any]) -> Any:
+def _svi(settings: dict[str, Any]) -> Any:
     import optax
 
     from bayes_simfluence.inference.svi import SVI
 
-    rate = said.pop("learning_rate", None)
+    rate = settings.pop("learning_rate", None)
     if rate is None:
-        return SVI(**said)
-    return SVI(**said, optimizer=optax.adam(positive_number("learning_rate", rate)))
-
-
-def _word_of(exposure: Any) -> str:
-    if exposure.order is not None:
-        return f"order:{exposure.order}"
-    if exposure.momentum is None:
-        return "momentum"
-    if exposure.momentum == 0:
-        return "memoryless"
-    return f"momentum:{exposure.momentum!r}"
-
-
-def _word_of_inferred(value: float | None) -> float | str:
-    return INFERRED if value is None else value
-
-
-def _inferred(name: str, said: float | str) -> float | None:
-    if said == INFERRED:
-        return None
-    if isinstance(said, str):
-        raise Misuse(
-            name, got=repr(said), expected=f"a number or '{INFERRED}'", do="pass one of them"
-        )
-    return said
-
-
-def _key_of(named: dict[str, Any], kind: type[Any]) -> str:
-    return next(name for name, one in named.items() if one is kind)
-
-
-def _named_number(what: str, word: str, names: tuple[str, ...]) -> tuple[str, str]:
-    name, _, number = word.partition(":")
-    if name not in names:
-        raise Misuse(
-            what,
-            got=repr(word),
-            expected=f"one of {shorten(names, 20)}",
-            do="pick one of them (others: in Python)" if what == "prior" else "pick one of them",
-        )
-    return name, number
-
-
-def _number(what: str, text: str, kind: Callable[[str], float | int]) -> float | int:
-    try:
-        return kind(text)
-    except ValueError:
-        raise Misuse(
-            what,
-            got=repr(text) if text else "no number",
-            expected="a whole number" if kind is int else "a number",
-            do="write it after the name and a colon, as in order:3",
-        ) from None
-
-
-def _no_number(what: str, word: str, name: str) -> Misuse:
-    return Misuse(what, got=repr(word), expected=f"{name} without a number", do="leave it out")
+        return SVI(**settings)
+    return SVI(**settings, optimizer=optax.adam(positive_number("learning_rate", rate)))

@@ -182,7 +182,7 @@ class Posterior:
 
         >>> import jax, bayes_simfluence as bs
         >>> runs = bs.example_runs().isel(run=slice(0, 4), query=slice(0, 2))
-        >>> posterior = bs.fit(runs, model=bs.Simfluence(kind="additive"), key=jax.random.key(0))
+        >>> posterior = bs.fit(runs, model=bs.Simfluence.additive(), key=jax.random.key(0))
         >>> idata = posterior.to_arviz(draws=10, groups=["log_likelihood"])
         >>> dict(idata["log_likelihood"]["loss"].sizes)
         {'chain': 1, 'draw': 10, 'run': 4, 'time': 96, 'query': 2}

@@ -13,7 +13,6 @@ from bayes_simfluence.conventions import EFFECT_SIGN
 from bayes_simfluence.inference.compiled import CompiledModel
 from bayes_simfluence.inference.numpyro_runs import in_numpyro
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.model.priors import Custom
 from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.posterior.arrays import recorded_arrays
 from bayes_simfluence.posterior.arviz import Prior
@@ -30,7 +29,7 @@ class PriorOf:
 
     >>> import jax, bayes_simfluence as bs
     >>> runs = bs.example_runs().isel(run=slice(0, 2), query=slice(0, 3))
-    >>> drawn = PriorOf(bs.Simfluence(kind="linear"))(runs, key=jax.random.key(0), draws=5)
+    >>> drawn = PriorOf(bs.Simfluence.linear())(runs, key=jax.random.key(0), draws=5)
     >>> dict(drawn.parameters["a"].sizes)
     {'chain': 1, 'draw': 5, 'query': 3, 'train': 200}
     """
@@ -102,7 +101,4 @@ def prior_from_settings(settings: dict[str, Any]) -> PriorOf | None:
     if "model" not in settings or not settings.get("has_prior", False):
         return None
     model = Simfluence.from_dict(settings["model"])
-    spelled_out = (
-        not isinstance(model.prior, Custom) and model.prior.as_dict()["name"] != "features"
-    )
-    return PriorOf(model) if spelled_out else None
+    return PriorOf(model) if model.prior.stored else None

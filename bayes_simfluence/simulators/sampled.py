@@ -78,7 +78,7 @@ class SampledSimulator:
     def samples(self, *, key: jax.Array, draws: int) -> Named:
         """Hyperparameters, scales, and the effects of a step on one example alone.
 
-        The published kinds have ``a`` (unitless) and ``b`` (nats), the others ``staying``,
+        Models with scales per query have ``a`` (unitless) and ``b`` (nats), others ``staying``,
         ``fading`` and ``multiplicative`` on the scale of the link, averaged over training;
         negative = helpful.
         """
@@ -138,7 +138,7 @@ class SampledSimulator:
 
     def _of_query(self) -> tuple[str, ...]:
         """Sites of which each query has its own, besides the coefficients."""
-        both = self.model.published and self.model.error.by_step
+        both = self.model.per_query and self.model.error.by_step
         return ("scale", "noise") if both else ("scale",)
 
     def _chosen(self, draws: int) -> tuple[dict[str, Array], tuple[int, int]]:
@@ -248,6 +248,6 @@ def _effects(
     if found.multiplicative is not None:
         named["multiplicative"] = found.multiplicative
     published = {"staying": "b", "multiplicative": "a"}
-    if model.published:
+    if model.per_query:
         return {published.get(name, name): value for name, value in named.items()}
     return named

@@ -55,7 +55,7 @@ def simulated(
 def _extended(model: Simfluence, sites: Sites, knots: int, *, key: jax.Array) -> Sites:
     """Sites with fresh prior draws of the knots beyond a recorded run."""
     more = knots - model.coefficients.count(1.0)
-    if more <= 0 or not model.additive:
+    if more <= 0 or not model.has_additive:
         return sites
     longer, names = dict(sites), sorted(sites)
     for part in model.parts:
@@ -89,10 +89,10 @@ def _rolled(
 ) -> tuple[Float[Array, "step query"], Float[Array, "step query"]]:
     walk_key, seen_key = jax.random.split(key)
     # Multiplicative terms act on the state: the noise that hides it is added at the end.
-    hidden = model.multiplicative and model.error.hides_state
+    hidden = model.has_multiplicative and model.error.hides_state
     own = model.error.of_state if hidden else model.error
     error = noise[None] * own.trajectory(sites, progress, len(start), key=walk_key)
-    feedback = model.multiplicative or model.error.follows_loss
+    feedback = model.has_multiplicative or model.error.follows_loss
     way = _scanned if feedback else _summed
     mean = way(model, sites, coefficients, run, start, jnp.zeros_like(error))
     loss = way(model, sites, coefficients, run, start, error)

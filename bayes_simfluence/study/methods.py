@@ -32,7 +32,7 @@ from bayes_simfluence.attribution.tracin import grad_cos, grad_dot, tracin
 from bayes_simfluence.attribution.trak import trak
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.inference.ridge import Ridge
-from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.model.simfluence import KINDS
 from bayes_simfluence.posterior.fit import fit
 from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.progress import Progress
@@ -153,7 +153,7 @@ def _influence(solver: Solver, pilot: Pilot, damping: float | None = None) -> xr
 def _ridge(kind: Literal["linear", "additive", "multiplicative"], fitting: Fitting) -> Posterior:
     return fit(
         fitting.runs,
-        model=Simfluence(kind=kind),
+        model=KINDS[kind](),
         method=Ridge(band=True),
         validation=fitting.validation,
         key=fitting.key,

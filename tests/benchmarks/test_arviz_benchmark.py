@@ -19,7 +19,7 @@ def peak():
 
 kind, draws, fitted = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 runs = bs.example_runs().isel(run=slice(0, fitted))
-model = bs.Simfluence() if kind == "default" else bs.Simfluence(kind=kind)
+model = bs.Simfluence() if kind == "default" else getattr(bs.Simfluence, kind)()
 posterior = bs.fit(runs, model=model, key=jax.random.key(0))
 after_fit, began = peak(), time.perf_counter()
 idata = posterior.to_arviz(draws=draws)

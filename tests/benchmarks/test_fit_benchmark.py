@@ -61,10 +61,10 @@ def ratios(benchmark, name, goal, loop_seconds, run):
 
 
 def test_linear_exact_fit(benchmark, runs, loop_seconds):
-    model, key = bs.Simfluence(kind="linear"), jax.random.key(0)
+    model, key = bs.Simfluence.linear(), jax.random.key(0)
     ratios(
         benchmark,
-        "Simfluence(kind='linear'), Exact() against BayesianRidge",
+        "Simfluence.linear(), Exact() against BayesianRidge",
         ">= 20",
         loop_seconds,
         lambda: bs.fit(runs, model=model, method=bs.Exact(), key=key),

@@ -29,9 +29,7 @@ def effective(runs, method):
     began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)
-        posterior = bs.fit(
-            runs, model=bs.Simfluence(kind="linear"), method=method, key=jax.random.key(0)
-        )
+        posterior = bs.fit(runs, model=bs.Simfluence.linear(), method=method, key=jax.random.key(0))
     seconds = time.perf_counter() - began
     return posterior.verdict.numbers["ess_bulk"], seconds
 

@@ -18,7 +18,7 @@ def peak():
 
 kind, draws, fitted = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 runs = bs.example_runs()
-model = bs.Simfluence() if kind == "default" else bs.Simfluence(kind=kind)
+model = bs.Simfluence() if kind == "default" else getattr(bs.Simfluence, kind)()
 posterior = bs.fit(runs.isel(run=slice(0, fitted)), model=model, key=jax.random.key(0))
 after_fit, seconds = peak(), []
 for _ in range(2):

@@ -42,8 +42,8 @@ def runs():
 def posteriors(runs):
     settings = {
         "default": {"method": bs.Exact(times=TIMES)},
-        "linear": {"model": bs.Simfluence(kind="linear")},
-        "additive": {"model": bs.Simfluence(kind="additive")},
+        "linear": {"model": bs.Simfluence.linear()},
+        "additive": {"model": bs.Simfluence.additive()},
         "ridge": {"method": bs.Ridge(penalty=0.1, band=True)},
     }
     return {name: bs.fit(runs, key=KEY, **one) for name, one in settings.items()}
@@ -267,7 +267,7 @@ def test_fit_hands_on_what_a_sampler_said_of_its_draws(runs):
         """A method that says so of any fit."""
 
         def default_model(self):
-            return bs.Simfluence(kind="additive")
+            return bs.Simfluence.additive()
 
         def as_dict(self):
             return {"method": "Sampler"}

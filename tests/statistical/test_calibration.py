@@ -23,7 +23,7 @@ pytestmark = pytest.mark.statistical
 FALSE_ALARM = 1e-3
 """Of each test of a right posterior or band; there are five."""
 KEY = jax.random.key(0)
-LINEAR = bs.Simfluence(kind="linear")
+LINEAR = bs.Simfluence.linear()
 
 
 def linear_draw(key):

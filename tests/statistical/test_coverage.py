@@ -36,7 +36,7 @@ def found():
         runs, truth = linear_runs(
             key=data_key, runs=11, train=8, query=1, per_run=6, epochs=5, noise=0.02
         )
-        model = bs.Simfluence(kind="linear")
+        model = bs.Simfluence.linear()
         posterior = bs.fit(runs.isel(run=slice(0, 10)), model=model, key=fit_key)
         held_out = runs.isel(run=[10])
         simulated = posterior.simulate(held_out, key=draw_key, draws=DRAWS)

@@ -134,7 +134,7 @@ def both(runs, model, warmup, draws, **distorted):
 
 @long
 def test_collapsed_and_plain_nuts_agree():
-    model = bs.Simfluence(kind="additive")
+    model = bs.Simfluence.additive()
     right, (same, shifted, narrow) = both(recording(), model, 200, 400, shift=0.5, ratio=0.6)
     assert not differ(right, same)[0]
     assert differ(right, shifted)[0] and differ(right, narrow)[0]
@@ -144,7 +144,7 @@ def test_collapsed_and_plain_nuts_agree():
 @pytest.mark.parametrize("kind", ["linear", "additive"])
 def test_collapsed_and_plain_nuts_agree_closely(kind):
     runs = recording(query=2, sd_a=0.1 if kind == "linear" else 0.0)
-    found = both(runs, bs.Simfluence(kind=kind), 1000, 4000, shift=0.2, ratio=0.85)
+    found = both(runs, getattr(bs.Simfluence, kind)(), 1000, 4000, shift=0.2, ratio=0.85)
     right, (same, shifted, narrow) = found
     assert not differ(right, same)[0], differ(right, same)
     assert differ(right, shifted)[0] and differ(right, narrow)[0]
@@ -210,7 +210,7 @@ QUANTITIES = {
 
 
 def calibration(method, prior=PRIORS["normal"], simulations=200, query=QUERY, draws=19):
-    model = bs.Simfluence(kind="additive", prior=prior)
+    model = bs.Simfluence.additive(prior=prior)
     runs = recording(query=query)
     ranks = sbc(
         prior_draw(model, runs), method, model=model, key=KEY, simulations=simulations,
@@ -276,7 +276,7 @@ def test_guides_are_as_narrow_as_their_verdicts_say():
     # Two examples that are always trained on together: their effects are anticorrelated.
     runs = recording(train=4)
     joined = np.repeat(runs["batch"].values[..., :1] // 2 * 2, 2, axis=2) + np.arange(2)
-    model = bs.Simfluence(kind="additive")
+    model = bs.Simfluence.additive()
     pairs = bs.runs_from_arrays(batch=joined, loss=runs["loss"].values, train_ids=range(4))
     sampler = bs.NUTS(warmup=500, draws=1000, chains=2, target_accept=0.95)
     found = {

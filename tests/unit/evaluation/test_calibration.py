@@ -46,7 +46,7 @@ class Conjugate:
     ok: bool = True
 
     def default_model(self):
-        return bs.Simfluence(kind="additive")
+        return bs.Simfluence.additive()
 
     def as_dict(self) -> dict[str, Any]:
         return {"method": "conjugate"}

@@ -38,7 +38,7 @@ def posteriors(runs):
     fitted = runs.isel(run=slice(0, 7))
     key = jax.random.key(0)
     return {
-        "exact": bs.fit(fitted, model=bs.Simfluence(kind="linear"), key=key),
+        "exact": bs.fit(fitted, model=bs.Simfluence.linear(), key=key),
         "ridge": bs.fit(fitted, method=bs.Ridge(penalty=0.01), key=key),
         "mean": bs.mean_trajectory(fitted),
         "still": bs.persistence(fitted),

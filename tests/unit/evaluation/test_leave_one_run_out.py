@@ -33,9 +33,7 @@ def test_every_run_is_scored_by_a_fit_without_it(recording, key, folds):
 
 
 def test_a_band_has_a_density(recording, key):
-    table = elpd_over_runs(
-        recording, key=key, model=bs.Simfluence(kind="linear"), folds=2, draws=50
-    )
+    table = elpd_over_runs(recording, key=key, model=bs.Simfluence.linear(), folds=2, draws=50)
     assert np.isfinite(table.to_numpy()).all() and len(table) == 7
 
 

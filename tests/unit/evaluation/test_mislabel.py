@@ -88,7 +88,7 @@ def test_bands_hold_the_curve(rng, wrong, key):
 
 def test_harm_is_the_share_of_draws_above_zero(key):
     runs, truth = linear_runs(key=jax.random.key(2), runs=10, train=10, per_run=6, query=3)
-    posterior = bs.fit(runs, model=bs.Simfluence(kind="linear"), key=key)
+    posterior = bs.fit(runs, model=bs.Simfluence.linear(), key=key)
     harm = probability_of_harm(posterior, key=key, draws=400)
     assert harm.dims == ("train",) and ((harm >= 0) & (harm <= 1)).all()
     drawn = posterior.samples(key=key, draws=400)

@@ -212,7 +212,9 @@ def test_features_that_are_there_may_be_left_unused():
 
 def test_two_runs_are_enough_and_one_is_not():
     finite(quietly(recording(2)))
-    with pytest.raises(Misuse, match=r"runs: got one run; expected at least two.*kind='linear'"):
+    with pytest.raises(
+        Misuse, match=r"runs: got one run; expected at least two.*Simfluence.linear\(\)"
+    ):
         bs.fit(recording(1), method=EXACT, key=KEY)
 
 

@@ -89,7 +89,7 @@ def test_a_target_that_never_moves_has_finite_scales():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_posterior_is_that_of_dense_linear_regression(key, kind):
     runs, _ = recording()
-    posterior = bs.fit(runs, model=bs.Simfluence(kind=kind), method=bs.Exact(), key=key)
+    posterior = bs.fit(runs, model=getattr(bs.Simfluence, kind)(), method=bs.Exact(), key=key)
     simulator, total = posterior.simulator, 0.0
     blocks = {"linear": [0, 1], "additive": [1], "multiplicative": [0]}[kind]
     for query in range(QUERY):
@@ -126,7 +126,7 @@ def recoveries():
     for seed in range(DATA_SETS):
         # Queries start at 0.5, so that one prior sd fits both kinds of coefficients in units.
         runs, truth = recording(seed, runs=12, epochs=4, query=1, sd_a=0.2, sd_b=0.1, noise=0.02)
-        model = bs.Simfluence(kind="linear")
+        model = bs.Simfluence.linear()
         post = bs.fit(runs, model=model, method=bs.Exact(), key=jax.random.key(0)).simulator
         error = np.concatenate([truth.a - post.a, truth.b - post.b], axis=1)[0]
         found.append((error, post.factor[0].astype(float)))
@@ -163,7 +163,7 @@ def test_a_query_that_never_moves_is_said(key):
     runs, _ = recording()
     runs["loss"].values[..., 1] = 0.7
     with pytest.warns(FitWarning, match="1 queries never change their loss"):
-        posterior = bs.fit(runs, model=bs.Simfluence(kind="linear"), key=key)
+        posterior = bs.fit(runs, model=bs.Simfluence.linear(), key=key)
     simulated = posterior.simulate(runs, key=key, draws=5)["loss"]
     assert np.isfinite(simulated).all()
     np.testing.assert_allclose(simulated[..., 1], 0.7, atol=1e-3)

@@ -21,7 +21,7 @@ from bayes_simfluence.gaussian.search import (
 from bayes_simfluence.inference.ridge import PENALTIES
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.hyper import natural_values
-from bayes_simfluence.model.simfluence import Simfluence, hypers_of
+from bayes_simfluence.model.simfluence import KINDS, Simfluence, hypers_of
 from bayes_simfluence.posterior.arrays import recorded_arrays
 
 RUNS, STEPS, TIMES, QUERY = 4, 16, 4, 3
@@ -202,7 +202,7 @@ def test_the_published_kinds_regress_every_step_on_the_one_before(kind, method):
     runs = thinned(recording(), every(4))
     match = f"expected one at every time: kind '{kind}'.*method=Exact.*NUTS.*SVI"
     with pytest.raises(Misuse, match=match):
-        bs.fit(runs, model=Simfluence(kind=kind), method=method, key=KEY)
+        bs.fit(runs, model=KINDS[kind](), method=method, key=KEY)
 
 
 def test_validation_runs_count_where_they_were_recorded():

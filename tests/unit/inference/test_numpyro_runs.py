@@ -72,11 +72,11 @@ def density(made, values, batch=None, chosen=None):
 
 
 APART = {
-    "linear": Simfluence(kind="linear"),
-    "student, power, time effect": Simfluence(
-        kind="additive", error=noise.StudentT(None), time_effect="linear", link="log"
+    "linear": Simfluence.linear(),
+    "student, power, time effect": Simfluence.additive(
+        error=noise.StudentT(None), time_effect="linear", link="log"
     ),
-    "knots": Simfluence(kind="linear", coefficients=Varying(3), error=noise.Gaussian(0.5)),
+    "knots": Simfluence.linear(coefficients=Varying(3), error=noise.Gaussian(0.5)),
 }
 
 
@@ -93,12 +93,12 @@ def test_transitions_have_the_density_of_the_runs(rng, name):
 @pytest.mark.parametrize(
     ("model", "lost"),
     [
-        (Simfluence(kind="linear", error=noise.AR1()), ()),
-        (Simfluence(kind="linear", error=noise.Gaussian(run_effect=True)), ()),
-        (Simfluence(kind="additive", error=noise.Gaussian(observation=True)), ()),
-        (Simfluence(kind="linear", exposure=Exposure(0.5, 0.0)), ()),
+        (Simfluence.linear(error=noise.AR1()), ()),
+        (Simfluence.linear(error=noise.Gaussian(run_effect=True)), ()),
+        (Simfluence.additive(error=noise.Gaussian(observation=True)), ()),
+        (Simfluence.linear(exposure=Exposure(0.5, 0.0)), ()),
         (Simfluence(), ()),
-        (Simfluence(kind="linear"), [(0, 2, 1)]),
+        (Simfluence.linear(), [(0, 2, 1)]),
     ],
 )
 def test_runs_whose_steps_depend_on_more_stay_whole(rng, model, lost):
@@ -109,7 +109,7 @@ def test_runs_whose_steps_depend_on_more_stay_whole(rng, model, lost):
 
 @pytest.mark.parametrize("lost", [(), [(0, 2, 1), (3, 5, 0)]])
 def test_minibatches_are_right_on_average(rng, lost):
-    model = Simfluence(kind="linear", error=noise.StudentT())
+    model = Simfluence.linear(error=noise.StudentT())
     with double_precision():
         made = made_of(model, runs(rng, lost))
         values = sampled(made)
@@ -125,7 +125,7 @@ def test_minibatches_are_right_on_average(rng, lost):
 @pytest.mark.parametrize(
     "model",
     [
-        Simfluence(kind="linear", error=noise.StudentT()),
+        Simfluence.linear(error=noise.StudentT()),
         Simfluence(coefficients=Varying(2), error=noise.Gaussian(loss_power=0.3)),
     ],
     ids=["linear", "two-timescale"],
@@ -153,8 +153,8 @@ def test_the_model_is_prior_times_density_of_the_losses(rng, model):
 
 
 SITES = {
-    "pooled low rank": Simfluence(
-        kind="additive", prior=priors.LowRank(pooled=True), error=noise.StudentT()
+    "pooled low rank": Simfluence.additive(
+        prior=priors.LowRank(pooled=True), error=noise.StudentT()
     ),
     "two-timescale": Simfluence(prior=priors.Horseshoe(), coefficients=Varying(2)),
 }
@@ -196,11 +196,11 @@ def test_sites_follow_from_those_that_are_sampled(rng, name):
     [
         {"error": noise.Gaussian(observation=True, run_effect=True)},
         {"error": noise.Gaussian(observation=True), "exposure": Exposure(0.5, 0.0)},
-        {"error": noise.Gaussian(observation=True), "kind": "two-timescale"},
+        {"error": noise.Gaussian(observation=True), "scales": "shared"},
     ],
 )
 def test_what_no_density_is_known_of_is_refused(rng, settings):
-    model = Simfluence(**{"kind": "linear", "multiplicative": True, **settings})
+    model = Simfluence.linear(**settings)
     with double_precision(), pytest.raises(Misuse, match=r"test: the model: got observation noise"):
         made_of(model, runs(rng))
 
@@ -218,7 +218,7 @@ def standardized(truth, drawn):
 
 def test_drawn_runs_are_typical_of_the_truth_behind_them(rng):
     recorded = runs(rng, runs=10, steps=8)
-    draw = prior_draw(Simfluence(kind="linear"), recorded)
+    draw = prior_draw(Simfluence.linear(), recorded)
     drawn, truth = draw(jax.random.key(5))
     np.testing.assert_array_equal(drawn["loss"][:, 0], recorded["loss"][:, 0])
     np.testing.assert_array_equal(drawn["batch"], recorded["batch"])
@@ -235,18 +235,18 @@ def test_drawn_runs_are_typical_of_the_truth_behind_them(rng):
 def test_drawn_runs_lack_what_the_recording_lacks(rng):
     recorded = runs(rng, lost=[(0, 2, 1), (3, 5, 0)])
     for error in (noise.Gaussian(), noise.StudentT()):
-        drawn, _ = prior_draw(Simfluence(kind="linear", error=error), recorded)(KEY)
+        drawn, _ = prior_draw(Simfluence.linear(error=error), recorded)(KEY)
         np.testing.assert_array_equal(np.isnan(drawn["loss"]), np.isnan(recorded["loss"]))
 
 
 def test_draws_of_the_prior_differ_and_have_names(rng):
     recorded = runs(rng)
-    found = PriorOf(Simfluence(kind="linear"))(recorded, key=KEY, draws=4)
+    found = PriorOf(Simfluence.linear())(recorded, key=KEY, draws=4)
     assert found.parameters["a"].dims == ("chain", "draw", "query", "train")
     assert list(found.parameters["train"].values) == ["t0", "t1", "t2"]
     assert found.predictive["loss"].dims == ("chain", "draw", "run", "time", "query")
     assert len(np.unique(found.parameters["scale"])) == 4 * QUERIES
     with pytest.raises(Misuse, match=r"key: got ArrayImpl.*jax.random.key"):
-        PriorOf(Simfluence(kind="linear"))(recorded, key=jnp.asarray(0), draws=4)
+        PriorOf(Simfluence.linear())(recorded, key=jnp.asarray(0), draws=4)
     with pytest.raises(Misuse, match="draws: got 0"):
-        PriorOf(Simfluence(kind="linear"))(recorded, key=KEY, draws=0)
+        PriorOf(Simfluence.linear())(recorded, key=KEY, draws=0)

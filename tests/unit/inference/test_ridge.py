@@ -83,7 +83,7 @@ def rolled_out(fitted, runs, kind, objective, penalty):
 def test_coefficients_are_scikit_learns(key, kind, objective, penalty):
     runs = recording()
     method = bs.Ridge(objective=objective, penalty=penalty)
-    posterior = bs.fit(runs, model=bs.Simfluence(kind=kind), method=method, key=key)
+    posterior = bs.fit(runs, model=getattr(bs.Simfluence, kind)(), method=method, key=key)
     assert posterior.verdict.numbers["penalty"] == penalty and posterior.left_out is None
     for query in range(QUERY):
         a, b = by_hand(runs, kind, objective, penalty, query)

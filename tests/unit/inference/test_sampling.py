@@ -20,7 +20,7 @@ from bayes_simfluence.model.priors import Laplace
 
 RUNS, TRAIN, QUERY = 3, 4, 2
 KEY = jax.random.key(0)
-MODEL = bs.Simfluence(kind="additive")
+MODEL = bs.Simfluence.additive()
 SAMPLER = bs.NUTS(warmup=60, draws=60, chains=2)
 METHODS = {"nuts": SAMPLER, "collapsed": bs.Exact(hyperparameters="nuts", sampler=SAMPLER)}
 
@@ -125,7 +125,7 @@ import bayes_simfluence as bs
 from bayes_simfluence.evaluation.synthetic import linear_runs
 assert jax.local_device_count() == 2
 runs, _ = linear_runs(key=jax.random.key(0), runs=3, train=4, query=2, per_run=3, epochs=3)
-model = bs.Simfluence(kind="additive")
+model = bs.Simfluence.additive()
 found = [
     bs.fit(runs, key=jax.random.key(0), model=model, method=bs.NUTS(30, 30, 4, chain_method=one))
     for one in ("parallel", "vectorized")
@@ -270,8 +270,8 @@ def test_one_run_and_one_query_can_be_fitted():
 @pytest.mark.parametrize(
     ("model", "match"),
     [
-        (bs.Simfluence(kind="additive", error=StudentT()), r"NUTS\(\) or SVI\(\)"),
-        (bs.Simfluence(kind="additive", prior=Laplace()), r"NUTS\(\) or SVI\(\)"),
+        (bs.Simfluence.additive(error=StudentT()), r"NUTS\(\) or SVI\(\)"),
+        (bs.Simfluence.additive(prior=Laplace()), r"NUTS\(\) or SVI\(\)"),
         (bs.Simfluence(error=StudentT()), r"noise.Smooth, AR1 or Gaussian"),
         (bs.Simfluence(prior=Laplace()), r"priors.Normal"),
     ],

@@ -16,7 +16,7 @@ from bayes_simfluence.inference import svi
 
 TRAIN, QUERY = 4, 2
 KEY = jax.random.key(0)
-MODEL = bs.Simfluence(kind="additive")
+MODEL = bs.Simfluence.additive()
 
 
 def recording(seed=0):

@@ -27,23 +27,23 @@ from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 RUNS, STEPS, TRAIN, QUERIES, RECORDED = 2, 5, 3, 2, 4
 
 MODELS = {
-    "linear": Simfluence(kind="linear"),
-    "additive": Simfluence(kind="additive", link="log"),
-    "multiplicative": Simfluence(kind="multiplicative"),
-    "student": Simfluence(kind="linear", error=noise.StudentT()),
-    "power": Simfluence(kind="linear", error=noise.Gaussian(loss_power=None)),
-    "student with power": Simfluence(kind="linear", error=noise.StudentT(0.8, df=3.0)),
-    "ar1": Simfluence(kind="linear", error=noise.AR1(loss_power=-0.5, run_effect=True)),
-    "smooth": Simfluence(kind="linear", error=noise.Smooth()),
-    "run effect": Simfluence(kind="linear", error=noise.Gaussian(run_effect=True)),
-    "observation": Simfluence(kind="additive", error=noise.Gaussian(observation=True)),
-    "order": Simfluence(kind="linear", exposure=Exposure(order=3), time_effect="linear"),
+    "linear": Simfluence.linear(),
+    "additive": Simfluence.additive(link="log"),
+    "multiplicative": Simfluence.multiplicative(),
+    "student": Simfluence.linear(error=noise.StudentT()),
+    "power": Simfluence.linear(error=noise.Gaussian(loss_power=None)),
+    "student with power": Simfluence.linear(error=noise.StudentT(0.8, df=3.0)),
+    "ar1": Simfluence.linear(error=noise.AR1(loss_power=-0.5, run_effect=True)),
+    "smooth": Simfluence.linear(error=noise.Smooth()),
+    "run effect": Simfluence.linear(error=noise.Gaussian(run_effect=True)),
+    "observation": Simfluence.additive(error=noise.Gaussian(observation=True)),
+    "order": Simfluence.linear(exposure=Exposure(order=3), time_effect="linear"),
     "two timescales": Simfluence(coefficients=Varying(3)),
     "two timescales, all": Simfluence(
-        multiplicative=True, coefficients=Varying(2), error=noise.StudentT(0.3), link="log"
+        terms="both", coefficients=Varying(2), error=noise.StudentT(0.3), link="log"
     ),
     "fading": Simfluence(
-        timescales="fading", multiplicative=True, time_effect="linear", error=noise.AR1()
+        timescales="fading", terms="both", time_effect="linear", error=noise.AR1()
     ),
 }
 
@@ -57,16 +57,16 @@ def setting(model, rng, count=RUNS):
     with double_precision():
         sites = dict(natural_values(hypers, jnp.asarray(free)))
         sites["scale"] = jnp.asarray(rng.uniform(0.1, 0.3, QUERIES))
-        if model.published and model.error.by_step:
+        if model.per_query and model.error.by_step:
             sites["noise"] = jnp.asarray(rng.uniform(0.1, 0.3, QUERIES))
-        for part in model.parts if model.additive else ():
+        for part in model.parts if model.has_additive else ():
             sites[f"{part}_unit"] = jnp.asarray(rng.normal(size=(QUERIES, TRAIN, knots)))
             if model.time_effect != "none":
                 width = knots if model.time_effect == "smooth" else 1
                 sites[f"{part}_time"] = jnp.asarray(rng.normal(size=(QUERIES, width)))
-        if model.multiplicative:
+        if model.has_multiplicative:
             sites["multiplicative_unit"] = jnp.asarray(rng.normal(size=(QUERIES, TRAIN, 1)))
-        units = Units(jnp.asarray([1.5, 0.8]), jnp.asarray(1.0 if model.published else 3.0))
+        units = Units(jnp.asarray([1.5, 0.8]), jnp.asarray(1.0 if model.per_query else 3.0))
         coefficients = coefficients_of(model, sites, units, features)
     runs = RunArrays(
         batch=rng.integers(-1, TRAIN, (count, STEPS, 3)),
@@ -109,12 +109,12 @@ def looped(model, sites, coefficients, run, y, query):
 
     def moved(part, t):
         total = 0.0
-        if model.additive:
+        if model.has_additive:
             for i in range(TRAIN):
                 total += share[t, i] * now(np.asarray(coefficients.additive[part])[query, i], t)
             if part in coefficients.common:
                 total += now(np.asarray(coefficients.common[part])[query], t)
-        if model.multiplicative and part == model.parts[0]:
+        if model.has_multiplicative and part == model.parts[0]:
             total += share[t] @ np.asarray(coefficients.multiplicative)[query] * y[t]
         return total
 
@@ -239,19 +239,19 @@ def law_of_losses(model, sites, coefficients, run, y0, query):
 
 ROWS = {
     "smooth": Simfluence(coefficients=Varying(2)),
-    "ar1": Simfluence(kind="additive", error=noise.AR1()),
-    "run effect": Simfluence(kind="additive", error=noise.Gaussian(run_effect=True)),
-    "gaussian, with memory": Simfluence(kind="additive", exposure=Exposure(0.5, 0.0)),
-    "observation, with memory": Simfluence(
-        kind="additive", exposure=Exposure(0.5, 0.0), error=noise.Gaussian(observation=True)
+    "ar1": Simfluence.additive(error=noise.AR1()),
+    "run effect": Simfluence.additive(error=noise.Gaussian(run_effect=True)),
+    "gaussian, with memory": Simfluence.additive(exposure=Exposure(0.5, 0.0)),
+    "observation, with memory": Simfluence.additive(
+        exposure=Exposure(0.5, 0.0), error=noise.Gaussian(observation=True)
     ),
 }
 FILTERED = {
-    "linear": Simfluence(kind="linear"),
-    "multiplicative": Simfluence(kind="multiplicative"),
-    "time effect": Simfluence(kind="additive", time_effect="linear"),
-    "observation": Simfluence(kind="linear", error=noise.Gaussian(observation=True)),
-    "additive, observation": Simfluence(kind="additive", error=noise.Gaussian(observation=True)),
+    "linear": Simfluence.linear(),
+    "multiplicative": Simfluence.multiplicative(),
+    "time effect": Simfluence.additive(time_effect="linear"),
+    "observation": Simfluence.linear(error=noise.Gaussian(observation=True)),
+    "additive, observation": Simfluence.additive(error=noise.Gaussian(observation=True)),
 }
 
 
@@ -368,7 +368,7 @@ def test_gradients_are_finite_where_losses_are_missing(rng):
 
 def test_coefficients_have_their_units(rng):
     """``scale / spread`` times the part's, times unit curves, minus what gradients say."""
-    model = Simfluence(coefficients=Varying(3), multiplicative=True)
+    model = Simfluence(coefficients=Varying(3), terms="both")
     sites, _, _, _ = setting(model, rng)
     train, query = rng.normal(size=(TRAIN, 2)), rng.normal(size=(QUERIES, 2))
     with double_precision():

@@ -376,7 +376,7 @@ def test_of_a_callers_own_the_settings_survive():
 
 def test_a_distribution_becomes_a_prior():
     law = dist.Laplace(0.0, 0.01)
-    model = Simfluence(kind="linear", prior=law)
+    model = Simfluence.linear(prior=law)
     assert isinstance(model.prior, priors.Custom)
     assert model.prior.distribution is law
 

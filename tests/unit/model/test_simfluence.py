@@ -1,11 +1,16 @@
 """The two-timescale design against the recurrence run as a loop; links; settings."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bayes_simfluence.checks import Misuse
+from bayes_simfluence.checks import FitWarning, Misuse
+from bayes_simfluence.evaluation.synthetic import linear_runs
+from bayes_simfluence.inference.exact import Exact
+from bayes_simfluence.inference.nuts import NUTS
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
 from bayes_simfluence.model.coefficients import Varying
@@ -13,13 +18,17 @@ from bayes_simfluence.model.exposure import FLOOR, Exposure
 from bayes_simfluence.model.hyper import natural_values, start
 from bayes_simfluence.model.link import link_of, log_slope, loss_of
 from bayes_simfluence.model.noise import AR1, Gaussian, StudentT
+from bayes_simfluence.model.priors import Laplace, Normal
 from bayes_simfluence.model.simfluence import (
+    KINDS,
     Simfluence,
     design,
     hypers_of,
     mean_effect,
     prior_mean,
 )
+from bayes_simfluence.posterior.fit import fit
+from bayes_simfluence.posterior.prior import PriorOf
 
 TRAIN, QUERY, STEPS, RECORDED = 5, 2, 12, 8
 PARTS = Simfluence().parts
@@ -192,8 +201,9 @@ def test_the_identity_link_changes_nothing():
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"kind": "cubic"}, r"kind=.*got 'cubic'.*one of two-timescale, linear"),
+        ({"terms": "cubic"}, r"terms=.*got 'cubic'.*one of additive, multiplicative, both"),
         ({"link": "probit"}, r"link=.*got 'probit'.*one of log-odds, log, identity"),
+        ({"scales": "none"}, r"scales=.*got 'none'.*one of shared, per-query"),
     ],
 )
 def test_settings_that_do_not_exist_are_refused(settings, match):
@@ -204,45 +214,116 @@ def test_settings_that_do_not_exist_are_refused(settings, match):
         model.__post_init__()
 
 
-def test_settings_survive_as_plain_values():
-    import json
+TERMS = {"linear": "both", "additive": "additive", "multiplicative": "multiplicative"}
+PUBLISHED = {
+    "link": "identity",
+    "timescales": "staying",
+    "exposure": Exposure(momentum=0.0, step_size_power=0.0),
+    "coefficients": Varying(knots=1),
+    "prior": Normal(features=False),
+    "error": Gaussian(),
+    "time_effect": "none",
+    "scales": "per-query",
+}
 
-    model = Simfluence(
-        link="identity", exposure=Exposure(0.5, 0.0), coefficients=Varying(2), kind="two-timescale"
-    )
-    plain = json.loads(json.dumps(model.as_dict()))
-    assert Simfluence.from_dict(plain) == model
-    assert Simfluence.from_dict(Simfluence().as_dict()) == Simfluence()
 
-
-PUBLISHED = {"linear": True, "additive": False, "multiplicative": True}
-
-
-@pytest.mark.parametrize("kind", PUBLISHED)
-def test_a_published_kind_is_a_setting_of_the_parts(kind):
-    model = Simfluence(kind=kind)
-    assert model.published
-    assert model.markov
-    assert model.multiplicative == PUBLISHED[kind]
-    assert model.additive == (kind != "multiplicative")
-    assert (model.link, model.parts, model.time_effect) == ("identity", ("staying",), "none")
+@pytest.mark.parametrize("kind", TERMS)
+def test_a_published_kind_is_nothing_but_the_settings_of_its_parts(kind):
+    model = KINDS[kind]()
+    spelled_out = Simfluence(terms=TERMS[kind], **PUBLISHED)
+    assert model == spelled_out and hash(model) == hash(spelled_out)
+    assert model.as_dict() == spelled_out.as_dict()
+    assert model.kind == spelled_out.kind == kind
+    assert model.has_multiplicative == (kind != "additive")
+    assert model.has_additive == (kind != "multiplicative")
+    assert model.per_query and model.markov
     assert hypers_of(model, no_features(TRAIN, QUERY)) == {}
-    assert not Simfluence(kind=kind, exposure=Exposure(0.5, 0.0)).markov
-    assert not Simfluence().markov
-    assert not Simfluence().published
+    assert not KINDS[kind](exposure=Exposure(0.5, 0.0)).markov
+    assert KINDS[kind](error=StudentT()) == Simfluence(
+        terms=TERMS[kind], **{**PUBLISHED, "error": StudentT()}
+    )
+
+
+def test_shared_scales_with_published_parts_are_another_model():
+    model = Simfluence(terms="both", **{**PUBLISHED, "scales": "shared"})
+    assert model != Simfluence.linear()
+    assert not (model.per_query or model.markov)
+    assert model.kind == Simfluence().kind == "two-timescale"
+    free = set(hypers_of(model, no_features(TRAIN, QUERY)))
+    assert free == {"growth", "noise", "multiplicative_scale"}
+
+
+@pytest.mark.parametrize("kind", ["linear", "additive"])
+def test_equal_parts_have_equal_posteriors(kind, key):
+    """However a model was made: by Exact, and by draws from the prior (the program of NUTS)."""
+    runs, _ = linear_runs(key=key, runs=4, train=5, query=2, per_run=4, batch_size=2, epochs=2)
+    named, parts = KINDS[kind](), Simfluence(terms=TERMS[kind], **PUBLISHED)
+    exact, other = (fit(runs, model=model, method=Exact(), key=key) for model in (named, parts))
+    assert exact.settings == other.settings
+    assert exact.samples(key=key).identical(other.samples(key=key))
+    drawn, again = (PriorOf(model)(runs, key=key, draws=3) for model in (named, parts))
+    assert drawn.parameters.identical(again.parameters)
+    assert drawn.predictive.identical(again.predictive)
+    nuts = NUTS(warmup=20, draws=5, chains=1, max_tree_depth=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # So few draws have not converged.
+        sampled, again = (fit(runs, model=model, method=nuts, key=key) for model in (named, parts))
+    assert sampled.samples(key=key).identical(again.samples(key=key))
+
+
+BEFORE = {
+    "exposure": {"momentum": 0.0, "step_size_power": 0.0, "order": None},
+    "coefficients": {"knots": 1},
+    "prior": {"name": "normal", "features": False, "pooled": False},
+    "error": {"name": "gaussian", "loss_power": 0.0, "run_effect": False, "observation": False},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_of_earlier_versions_are_read(kind):
+    before = {
+        "kind": kind,
+        "link": "identity",
+        "timescales": "staying",
+        "time_effect": "none",
+        "multiplicative": kind in ("linear", "multiplicative"),
+        **BEFORE,
+    }
+    if kind == "two-timescale":
+        assert Simfluence.from_dict(before) == Simfluence(**{**PUBLISHED, "scales": "shared"})
+        assert Simfluence.from_dict({**before, "multiplicative": True}).terms == "both"
+    else:
+        assert Simfluence.from_dict(before) == KINDS[kind]()
+
+
+def test_settings_that_are_left_out_are_those_of_the_kind():
+    assert Simfluence.from_dict({}) == Simfluence()
+    settings = {"kind": "additive", "prior": {"name": "laplace"}, "coefficients": {"knots": 2}}
+    assert Simfluence.from_dict(settings) == Simfluence.additive(
+        prior=Laplace(), coefficients=Varying(2)
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"kind": "linear", "multiplicative": False}, r"got False with kind='linear'.*True"),
-        ({"kind": "additive", "multiplicative": True}, r"got True with kind='additive'"),
-        ({"kind": "multiplicative", "time_effect": "linear"}, r"time_effect=.*one of none"),
+        ({"kind": "cubic"}, r"model: kind: got 'cubic'; expected one of two-timescale, linear"),
+        ({"slope": 1}, r"got 'slope'; expected one of terms, link, timescales"),
+        (
+            {"kind": "multiplicative", "multiplicative": False},
+            "model: multiplicative: got False, without additive",
+        ),
+        ({"prior": "laplace"}, r"model: prior: got 'laplace'; expected the settings.*'name'"),
+        ({"prior": {"freedom": 3}}, r"name of the prior: got None; expected one of normal"),
+        ({"prior": {"name": "laplace", "rank": 3}}, r"prior laplace: got unknown names rank"),
+        ({"error": {"name": "smooth", "size": 3}}, r"error smooth: got unknown.*no settings"),
+        ({"exposure": {"momentum": "high"}}, r"momentum: got 'high'; expected a number"),
+        ({"coefficients": {"knots": 1.5}}, r"knots: got 1.5; expected a whole number"),
     ],
 )
-def test_settings_that_contradict_the_kind_are_refused(settings, match):
+def test_settings_that_make_no_model_are_refused(settings, match):
     with pytest.raises(Misuse, match=match):
-        Simfluence(**settings)
+        Simfluence.from_dict(settings)
 
 
 @pytest.mark.parametrize("link", ["log-odds", "log", "identity"])
@@ -260,26 +341,31 @@ def test_the_log_slope_is_that_of_the_link(link):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "model",
     [
-        {"kind": "linear", "error": Gaussian(None, run_effect=True)},
-        {"kind": "additive", "error": AR1(0.5), "link": "log", "time_effect": "linear"},
-        {"kind": "multiplicative", "error": StudentT(df=5.0)},
-        {"timescales": "fading", "multiplicative": True, "exposure": Exposure(order=4)},
+        Simfluence.linear(error=Gaussian(None, run_effect=True)),
+        Simfluence.additive(error=AR1(0.5), link="log", time_effect="linear"),
+        Simfluence.multiplicative(error=StudentT(df=5.0)),
+        Simfluence(timescales="fading", terms="both", exposure=Exposure(order=4)),
+        Simfluence(scales="per-query"),
     ],
+    ids=lambda model: f"{model.kind}, {model.timescales}",
 )
-def test_every_setting_survives_as_plain_values(changes):
+def test_every_setting_survives_as_plain_values(model):
     import json
 
-    model = Simfluence(**changes)
     assert Simfluence.from_dict(json.loads(json.dumps(model.as_dict()))) == model
 
 
 @pytest.mark.parametrize(
-    "more",
-    [{"coefficients": Varying(knots=3)}, {"timescales": "both"}],
-    ids=["knots", "timescales"],
+    ("more", "match"),
+    [
+        ({"coefficients": Varying(knots=3)}, "got knots=3; .*there are no terms b"),
+        ({"timescales": "both"}, "got timescales='both'; .*there are no terms b"),
+        ({"time_effect": "linear"}, "got time_effect='linear'; .*there are no terms b"),
+        ({"scales": "shared"}, "got scales='shared'; .*there are no terms b"),
+    ],
 )
-def test_settings_of_terms_that_are_not_there_are_refused(more):
-    with pytest.raises(Misuse, match="there are no terms b"):
-        Simfluence(kind="multiplicative", **more)
+def test_settings_of_terms_that_are_not_there_are_refused(more, match):
+    with pytest.raises(Misuse, match=match):
+        Simfluence.multiplicative(**more)

@@ -23,12 +23,12 @@ def test_the_verdict_says_what_curricula_cannot_tell(runs, key):
 
 
 def test_settings_are_those_of_model_and_method(runs, key):
-    model = bs.Simfluence(kind="additive")
+    model = bs.Simfluence.additive()
     posterior = bs.fit(runs, model=model, method=bs.Ridge(penalty=2.0, folds=3), key=key)
     assert posterior.settings["model"] == model.as_dict()
     assert posterior.settings["method"] == "Ridge" and posterior.settings["penalty"] == 2.0
     default = bs.fit(runs, method=bs.Ridge(penalty=2.0), key=key)
-    assert default.settings["model"]["kind"] == "linear"
+    assert default.settings["model"] == bs.Simfluence.linear().as_dict()
 
 
 def test_unusable_runs_are_left_out(runs, key):

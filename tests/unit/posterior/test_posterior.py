@@ -36,7 +36,7 @@ def posteriors():
     runs = whole().isel(run=slice(0, 4))
     settings = {
         "two-timescale": {"method": bs.Exact(times=4)},
-        "linear": {"model": bs.Simfluence(kind="linear"), "method": bs.Exact()},
+        "linear": {"model": bs.Simfluence.linear(), "method": bs.Exact()},
         "ridge": {"method": bs.Ridge(penalty=0.1)},
         "ridge band": {"method": bs.Ridge(penalty=0.1, objective="centred", band=True)},
     }

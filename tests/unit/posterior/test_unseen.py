@@ -140,7 +140,7 @@ def test_features_are_asked_for_where_they_are_needed(fits):
     with pytest.raises(Misuse, match=r"runs\['query_feature'\]: got 3 features"):
         reduced.simulate(short(other), key=KEY)
     linear = bs.fit(
-        known_examples(recording()), model=bs.Simfluence(kind="linear"), key=jax.random.key(0)
+        known_examples(recording()), model=bs.Simfluence.linear(), key=jax.random.key(0)
     )
     with pytest.raises(Misuse, match="has no features to tell of others by"):
         linear.simulate(changed, key=KEY)

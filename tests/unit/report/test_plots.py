@@ -23,7 +23,7 @@ from bayes_simfluence.report.plots import (
 @pytest.fixture(scope="module")
 def fitted():
     runs = bs.example_runs().isel(query=slice(0, 4), run=slice(0, 8))
-    model = bs.Simfluence(kind="additive")
+    model = bs.Simfluence.additive()
     return runs, bs.fit(runs.isel(run=slice(0, 6)), model=model, key=jax.random.key(0))
 
 

@@ -38,21 +38,21 @@ def drawn(model, rng, draws=1, same=False, **fixed):
     for name, one in natural_values(hypers, jnp.asarray(start(hypers), jnp.float32)).items():
         sites[name] = float(one) + 0.02 * rng.uniform(size=(1, made))
     sites["scale"] = rng.uniform(0.1, 0.3, (1, made, QUERIES))
-    if model.published and model.error.by_step:
+    if model.per_query and model.error.by_step:
         sites["noise"] = rng.uniform(0.1, 0.3, (1, made, QUERIES))
-    for part in model.parts if model.additive else ():
+    for part in model.parts if model.has_additive else ():
         sites[f"{part}_unit"] = rng.normal(size=(1, made, QUERIES, TRAIN, knots))
         if model.time_effect != "none":
             width = knots if model.time_effect == "smooth" else 1
             sites[f"{part}_time"] = rng.normal(size=(1, made, QUERIES, width))
-    if model.multiplicative:
+    if model.has_multiplicative:
         sites["multiplicative_unit"] = rng.normal(size=(1, made, QUERIES, TRAIN, 1))
     for name, value in fixed.items():
         sites[name] = np.full_like(sites[name], value)
     if same:
         sites = {name: np.repeat(one, draws, axis=1) for name, one in sites.items()}
     with double_precision():
-        units = Units(jnp.asarray(REFERENCE), jnp.asarray(1.0 if model.published else 3.0))
+        units = Units(jnp.asarray(REFERENCE), jnp.asarray(1.0 if model.per_query else 3.0))
         features = no_features(TRAIN, QUERIES)
     return SampledSimulator(model, sites, units, features, STEPS, 0.1)
 
@@ -102,8 +102,8 @@ def looped(simulator, plan, run, query):
             if model.time_effect != "none":
                 common = value[f"{part}_common"] * value[f"{part}_time"][query, 0]
                 moved += scale * ratio[part] * common
-            if model.multiplicative and part == model.parts[0]:
-                of = 1 / REFERENCE[query] if model.published else value["multiplicative_scale"]
+            if model.has_multiplicative and part == model.parts[0]:
+                of = 1 / REFERENCE[query] if model.per_query else value["multiplicative_scale"]
                 moved += scale * of * (share @ value["multiplicative_unit"][query, :, 0]) * y[-1]
             memory[part] = rho * memory[part] + (1 - rho) * moved
             power = value.get("step_size_power", 0.0)
@@ -116,10 +116,10 @@ def looped(simulator, plan, run, query):
 
 TWO = {"coefficients": Varying(1), "time_effect": "linear"}
 ROLLED = {
-    "linear": Simfluence(kind="linear"),
-    "additive": Simfluence(kind="additive", link="log", error=noise.AR1()),
+    "linear": Simfluence.linear(),
+    "additive": Simfluence.additive(link="log", error=noise.AR1()),
     "two timescales": Simfluence(error=noise.Gaussian(), **TWO),
-    "multiplicative": Simfluence(multiplicative=True, error=noise.StudentT(0.4), **TWO),
+    "multiplicative": Simfluence(terms="both", error=noise.StudentT(0.4), **TWO),
 }
 
 
@@ -145,13 +145,13 @@ def test_a_query_alone_and_a_run_alone_are_the_same(rng):
 
 
 DRAWS = 300
-MULTIPLICATIVE = Simfluence(kind="linear", error=noise.Gaussian(observation=True))
+MULTIPLICATIVE = Simfluence.linear(error=noise.Gaussian(observation=True))
 ERRORS = {
-    "gaussian": Simfluence(kind="additive"),
-    "observation": Simfluence(kind="additive", error=noise.Gaussian(observation=True)),
+    "gaussian": Simfluence.additive(),
+    "observation": Simfluence.additive(error=noise.Gaussian(observation=True)),
     "observation behind a recurrence": MULTIPLICATIVE,
-    "run effect": Simfluence(kind="additive", error=noise.Gaussian(run_effect=True)),
-    "ar1": Simfluence(kind="additive", error=noise.AR1(), link="log"),
+    "run effect": Simfluence.additive(error=noise.Gaussian(run_effect=True)),
+    "ar1": Simfluence.additive(error=noise.AR1(), link="log"),
     "smooth": Simfluence(coefficients=Varying(1)),
 }
 
@@ -174,7 +174,7 @@ def trajectory_covariance(simulator, plan, query):
         with double_precision():
             given = {name: jnp.asarray(one) for name, one in value.items()}
             own = np.asarray(model.error.covariance(given, jnp.asarray(step / STEPS)))
-    if model.multiplicative:
+    if model.has_multiplicative:
         unit = sites["multiplicative_unit"][0, 0, query, :, 0]
         a = sites["scale"][0, 0, query] / REFERENCE[query] * unit
         alpha = 1 + shares_of(plan, 0) @ a
@@ -217,7 +217,7 @@ def test_errors_have_their_covariance(rng, name):
 )
 def test_steps_have_their_law_and_follow_the_loss(rng, kind, power):
     error = kind(loss_power=power, **({"df": 3.0} if kind is noise.StudentT else {}))
-    simulator = drawn(Simfluence(kind="additive", error=error), rng, DRAWS, same=True, noise=0.05)
+    simulator = drawn(Simfluence.additive(error=error), rng, DRAWS, same=True, noise=0.05)
     plan = planned(rng, runs=1)
     found = simulator.simulate(plan, key=KEY, draws=DRAWS)
     loss, mean = (one[0, :, 0].astype(float) for one in (found.loss, found.mean_loss))
@@ -319,7 +319,7 @@ def likelihood(simulator, plan, loss):
 @pytest.mark.parametrize("link", ["log", "log-odds"])
 def test_the_density_is_per_nat(rng, link):
     """One more step's density integrates to one over losses in nats."""
-    model = Simfluence(kind="additive", link=link)
+    model = Simfluence.additive(link=link)
     simulator, plan = drawn(model, rng), planned(rng, runs=1)
     grid = np.linspace(1e-3, 6.0, 1500)
     loss = np.repeat(rng.uniform(0.7, 1.3, (1, STEPS + 1, QUERIES)), len(grid), axis=0)
@@ -345,7 +345,7 @@ def test_some_queries_have_the_density_that_they_have_among_all(rng, name):
 
 
 def test_losses_that_were_not_recorded_take_the_values_of_their_draws(rng):
-    simulator, plan = drawn(Simfluence(kind="linear", error=noise.StudentT()), rng, 3), planned(rng)
+    simulator, plan = drawn(Simfluence.linear(error=noise.StudentT()), rng, 3), planned(rng)
     full = np.repeat(rng.uniform(0.5, 1.5, (1, 2, STEPS + 1, QUERIES)), 3, axis=0)
     lost = np.array([[0, 2, 0], [0, 2, 1], [1, 5, 1]])
     filled = rng.uniform(0.5, 1.5, (3, len(lost)))

@@ -18,7 +18,7 @@ def table():
     runs = linear_runs(key=jax.random.key(3), runs=9, train=12, per_run=8, query=4)[0]
     fitted, key = runs.isel(run=slice(0, 6)), jax.random.key(0)
     methods = {
-        "mine": bs.fit(fitted, model=bs.Simfluence(kind="linear"), key=key),
+        "mine": bs.fit(fitted, model=bs.Simfluence.linear(), key=key),
         "still": bs.persistence(fitted),
         "mean": bs.mean_trajectory(fitted),
         "broken": Failed("no weights"),
