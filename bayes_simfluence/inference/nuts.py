@@ -135,7 +135,7 @@ def sample(
     progress: Progress,
     dense: bool = False,
 ) -> Sampled:
-    """NUTS of any NumPyro program, in chunks: progress is told, draws leave the device.
+    """NUTS of any NumPyro model, in chunks: after each, draws leave the device.
 
     Args:
         program: takes all data as arguments. It is compared by value: what was compiled for an
@@ -180,7 +180,7 @@ def _chains(
     stats: list[SampleStats] = []
     done = diverged = 0
     for size in _sizes(settings.draws):
-        state, z, told = machine.advance(state, arguments, size)
+        state, z, statistics = machine.advance(state, arguments, size)
         # Iterations that fall on a multiple of ``thin`` are kept.
         at = np.flatnonzero((done + np.arange(size)) % thin == 0)
         if len(at):
@@ -188,7 +188,7 @@ def _chains(
             padded = np.resize(at, -(-CHUNK // thin))
             values = machine.constrain(z, jnp.asarray(padded), arguments)
             sites.append({name: np.asarray(one)[:, : len(at)] for name, one in values.items()})
-        stats.append(SampleStats(*(np.asarray(one)[:size].T for one in told)))
+        stats.append(SampleStats(*(np.asarray(one)[:size].T for one in statistics)))
         diverged += int(stats[-1].diverging.sum())
         done += size
         meter.advance(size, f"{diverged} divergences")
@@ -252,36 +252,42 @@ def _machine(program: Callable[..., None], settings: NUTS, dense: bool) -> _Mach
         first = jax.tree.map(lambda x: x[0], state)
         initialized(first.rng_key, first.z, arguments)
 
-        def one(at: Any, carried: Any) -> Any:
+        def iteration(at: Any, carried: Any) -> Any:
             state, filled = carried
-            state = jax.vmap(lambda one: iterate(one, arguments, {}))(state)
-            found = _told(state)
-            filled = jax.tree.map(lambda all, new: all.at[at].set(new), filled, found)
+            state = jax.vmap(lambda chain: iterate(chain, arguments, {}))(state)
+            row = _recorded(state)
+            filled = jax.tree.map(lambda rows, new: rows.at[at].set(new), filled, row)
             return state, filled
 
         empty = jax.tree.map(
-            lambda x: jnp.zeros((CHUNK, *jnp.shape(x)), jnp.result_type(x)), _told(state)
+            lambda x: jnp.zeros((CHUNK, *jnp.shape(x)), jnp.result_type(x)), _recorded(state)
         )
-        state, (z, told) = jax.lax.fori_loop(0, size, one, (state, empty))
-        return state, z, told
-
-    def constrain(
-        z: dict[str, jax.Array], at: jax.Array, arguments: tuple[Any, ...]
-    ) -> dict[str, jax.Array]:
-        def of_draw(z: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            def value(site: Any) -> Any:
-                if site["name"] in z:
-                    return dist.biject_to(site["fn"].support)(z[site["name"]])
-
-            constrained = handlers.substitute(program, substitute_fn=value)
-            return kept(handlers.trace(constrained).get_trace(*arguments))
-
-        flat = jax.tree.map(lambda x: jnp.moveaxis(x[at], 1, 0).reshape(-1, *x.shape[2:]), z)
-        values = jax.lax.map(of_draw, flat, batch_size=8)
-        return {name: one.reshape(-1, len(at), *one.shape[1:]) for name, one in values.items()}
+        state, (z, statistics) = jax.lax.fori_loop(0, size, iteration, (state, empty))
+        return state, z, statistics
 
     own = _over_devices(advance) if settings.chain_method == "parallel" else advance
-    return _Machine(jax.jit(start), jax.jit(own), jax.jit(constrain))
+    return _Machine(jax.jit(start), jax.jit(own), jax.jit(partial(_constrain, program)))
+
+
+def _constrain(
+    program: Callable[..., None],
+    z: dict[str, jax.Array],
+    at: jax.Array,
+    arguments: tuple[Any, ...],
+) -> dict[str, jax.Array]:
+    """Values of the sites that are needed to simulate, from unconstrained positions."""
+
+    def of_draw(z: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        def value(site: Any) -> Any:
+            if site["name"] in z:
+                return dist.biject_to(site["fn"].support)(z[site["name"]])
+
+        constrained = handlers.substitute(program, substitute_fn=value)
+        return kept(handlers.trace(constrained).get_trace(*arguments))
+
+    flat = jax.tree.map(lambda x: jnp.moveaxis(x[at], 1, 0).reshape(-1, *x.shape[2:]), z)
+    values = jax.lax.map(of_draw, flat, batch_size=8)
+    return {name: value.reshape(-1, len(at), *value.shape[1:]) for name, value in values.items()}
 
 
 def _settings_of_a_chain(settings: NUTS) -> NUTS:
@@ -299,11 +305,10 @@ def _position(place: Any) -> Any:
     return place.z if isinstance(place, infer.util.ParamInfo) else place
 
 
-def _told(state: Any) -> Any:
-    """Positions, and what NUTS says of them in the order of ``SampleStats``."""
+def _recorded(state: Any) -> Any:
+    """Positions, and NUTS's statistics of them in the order of ``SampleStats``."""
     step_size = state.adapt_state.step_size
-    said = (state.diverging, state.accept_prob, state.num_steps, state.energy, step_size)
-    return state.z, said
+    return state.z, (state.diverging, state.accept_prob, state.num_steps, state.energy, step_size)
 
 
 def _over_devices(advance: Callable[..., Any]) -> Callable[..., Any]:
