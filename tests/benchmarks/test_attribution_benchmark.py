@@ -7,7 +7,6 @@ gradients of it are timed.
 """
 
 import importlib.util
-import os
 
 import numpy as np
 import pytest
@@ -18,8 +17,6 @@ from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors
 TRAIN, QUERIES, TOKENS, RATE = 200, 50, 32, 1e-3
 BATCH = 5
 """Examples whose gradients PyTorch makes at once, beside 4.5 GB of the queries' gradients."""
-
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 pytestmark = [
     pytest.mark.skipif(
