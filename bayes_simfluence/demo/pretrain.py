@@ -5,6 +5,7 @@ The result is an ordinary checkpoint folder (config, tokenizer, safetensors).
 
 import string
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,34 +134,55 @@ def _trained(
     progress: Progress,
 ) -> Tensors:
     """Masked-word training with output weights tied to the word embeddings (Devlin et al. 2019)."""
-    optimizer = optax.adamw(optax.cosine_decay_schedule(RATE, STEPS), weight_decay=0.01)
-    mask = SPECIAL.index("[MASK]")
+    carry = (tensors, _optimizer(STEPS).init(tensors))
+    with progress.work("pretrain", STEPS) as meter:
+        for keys in jax.random.split(key, (STEPS // SEGMENT, SEGMENT)):
+            carry, losses = _some_steps(settings, STEPS, tokens, attended, carry, keys)
+            meter.advance(SEGMENT, f"masked-word loss {float(losses.mean()):.2f}")
+    return carry[0]
 
-    def loss(params: Tensors, chosen: Int[Array, " batch"], hide: jax.Array) -> Float[Array, ""]:
-        words, seen = tokens[chosen], attended[chosen]
-        hidden_word = jax.random.bernoulli(hide, MASKED, words.shape) & (words >= len(SPECIAL))
-        shown = jnp.where(hidden_word, mask, words)
 
-        def encode(words: Int[Array, " token"], seen: Bool[Array, " token"]) -> Array:
-            return bert.encode(settings, params, Tokens(words, jnp.zeros_like(words), seen))
+def _optimizer(steps: int) -> optax.GradientTransformation:
+    return optax.adamw(optax.cosine_decay_schedule(RATE, steps), weight_decay=0.01)
 
-        states = jax.vmap(encode)(shown, seen)
-        scores = jax.nn.log_softmax(states @ params["embeddings.word_embeddings.weight"].T)
-        right = jnp.take_along_axis(scores, words[..., None], axis=-1)[..., 0]
-        return -jnp.where(hidden_word, right, 0.0).sum() / jnp.maximum(hidden_word.sum(), 1)
+
+@partial(jax.jit, static_argnames=("settings", "steps"))
+def _some_steps(
+    settings: Settings,
+    steps: int,
+    tokens: Int[Array, "text token"],
+    attended: Bool[Array, "text token"],
+    carry: Any,
+    keys: Array,
+) -> Any:
+    """A step for each key, on batches drawn from the texts; ``steps`` is the schedule's length."""
 
     def step(carry: Any, step_key: jax.Array) -> Any:
         params, memory = carry
         pick, hide = jax.random.split(step_key)
         chosen = jax.random.choice(pick, len(tokens), (BATCH,))
-        value, gradient = jax.value_and_grad(loss)(params, chosen, hide)
-        updates, memory = optimizer.update(gradient, memory, params)
+        loss = partial(_masked_word_loss, settings)
+        value, slope = jax.value_and_grad(loss)(params, tokens[chosen], attended[chosen], hide)
+        updates, memory = _optimizer(steps).update(slope, memory, params)
         return (optax.apply_updates(params, updates), memory), value
 
-    run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
-    carry = (tensors, optimizer.init(tensors))
-    with progress.work("pretrain", STEPS) as meter:
-        for keys in jax.random.split(key, (STEPS // SEGMENT, SEGMENT)):
-            carry, values = run(carry, keys)
-            meter.advance(SEGMENT, f"masked-word loss {float(values.mean()):.2f}")
-    return carry[0]
+    return jax.lax.scan(step, carry, keys)
+
+
+def _masked_word_loss(
+    settings: Settings,
+    params: Tensors,
+    words: Int[Array, "batch token"],
+    seen: Bool[Array, "batch token"],
+    hide: jax.Array,
+) -> Float[Array, ""]:
+    hidden_word = jax.random.bernoulli(hide, MASKED, words.shape) & (words >= len(SPECIAL))
+    shown = jnp.where(hidden_word, SPECIAL.index("[MASK]"), words)
+
+    def encode(words: Int[Array, " token"], seen: Bool[Array, " token"]) -> Array:
+        return bert.encode(settings, params, Tokens(words, jnp.zeros_like(words), seen))
+
+    states = jax.vmap(encode)(shown, seen)
+    scores = jax.nn.log_softmax(states @ params["embeddings.word_embeddings.weight"].T)
+    right = jnp.take_along_axis(scores, words[..., None], axis=-1)[..., 0]
+    return -jnp.where(hidden_word, right, 0.0).sum() / jnp.maximum(hidden_word.sum(), 1)

@@ -9,6 +9,7 @@ import pytest
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
+from bayes_simfluence.demo import pretrain
 from bayes_simfluence.demo.main import FITTED, run_demo
 from bayes_simfluence.demo.pretrain import pretrained_checkpoint
 from bayes_simfluence.networks.checkpoint import load_checkpoint, load_tokenizer
@@ -67,9 +68,11 @@ def test_the_texts_that_ship_are_clean():
 def test_pretraining_makes_a_checkpoint_that_depends_on_its_seed(tmp_path, monkeypatch):
     monkeypatch.setattr("bayes_simfluence.demo.pretrain.STEPS", 50)
     texts = ["a good day.", "a bad day.", "good food."]
+    compiled = pretrain._some_steps._cache_size()
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         pretrained_checkpoint(texts, tmp_path / name, key=jax.random.key(seed), progress=Silent())
     first, again, other = (load_checkpoint(tmp_path / name) for name in ("first", "again", "other"))
+    assert pretrain._some_steps._cache_size() == compiled + 1, "once for the three of them"
     words = "embeddings.word_embeddings.weight"
     assert (first.tensors[words] == again.tensors[words]).all()
     assert (first.tensors[words] != other.tensors[words]).any()
