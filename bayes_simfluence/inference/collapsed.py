@@ -48,22 +48,22 @@ def collapsed_regression(
 ) -> Fitted:  # fmt: skip
     """Scale and noise of each query sampled, coefficients of the published kinds drawn exactly."""
     sample_key, draw_key = jax.random.split(key)
-    found = moments(runs, form, scaled=True)
-    solved = eigen(found)
+    sums = moments(runs, form, scaled=True)
+    solved = eigen(sums)
     with double_precision():
         fitted = in_numpyro(runs, model, "Exact")
         data = Regression(
             values=jnp.asarray(solved.values),
             cross=jnp.asarray(solved.cross),
-            square=jnp.asarray(found.square),
-            rows=jnp.asarray(float(found.rows)),
+            square=jnp.asarray(sums.square),
+            rows=jnp.asarray(float(sums.rows)),
         )
         thin = _thin(fitted, sampler)
         drawn = sample(
             _of_scales, (data,), sampler, key=sample_key, thin=thin, progress=progress,
         )  # fmt: skip
         chains, draws = drawn.sites["scale"].shape[:2]
-        flat = {name: one.reshape(chains * draws, -1) for name, one in drawn.sites.items()}
+        flat = {name: site.reshape(chains * draws, -1) for name, site in drawn.sites.items()}
         weights = _weights(
             data, jnp.asarray(solved.vectors), jnp.asarray(flat["scale"], float),
             jnp.asarray(flat["noise"], float), jax.random.split(draw_key, chains * draws),
@@ -100,15 +100,15 @@ def _weights(
 ) -> Float[Array, "draw query column"]:
     """Draws of the columns' weights, in units of the query's scale."""
 
-    def one(inputs: tuple[Array, Array, Array]) -> Array:
+    def of_draw(inputs: tuple[Array, Array, Array]) -> Array:
         scale, noise, key = inputs
         shrunk = data.values + jnp.square(noise / scale)[:, None]
         white = jax.random.normal(key, shrunk.shape, shrunk.dtype)
         inside = data.cross / shrunk + noise[:, None] * white / jnp.sqrt(shrunk)
-        found = jnp.einsum("qcv,qv->qc", vectors, inside) / scale[:, None]
-        return found.astype(jnp.float32)
+        weights = jnp.einsum("qcv,qv->qc", vectors, inside) / scale[:, None]
+        return weights.astype(jnp.float32)
 
-    drawn: Array = jax.lax.map(one, (scale, noise, keys), batch_size=8)
+    drawn: Array = jax.lax.map(of_draw, (scale, noise, keys), batch_size=8)
     return drawn
 
 

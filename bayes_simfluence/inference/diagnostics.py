@@ -30,12 +30,12 @@ class SampleStats(NamedTuple):
     @classmethod
     def joined(cls, chains: Sequence["SampleStats"]) -> "SampleStats":
         """Chains side by side."""
-        return cls(*(np.concatenate(one, axis=0) for one in zip(*chains, strict=True)))
+        return cls(*(np.concatenate(parts, axis=0) for parts in zip(*chains, strict=True)))
 
     @classmethod
     def appended(cls, pieces: Sequence["SampleStats"]) -> "SampleStats":
         """Pieces of the same chains, one after another."""
-        return cls(*(np.concatenate(one, axis=1) for one in zip(*pieces, strict=True)))
+        return cls(*(np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True)))
 
     def thinned(self, thin: int) -> "SampleStats":
         """Every ``thin``-th draw; a divergence in between is kept in sight."""
@@ -43,11 +43,11 @@ class SampleStats(NamedTuple):
         padded = np.zeros((chains, -(-draws // thin) * thin), bool)
         padded[:, :draws] = self.diverging
         diverging = np.asarray(padded.reshape(chains, -1, thin).any(axis=2))
-        return SampleStats(diverging, *(one[:, ::thin] for one in self[1:]))
+        return SampleStats(diverging, *(statistic[:, ::thin] for statistic in self[1:]))
 
     def dataset(self) -> xr.Dataset:
         """As ArviZ's group ``sample_stats``."""
-        named = {name: (("chain", "draw"), one) for name, one in self._asdict().items()}
+        named = {name: (("chain", "draw"), statistic) for name, statistic in self._asdict().items()}
         depth = np.ceil(np.log2(np.maximum(self.n_steps, 1) + 1)).astype(int)
         named["tree_depth"] = (("chain", "draw"), depth)
         chains, draws = self.diverging.shape
@@ -69,8 +69,10 @@ def convergence(sites: Mapping[str, Float[np.ndarray, "chain draw *shape"]]) -> 
     if min(whole.sizes["chain"] * whole.sizes["draw"] // 2, whole.sizes["draw"]) < 4:
         return {}
 
-    def worst(found: xr.Dataset, reduce: str) -> float:
-        values = np.concatenate([np.ravel(one.values) for one in found.data_vars.values()])
+    def worst(statistics: xr.Dataset, reduce: str) -> float:
+        values = np.concatenate(
+            [np.ravel(statistic.values) for statistic in statistics.data_vars.values()]
+        )
         known = values[~np.isnan(values)]
         return float(getattr(np, reduce)(known)) if len(known) else float("nan")
 
@@ -120,10 +122,10 @@ def sampler_verdict(
         notes.append(
             f"{diverged} of {chains * draws} draws diverged: a higher target_accept helps."
         )
-    said = (
+    sentence = (
         f"{chains} chains agree ({measured})." if measured else f"{draws} draws of {chains} chains."
     )
-    return Verdict(True, said, tuple(notes), numbers)
+    return Verdict(True, sentence, tuple(notes), numbers)
 
 
 def _complaint(

@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -19,7 +18,7 @@ from bayes_simfluence.gaussian.search import (
 )
 from bayes_simfluence.inference.collapsed import collapsed_gaussian, collapsed_regression
 from bayes_simfluence.inference.evidence import scales_of
-from bayes_simfluence.inference.method import Fitted, LeftOutRuns
+from bayes_simfluence.inference.method import FitContext, Fitted, LeftOutRuns
 from bayes_simfluence.inference.nuts import NUTS
 from bayes_simfluence.inference.regression import Form, coefficients, eigen, moments
 from bayes_simfluence.inference.verdict import Verdict
@@ -78,18 +77,10 @@ class Exact:
         """Name and settings."""
         return {"method": "Exact", **asdict(self)}
 
-    def fit(
-        self,
-        runs: RunArrays,
-        model: Simfluence,
-        *,
-        key: jax.Array,
-        validation: RunArrays | None,
-        progress: Progress,
-    ) -> Fitted:
+    def fit(self, runs: RunArrays, model: Simfluence, context: FitContext) -> Fitted:
         """The posterior of ``model`` given ``runs``."""
-        sampler = self.sampler or NUTS()
-        form = _form_of(model)
+        key, _, progress = context
+        sampler, form = self.sampler or NUTS(), _form_of(model)
         if form is None:
             _check_gaussian(runs, model)
             if self.hyperparameters != "nuts":
@@ -105,11 +96,11 @@ class Exact:
         features = runs.features.where(model.prior.features)
         fitted = runs.in_units(runs.steps, largest)._replace(features=features)
         rows = recorded_rows(fitted.known_steps, self.times)
-        found = search(model, fitted, rows, self.hyperparameters, progress)
-        band = band_of(model, fitted, rows, found.free)
+        searched = search(model, fitted, rows, self.hyperparameters, progress)
+        band = band_of(model, fitted, rows, searched.free)
         simulator = GaussianSimulator(
             model=model,
-            free=found.free,
+            free=searched.free,
             fitted=fitted,
             rows=rows,
             largest_step_size=largest,
@@ -118,7 +109,7 @@ class Exact:
             df=band.df,
         )
         left_out = LeftOutRuns(rows + 1, band.predicted, band.low, band.high)
-        return Fitted(simulator, _verdict(runs, rows, found, band, simulator), left_out)
+        return Fitted(simulator, _verdict(runs, rows, searched, band, simulator), left_out)
 
 
 def _form_of(model: Simfluence) -> Form | None:
@@ -176,7 +167,7 @@ def _same_times(runs: RunArrays) -> None:
 
 
 def _verdict(
-    runs: RunArrays, rows: np.ndarray, found: Searched, band: Band, simulator: GaussianSimulator
+    runs: RunArrays, rows: np.ndarray, searched: Searched, band: Band, simulator: GaussianSimulator
 ) -> Verdict:
     truth = runs.loss[:, 1:][:, rows]
     known = np.isfinite(truth)
@@ -186,8 +177,8 @@ def _verdict(
     ends = np.array([rows[0] + 1, rows[-1] + 1]) / runs.steps
     inflated = np.exp(0.5 * simulator.log_variance_inflation(ends))
     numbers = {
-        "left_out_score": found.score,
-        "iterations": float(found.iterations),
+        "left_out_score": searched.score,
+        "iterations": float(searched.iterations),
         "left_out_mse": mse,
         "left_out_mse_of_mean_trajectory": mse_of_mean,
         "left_out_coverage_90": covered,
@@ -202,7 +193,7 @@ def _verdict(
         notes.append(
             f"{len(truth)} runs tell little of the error's scale: the band is wide for it."
         )
-    if not found.converged:
+    if not searched.converged:
         return Verdict(
             False,
             "The search for hyperparameters stopped early: check the losses for jumps, "
@@ -237,26 +228,26 @@ def _mse_of_mean(change: Float[np.ndarray, "run row query"]) -> float:
 
 def _regression(runs: RunArrays, form: Form, progress: Progress) -> Fitted:
     with progress.work("regression", 2) as meter:
-        found = moments(runs, form, scaled=True)
-        solved = eigen(found)
+        sums = moments(runs, form, scaled=True)
+        solved = eigen(sums)
         meter.advance()
         scales = [
-            scales_of(values, cross, square, found.rows)
-            for values, cross, square in zip(solved.values, solved.cross, found.square, strict=True)
+            scales_of(values, cross, square, sums.rows)
+            for values, cross, square in zip(solved.values, solved.cross, sums.square, strict=True)
         ]
-        ratio = np.array([one.ratio for one in scales])[:, None]
-        noise = np.array([one.noise for one in scales])
+        ratio = np.array([scale.ratio for scale in scales])[:, None]
+        noise = np.array([scale.noise for scale in scales])
         shrunk = solved.values + ratio
-        mean = np.einsum("qcv,qv->qc", solved.vectors, solved.cross / shrunk) / found.unit
+        mean = np.einsum("qcv,qv->qc", solved.vectors, solved.cross / shrunk) / sums.unit
         sd = noise[:, None] / np.sqrt(shrunk)
-        factor = solved.vectors * sd[:, None, :] / found.unit[:, :, None]
+        factor = solved.vectors * sd[:, None, :] / sums.unit[:, :, None]
         meter.advance()
     a, b = coefficients(mean, form)
     zero = np.zeros_like(factor) if form.kind != "linear" else factor[:, :0]
     blocks = {"linear": (factor,), "additive": (zero, factor), "multiplicative": (factor, zero)}
     whole = np.concatenate(blocks[form.kind], axis=1, dtype=np.float32)
     simulator = AffineSimulator(a, b, factor=whole, noise=noise)
-    still = int((found.square <= 1e-12 * found.rows).sum())
+    still = int((sums.square <= 1e-12 * sums.rows).sum())
     return Fitted(
         simulator,
         Verdict(
@@ -268,6 +259,6 @@ def _regression(runs: RunArrays, form: Form, progress: Progress) -> Fitted:
                 "White one-step noise makes bands too narrow along a run (docs/results.md); "
                 "Simfluence() models the error of a run.",
             ),
-            numbers={"log_evidence": float(sum(one.log_evidence for one in scales))},
+            numbers={"log_evidence": float(sum(scale.log_evidence for scale in scales))},
         ),
     )

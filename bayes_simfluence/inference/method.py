@@ -14,7 +14,7 @@ from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.progress import Progress
 from bayes_simfluence.simulators.base import Simulator
 
-__all__ = ["Fitted", "LeftOutRuns", "Method"]
+__all__ = ["FitContext", "Fitted", "LeftOutRuns", "Method"]
 
 
 class LeftOutRuns(NamedTuple):
@@ -52,6 +52,20 @@ class Fitted:
     has_prior: bool = True
 
 
+class FitContext(NamedTuple):
+    """What a fit is given besides runs and model.
+
+    Attributes:
+        key: decides whatever a method draws.
+        validation: further runs, for methods that choose settings on them.
+        progress: told of the work.
+    """
+
+    key: jax.Array
+    validation: RunArrays | None
+    progress: Progress
+
+
 @runtime_checkable
 class Method(Protocol):
     """A way of inferring a model from recorded runs."""
@@ -59,15 +73,7 @@ class Method(Protocol):
     def default_model(self) -> Simfluence:
         """The model fitted when the caller names none."""
 
-    def fit(
-        self,
-        runs: RunArrays,
-        model: Simfluence,
-        *,
-        key: jax.Array,
-        validation: RunArrays | None,
-        progress: Progress,
-    ) -> Fitted:
+    def fit(self, runs: RunArrays, model: Simfluence, context: FitContext) -> Fitted:
         """Fit ``model`` to ``runs``; raises ``Misuse`` for a model that it cannot take."""
 
     def as_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from numpyro.infer.util import potential_energy
 from bayes_simfluence.checks import Misuse, choice_of, count_of, positive_integer
 from bayes_simfluence.inference.compiled import CompiledModel
 from bayes_simfluence.inference.diagnostics import SampleStats, sampler_verdict
-from bayes_simfluence.inference.method import Fitted
+from bayes_simfluence.inference.method import FitContext, Fitted
 from bayes_simfluence.inference.numpyro_runs import LIMIT, in_numpyro
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import RunArrays
@@ -89,32 +89,21 @@ class NUTS:
         """Name and settings."""
         return {"method": "NUTS", **asdict(self)}
 
-    def fit(
-        self,
-        runs: RunArrays,
-        model: Simfluence,
-        *,
-        key: jax.Array,
-        validation: RunArrays | None,
-        progress: Progress,
-    ) -> Fitted:
+    def fit(self, runs: RunArrays, model: Simfluence, context: FitContext) -> Fitted:
         """Draws of ``model`` given ``runs``."""
         with double_precision():
             fitted = in_numpyro(runs, model, "NUTS")
             thin = -(-self.draws * self.chains * fitted.bytes_of_a_draw() // LIMIT)
-            found = sample(
-                CompiledModel.of(fitted), fitted.data, self, key=key, thin=thin, progress=progress,
+            sites, stats = sample(
+                CompiledModel.of(fitted), fitted.data, self,
+                key=context.key, thin=thin, progress=context.progress,
             )  # fmt: skip
-        simulator = fitted.simulator(found.sites)
-        return Fitted(
-            simulator,
-            sampler_verdict(found.sites, found.stats, thin),
-            sample_stats=found.stats.dataset(),
-        )
+        verdict = sampler_verdict(sites, stats, thin)
+        return Fitted(fitted.simulator(sites), verdict, sample_stats=stats.dataset())
 
 
 class Sampled(NamedTuple):
-    """Draws of a program.
+    """Draws of a NumPyro model.
 
     Attributes:
         sites: constrained values by name, leading axes (chain, draw).
@@ -126,7 +115,7 @@ class Sampled(NamedTuple):
 
 
 def sample(
-    program: Callable[..., None],
+    model: Callable[..., None],
     arguments: tuple[Any, ...],
     settings: NUTS,
     *,
@@ -138,34 +127,36 @@ def sample(
     """NUTS of any NumPyro model, in chunks: after each, draws leave the device.
 
     Args:
-        program: takes all data as arguments. It is compared by value: what was compiled for an
+        model: takes all data as arguments. It is compared by value: what was compiled for an
             equal one is used again for other data of the same shapes.
         arguments: the data.
         settings, key, thin, progress: as the methods have them.
         dense: adapt a full mass matrix, for few dimensions.
     """
-    machine = _machine(program, _settings_of_a_chain(settings), dense)
+    compiled = _compiled(model, _settings_of_a_chain(settings), dense)
     together = settings.chain_method != "sequential"
     total = (settings.warmup + settings.draws) * (1 if together else settings.chains)
     keys = jax.random.split(key, settings.chains)
     with progress.work("NUTS", total) as meter:
         each = [
-            _chains(machine, arguments, settings, some, thin, meter)
-            for some in ([keys] if together else [one[None] for one in keys])
+            _chains(compiled, arguments, settings, some, thin, meter)
+            for some in ([keys] if together else [chain[None] for chain in keys])
         ]
-    sites = {name: np.concatenate([one.sites[name] for one in each]) for name in each[0].sites}
-    return Sampled(sites, SampleStats.joined([one.stats for one in each]))
+    sites = {
+        name: np.concatenate([chains.sites[name] for chains in each]) for name in each[0].sites
+    }
+    return Sampled(sites, SampleStats.joined([chains.stats for chains in each]))
 
 
 def _chains(
-    machine: "_Machine",
+    compiled: "_Compiled",
     arguments: tuple[Any, ...],
     settings: NUTS,
     keys: jax.Array,
     thin: int,
     meter: Meter,
 ) -> Sampled:
-    state = machine.start(keys, arguments)
+    state = compiled.start(keys, arguments)
     if not np.isfinite(np.asarray(state.potential_energy)).all():
         raise Misuse(
             "runs['loss']",
@@ -174,29 +165,29 @@ def _chains(
             do="look for values far from the rest, or for queries whose loss never changes",
         )
     for size in _sizes(settings.warmup):
-        state, _, _ = machine.advance(state, arguments, size)
+        state, _, _ = compiled.advance(state, arguments, size)
         meter.advance(size, "warm-up")
     sites: list[dict[str, np.ndarray]] = []
     stats: list[SampleStats] = []
     done = diverged = 0
     for size in _sizes(settings.draws):
-        state, z, statistics = machine.advance(state, arguments, size)
+        state, z, statistics = compiled.advance(state, arguments, size)
         # Iterations that fall on a multiple of ``thin`` are kept.
         at = np.flatnonzero((done + np.arange(size)) % thin == 0)
         if len(at):
             # As many as ever, so that nothing is compiled for the rest.
             padded = np.resize(at, -(-CHUNK // thin))
-            values = machine.constrain(z, jnp.asarray(padded), arguments)
-            sites.append({name: np.asarray(one)[:, : len(at)] for name, one in values.items()})
-        stats.append(SampleStats(*(np.asarray(one)[:size].T for one in statistics)))
+            values = compiled.constrain(z, jnp.asarray(padded), arguments)
+            sites.append({name: np.asarray(site)[:, : len(at)] for name, site in values.items()})
+        stats.append(SampleStats(*(np.asarray(statistic)[:size].T for statistic in statistics)))
         diverged += int(stats[-1].diverging.sum())
         done += size
         meter.advance(size, f"{diverged} divergences")
-    whole = {name: np.concatenate([one[name] for one in sites], axis=1) for name in sites[0]}
+    whole = {name: np.concatenate([chunk[name] for chunk in sites], axis=1) for name in sites[0]}
     return Sampled(whole, SampleStats.appended(stats).thinned(thin))
 
 
-class _Machine(NamedTuple):
+class _Compiled(NamedTuple):
     """The compiled parts of a sampler; all take the data as arguments.
 
     Attributes:
@@ -212,49 +203,50 @@ class _Machine(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _machine(program: Callable[..., None], settings: NUTS, dense: bool) -> _Machine:
+def _compiled(model: Callable[..., None], settings: NUTS, dense: bool) -> _Compiled:
     def potential(*arguments: Any) -> Callable[[Any], Any]:
-        return partial(potential_energy, program, arguments, {})
+        return partial(potential_energy, model, arguments, {})
 
-    # Until it is adapted, a small step from a bad start would make the longest trajectories.
-    deepest = WARMUP_DEPTH if dense else settings.max_tree_depth
-    warmup_depth = min(deepest, settings.max_tree_depth)
-    init, iterate = hmc.hmc(potential_fn_gen=potential, algo="NUTS")
+    kernel = _Kernel(model, settings, dense, *hmc.hmc(potential_fn_gen=potential, algo="NUTS"))
+    parallel = settings.chain_method == "parallel"
+    advance = _over_devices(kernel.advance) if parallel else kernel.advance
+    return _Compiled(jax.jit(kernel.start), jax.jit(advance), jax.jit(kernel.constrain))
 
-    def begin(key: jax.Array, arguments: tuple[Any, ...]) -> Any:
-        place_key, chain_key = jax.random.split(key)
-        place = infer.util.initialize_model(
-            place_key,
-            program,
-            init_strategy=infer.init_to_median(num_samples=5),
-            dynamic_args=True,
-            model_args=arguments,
-        )
-        return initialized(chain_key, place.param_info, arguments)
 
-    def initialized(key: jax.Array, place: Any, arguments: tuple[Any, ...]) -> Any:
-        return init(
-            place,
-            settings.warmup,
-            target_accept_prob=settings.target_accept,
-            max_tree_depth=(warmup_depth, settings.max_tree_depth),
-            trajectory_length=None,
-            dense_mass=[tuple(sorted(_position(place)))] if dense else False,
-            model_args=arguments,
-            rng_key=key,
-        )
+class _Kernel(NamedTuple):
+    """NumPyro's NUTS of a model: ``init`` and ``iterate`` are of one chain."""
 
-    def start(keys: jax.Array, arguments: tuple[Any, ...]) -> Any:
-        return jax.vmap(begin, in_axes=(0, None))(keys, arguments)
+    model: Callable[..., None]
+    settings: NUTS
+    dense: bool
+    init: Callable[..., Any]
+    iterate: Callable[..., Any]
 
-    def advance(state: Any, arguments: tuple[Any, ...], size: Any) -> Any:
+    def start(self, keys: jax.Array, arguments: tuple[Any, ...]) -> Any:
+        """The state of all chains."""
+
+        def of_chain(key: jax.Array) -> Any:
+            place_key, chain_key = jax.random.split(key)
+            place = infer.util.initialize_model(
+                place_key,
+                self.model,
+                init_strategy=infer.init_to_median(num_samples=5),
+                dynamic_args=True,
+                model_args=arguments,
+            )
+            return self._initialized(chain_key, place.param_info, arguments)
+
+        return jax.vmap(of_chain)(keys)
+
+    def advance(self, state: Any, arguments: tuple[Any, ...], size: Any) -> Any:
+        """The state after ``size`` iterations; positions and statistics of each of them."""
         # NumPyro's kernel remembers its schedule from the last start, which must be of this trace.
         first = jax.tree.map(lambda x: x[0], state)
-        initialized(first.rng_key, first.z, arguments)
+        self._initialized(first.rng_key, first.z, arguments)
 
         def iteration(at: Any, carried: Any) -> Any:
             state, filled = carried
-            state = jax.vmap(lambda chain: iterate(chain, arguments, {}))(state)
+            state = jax.vmap(lambda chain: self.iterate(chain, arguments, {}))(state)
             row = _recorded(state)
             filled = jax.tree.map(lambda rows, new: rows.at[at].set(new), filled, row)
             return state, filled
@@ -265,29 +257,38 @@ def _machine(program: Callable[..., None], settings: NUTS, dense: bool) -> _Mach
         state, (z, statistics) = jax.lax.fori_loop(0, size, iteration, (state, empty))
         return state, z, statistics
 
-    own = _over_devices(advance) if settings.chain_method == "parallel" else advance
-    return _Machine(jax.jit(start), jax.jit(own), jax.jit(partial(_constrain, program)))
+    def constrain(
+        self, z: dict[str, jax.Array], at: jax.Array, arguments: tuple[Any, ...]
+    ) -> dict[str, jax.Array]:
+        """Values of the sites that are needed to simulate, from unconstrained positions."""
 
+        def of_draw(z: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            def value(site: Any) -> Any:
+                if site["name"] in z:
+                    return dist.biject_to(site["fn"].support)(z[site["name"]])
 
-def _constrain(
-    program: Callable[..., None],
-    z: dict[str, jax.Array],
-    at: jax.Array,
-    arguments: tuple[Any, ...],
-) -> dict[str, jax.Array]:
-    """Values of the sites that are needed to simulate, from unconstrained positions."""
+            constrained = handlers.substitute(self.model, substitute_fn=value)
+            return kept(handlers.trace(constrained).get_trace(*arguments))
 
-    def of_draw(z: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        def value(site: Any) -> Any:
-            if site["name"] in z:
-                return dist.biject_to(site["fn"].support)(z[site["name"]])
+        flat = jax.tree.map(lambda x: jnp.moveaxis(x[at], 1, 0).reshape(-1, *x.shape[2:]), z)
+        values = jax.lax.map(of_draw, flat, batch_size=8)
+        return {name: site.reshape(-1, len(at), *site.shape[1:]) for name, site in values.items()}
 
-        constrained = handlers.substitute(program, substitute_fn=value)
-        return kept(handlers.trace(constrained).get_trace(*arguments))
-
-    flat = jax.tree.map(lambda x: jnp.moveaxis(x[at], 1, 0).reshape(-1, *x.shape[2:]), z)
-    values = jax.lax.map(of_draw, flat, batch_size=8)
-    return {name: value.reshape(-1, len(at), *value.shape[1:]) for name, value in values.items()}
+    def _initialized(self, key: jax.Array, place: Any, arguments: tuple[Any, ...]) -> Any:
+        settings = self.settings
+        # Until it is adapted, a small step from a bad start would make the longest trajectories.
+        deepest = WARMUP_DEPTH if self.dense else settings.max_tree_depth
+        position = place.z if isinstance(place, infer.util.ParamInfo) else place
+        return self.init(
+            place,
+            settings.warmup,
+            target_accept_prob=settings.target_accept,
+            max_tree_depth=(min(deepest, settings.max_tree_depth), settings.max_tree_depth),
+            trajectory_length=None,
+            dense_mass=[tuple(sorted(position))] if self.dense else False,
+            model_args=arguments,
+            rng_key=key,
+        )
 
 
 def _settings_of_a_chain(settings: NUTS) -> NUTS:
@@ -299,10 +300,6 @@ def _settings_of_a_chain(settings: NUTS) -> NUTS:
         chains=settings.chains if parallel else 1,
         chain_method="parallel" if parallel else "vectorized",
     )
-
-
-def _position(place: Any) -> Any:
-    return place.z if isinstance(place, infer.util.ParamInfo) else place
 
 
 def _recorded(state: Any) -> Any:

@@ -111,21 +111,15 @@ def moments(runs: RunArrays, form: Form, *, scaled: bool) -> Moments:
         power: (paired @ before**power).T.reshape(-1, size, size)
         for power in {first + second for first in form.powers for second in form.powers}
     }
+    blocks = list(zip(form.powers, unit, strict=True))
     gram = np.block(
         [
-            [
-                by_power[first + second] / (unit[one] * unit[other])[:, None, None]
-                for other, second in enumerate(form.powers)
-            ]
-            for one, first in enumerate(form.powers)
+            [by_power[first + second] / (own * other)[:, None, None] for second, other in blocks]
+            for first, own in blocks
         ]
     )
     cross = np.concatenate(
-        [
-            (single @ (before**power * target)).T / unit[one][:, None]
-            for one, power in enumerate(form.powers)
-        ],
-        axis=1,
+        [(single @ (before**power * target)).T / own[:, None] for power, own in blocks], axis=1
     )
     return Moments(
         gram, cross, np.square(target).sum(axis=0), np.repeat(unit.T, size, axis=1), len(before)
@@ -145,22 +139,22 @@ def _every_time(runs: RunArrays, form: Form) -> None:
 _eigen = jax.jit(jax.vmap(symmetric_eigen))
 
 
-def eigen(found: Moments) -> Eigen:
+def eigen(sums: Moments) -> Eigen:
     """Eigenvalues and eigenvectors of each query's gram."""
     with double_precision():
-        values, vectors = _eigen(jnp.asarray(found.gram))
+        values, vectors = _eigen(jnp.asarray(sums.gram))
     values, vectors = np.maximum(np.asarray(values), 0.0), np.asarray(vectors)
-    return Eigen(values, vectors, np.einsum("qcv,qc->qv", vectors, found.cross))
+    return Eigen(values, vectors, np.einsum("qcv,qc->qv", vectors, sums.cross))
 
 
 def ridge_weights(
-    found: Moments, penalties: Sequence[float]
+    sums: Moments, penalties: Sequence[float]
 ) -> Float[np.ndarray, "penalty query column"]:
     """Minimizers of the sum of squares plus penalty times the sum of squared weights."""
     if len(penalties) == 1:
-        ridged = found.gram + penalties[0] * np.eye(found.gram.shape[1])
-        return np.linalg.solve(ridged, found.cross[..., None])[None, ..., 0]
-    solved = eigen(found)
+        ridged = sums.gram + penalties[0] * np.eye(sums.gram.shape[1])
+        return np.linalg.solve(ridged, sums.cross[..., None])[None, ..., 0]
+    solved = eigen(sums)
     return np.stack(
         [
             np.einsum("qcv,qv->qc", solved.vectors, solved.cross / (solved.values + penalty))

@@ -8,12 +8,11 @@ import numpy as np
 from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse, choice_of, positive_integer, positive_number
-from bayes_simfluence.inference.method import Fitted, LeftOutRuns
+from bayes_simfluence.inference.method import FitContext, Fitted, LeftOutRuns
 from bayes_simfluence.inference.regression import Form, coefficients, moments, ridge_weights
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.simfluence import KINDS, Simfluence
-from bayes_simfluence.progress import Progress
 from bayes_simfluence.simulators.affine import AffineSimulator
 
 __all__ = ["PENALTIES", "Ridge"]
@@ -58,25 +57,17 @@ class Ridge:
         """Name and settings."""
         return {"method": "Ridge", **asdict(self)}
 
-    def fit(
-        self,
-        runs: RunArrays,
-        model: Simfluence,
-        *,
-        key: jax.Array,
-        validation: RunArrays | None,
-        progress: Progress,
-    ) -> Fitted:
+    def fit(self, runs: RunArrays, model: Simfluence, context: FitContext) -> Fitted:
         """One chain, one draw: the minimum of the objective."""
+        key, validation, progress = context
         form = self._form(model)
-        by_validation = self.penalty is None and validation is not None
         by_folds = self.penalty is None and validation is None
         penalties = PENALTIES if self.penalty is None else (self.penalty,)
         folds = _folds(len(runs.batch), self.folds) if by_folds or self.band else []
         with progress.work("ridge", len(folds) + 1) as meter:
             weights = ridge_weights(moments(runs, form, scaled=False), penalties)
             meter.advance()
-            if by_validation and validation is not None:
+            if self.penalty is None and validation is not None:
                 best = _best(_simulated(weights, form, validation, key), validation)
                 penalties, weights = penalties[best : best + 1], weights[best : best + 1]
             left_out = np.zeros((len(penalties), *runs.loss.shape))

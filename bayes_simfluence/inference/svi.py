@@ -16,7 +16,7 @@ from numpyro.infer import autoguide
 from bayes_simfluence.checks import Misuse, positive_integer
 from bayes_simfluence.inference.compiled import CompiledModel, Data
 from bayes_simfluence.inference.dispersion import dispersion
-from bayes_simfluence.inference.method import Fitted
+from bayes_simfluence.inference.method import FitContext, Fitted
 from bayes_simfluence.inference.numpyro_runs import LIMIT, in_numpyro
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.linalg import double_precision
@@ -105,30 +105,22 @@ class SVI:
             "draws": self.draws,
         }
 
-    def fit(
-        self,
-        runs: RunArrays,
-        model: Simfluence,
-        *,
-        key: jax.Array,
-        validation: RunArrays | None,
-        progress: Progress,
-    ) -> Fitted:
+    def fit(self, runs: RunArrays, model: Simfluence, context: FitContext) -> Fitted:
         """Draws of ``model`` given ``runs`` from the fitted guide."""
-        fit_key, draw_key, check_key = jax.random.split(key, 3)
+        fit_key, draw_key, check_key = jax.random.split(context.key, 3)
         with double_precision():
             whole = in_numpyro(runs, model, "SVI")
             fitted = whole if self.batch is None else whole.by_transition()
             batch = self.batch if self.batch is None else min(self.batch, len(fitted.runs.batch))
             optimizer = ADAM if self.optimizer is None else self.optimizer
             descent = _descent(CompiledModel.of(fitted, batch), self.guide, optimizer)
-            state, losses, flat = self._descend(descent, fitted.data, fit_key, progress)
+            state, losses, flat = self._descend(descent, fitted.data, fit_key, context.progress)
             draws = min(self.draws, max(LIMIT // whole.bytes_of_a_draw(), 1))
             drawn = descent.draw(state, fitted.data, draw_key, draws)
             everything = CompiledModel.of(whole)
             sites = everything.sites_of(whole.data, drawn)
             ratio = dispersion(everything, whole.data, drawn, key=check_key)
-        simulator = whole.simulator({name: np.asarray(one)[None] for name, one in sites.items()})
+        simulator = whole.simulator({name: np.asarray(site)[None] for name, site in sites.items()})
         return Fitted(simulator, _verdict(losses, flat, ratio, batch), losses=losses)
 
     def _descend(
@@ -140,8 +132,8 @@ class SVI:
         with progress.work("SVI", self.steps) as meter:
             while done < self.steps and not flat:
                 size = min(WINDOW, self.steps - done)
-                state, found = descent.advance(state, data, size)
-                losses.append(np.asarray(found, float)[:size])
+                state, window = descent.advance(state, data, size)
+                losses.append(np.asarray(window, float)[:size])
                 flat, done = _is_flat(losses), done + size
                 meter.advance(size, f"loss {losses[-1].mean():.6g}")
         return state, np.concatenate(losses), flat
@@ -177,18 +169,18 @@ def _descent(model: CompiledModel, guide: Any, optimizer: optax.GradientTransfor
     def advance(state: Any, data: Data, size: Any) -> Any:
         svi, _, _ = begin(state.rng_key, data)
 
-        def one(at: Any, carried: Any) -> Any:
+        def update(at: Any, carried: Any) -> Any:
             state, losses = carried
             state, loss = svi.stable_update(state, *data)
             return state, losses.at[at].set(loss)
 
-        return jax.lax.fori_loop(0, size, one, (state, jnp.zeros(WINDOW)))
+        return jax.lax.fori_loop(0, size, update, (state, jnp.zeros(WINDOW)))
 
     def draw(state: Any, data: Data, key: jax.Array, draws: int) -> Any:
         svi, own, _ = begin(state.rng_key, data)
         params = svi.get_params(state)
         # One at a time inside a ``vmap``: batched by itself NumPyro promotes ranks.
-        return jax.vmap(lambda one: own.sample_posterior(one, params, *data))(
+        return jax.vmap(lambda own_key: own.sample_posterior(own_key, params, *data))(
             jax.random.split(key, draws)
         )
 
@@ -226,15 +218,15 @@ def _verdict(
     if batch is not None:
         notes.append(f"Minibatches of {batch}; the loss is an estimate.")
     if not np.isfinite(losses[-WINDOW:]).all():
-        said = "The loss is not finite: lower the optimizer's step size, or check the losses."
-        return Verdict(False, said, tuple(notes), numbers)
+        sentence = "The loss is not finite: lower the optimizer's step size, or check the losses."
+        return Verdict(False, sentence, tuple(notes), numbers)
     if not flat:
-        said = f"The loss still falls after {len(losses)} steps: raise SVI(steps=...)."
-        return Verdict(False, said, tuple(notes), numbers)
+        sentence = f"The loss still falls after {len(losses)} steps: raise SVI(steps=...)."
+        return Verdict(False, sentence, tuple(notes), numbers)
     if ratio < NARROW:
-        said = (
+        sentence = (
             f"The guide is too narrow (sds x {ratio:.2f}): bands are not to be trusted; take "
             "SVI(guide='full-rank'), Exact() or NUTS()."
         )
-        return Verdict(False, said, tuple(notes), numbers)
+        return Verdict(False, sentence, tuple(notes), numbers)
     return Verdict(True, f"The loss is flat after {len(losses)} steps.", tuple(notes), numbers)

@@ -11,7 +11,7 @@ from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.data.identify import identifiability
 from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.inference.exact import Exact
-from bayes_simfluence.inference.method import LeftOutRuns, Method
+from bayes_simfluence.inference.method import FitContext, LeftOutRuns, Method
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.simfluence import Simfluence
@@ -77,33 +77,32 @@ def fit(
     checked = None if validation is None else _like(usable_runs(validation), runs)
     fit_key, check_key = jax.random.split(key)
     recorded = recorded_arrays(runs, model.prior)
-    found = method.fit(
-        recorded,
-        model,
+    context = FitContext(
         key=fit_key,
         validation=None if checked is None else recorded_arrays(checked, model.prior),
         progress=progress or Silent(),
     )
-    weighed = _weighed(found.simulator, recorded, check_key)
+    fitted = method.fit(recorded, model, context)
+    weighed = _weighed(fitted.simulator, recorded, check_key)
     verdict = Verdict(
-        found.verdict.ok,
-        found.verdict.sentence,
-        (*found.verdict.notes, *_said_of(weighed), *identifiability(runs).sentences()),
-        {**found.verdict.numbers, **weighed},
+        fitted.verdict.ok,
+        fitted.verdict.sentence,
+        (*fitted.verdict.notes, *_said_of(weighed), *identifiability(runs).sentences()),
+        {**fitted.verdict.numbers, **weighed},
     )
     if not verdict.ok and strict:
         raise FitFailed(verdict.sentence)
     if not verdict.ok:
         warn(verdict.sentence, FitWarning, stacklevel=2)
     return Posterior(
-        simulator=found.simulator,
+        simulator=fitted.simulator,
         verdict=verdict,
         runs=runs,
-        settings={"model": model.as_dict(), **method.as_dict(), "has_prior": found.has_prior},
-        left_out=None if found.left_out is None else _named(found.left_out, runs),
-        sample_stats=found.sample_stats,
-        search_loss=found.losses,
-        prior=PriorOf(model) if found.has_prior else None,
+        settings={"model": model.as_dict(), **method.as_dict(), "has_prior": fitted.has_prior},
+        left_out=None if fitted.left_out is None else _named(fitted.left_out, runs),
+        sample_stats=fitted.sample_stats,
+        search_loss=fitted.losses,
+        prior=PriorOf(model) if fitted.has_prior else None,
     )
 
 

@@ -272,8 +272,8 @@ def test_fit_hands_on_what_a_sampler_said_of_its_draws(runs):
         def as_dict(self):
             return {"method": "Sampler"}
 
-        def fit(self, recorded, model, **others):
-            found = bs.Exact().fit(recorded, model, **others)
+        def fit(self, recorded, model, context):
+            found = bs.Exact().fit(recorded, model, context)
             return replace(found, sample_stats=sampler_statistics(DRAWS))
 
     posterior = bs.fit(runs, method=Sampler(), key=KEY)

@@ -46,8 +46,8 @@ class Distorted:
     def as_dict(self):
         return {"distorted": True}
 
-    def fit(self, runs, model, **settings):
-        found = self.method.fit(runs, model, **settings)
+    def fit(self, runs, model, context):
+        found = self.method.fit(runs, model, context)
         simulator = found.simulator
         sd = np.sqrt(np.square(simulator.factor).sum(axis=2))
         shift_a, shift_b = np.split(self.shift * sd, 2, axis=1)

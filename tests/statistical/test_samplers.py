@@ -61,8 +61,8 @@ class Distorted:
     def as_dict(self):
         return {"distorted": True}
 
-    def fit(self, runs, model, **settings):
-        found = self.method.fit(runs, model, **settings)
+    def fit(self, runs, model, context):
+        found = self.method.fit(runs, model, context)
         sites = dict(found.simulator.sites)
         # The product is what the data know; its factors alone are a ridge.
         scale = sites["scale"][..., None, None]

@@ -51,7 +51,7 @@ class Conjugate:
     def as_dict(self) -> dict[str, Any]:
         return {"method": "conjugate"}
 
-    def fit(self, runs, model, *, key, validation, progress):
+    def fit(self, runs, model, context):
         design, change = EXPOSURE.reshape(-1, 2), np.diff(runs.loss[..., 0], axis=1).ravel()
         weight = 0.0 if self.ignores else NOISE**-2
         covariance = np.linalg.inv(weight * design.T @ design + np.eye(2) / PRIOR**2)

@@ -98,12 +98,12 @@ def test_the_key_decides_everything(method):
 
 def test_equal_shapes_are_compiled_once():
     fitted()
-    before = nuts._machine.cache_info()
+    before = nuts._compiled.cache_info()
     found = fitted(recording(seed=5)).simulator.sites["staying_unit"]
-    after = nuts._machine.cache_info()
+    after = nuts._compiled.cache_info()
     assert after.misses == before.misses and after.hits > before.hits
     # Nothing of the first recording is left in what was compiled for it.
-    nuts._machine.cache_clear()
+    nuts._compiled.cache_clear()
     fresh = fitted(recording(seed=5)).simulator.sites["staying_unit"]
     np.testing.assert_allclose(found, fresh, rtol=1e-5)
 
