@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 
 KEY = jax.random.key(0)
 DRAWS, STEPS, QUERIES, RUNS, TIMES = 80, 16, 2, 5, 4
-ONE = int(arviz.__version__.split(".")[0]) >= 1
+NEW = int(arviz.__version__.split(".")[0]) >= 1
 
 pytestmark = [
     # ArviZ's own: of its dependencies, of k, of quantities that do not vary between draws.
@@ -46,16 +46,16 @@ def posteriors(runs):
         "additive": {"model": bs.Simfluence.additive()},
         "ridge": {"method": bs.Ridge(penalty=0.1, band=True)},
     }
-    return {name: bs.fit(runs, key=KEY, **one) for name, one in settings.items()}
+    return {name: bs.fit(runs, key=KEY, **parts) for name, parts in settings.items()}
 
 
 @pytest.fixture(scope="module")
 def idatas(posteriors):
-    return {name: one.to_arviz(draws=DRAWS) for name, one in posteriors.items()}
+    return {name: posterior.to_arviz(draws=DRAWS) for name, posterior in posteriors.items()}
 
 
 def groups_of(idata):
-    return set(idata.children) if ONE else set(idata.groups())
+    return set(idata.children) if NEW else set(idata.groups())
 
 
 def some(idata, name):
@@ -65,8 +65,8 @@ def some(idata, name):
     return {"var_names": [name], "coords": coords}
 
 
-def elpd_of(found):
-    return found.elpd if ONE else found.elpd_loo
+def elpd_of(loo):
+    return loo.elpd if NEW else loo.elpd_loo
 
 
 DENSE = {"default", "linear", "additive"}
@@ -80,7 +80,9 @@ def test_groups_explain_themselves(posteriors, idatas, runs, name):
         without |= {"log_likelihood", "run_log_likelihood", "prior", "prior_predictive"}
     assert groups_of(idata) == set(GROUPS) - without
     rows = posteriors[name].simulator.rows if name == "default" else np.arange(STEPS)
-    observed, predicted = (idata[one]["loss"] for one in ("observed_data", "posterior_predictive"))
+    observed, predicted = (
+        idata[group]["loss"] for group in ("observed_data", "posterior_predictive")
+    )
     assert observed.dims == ("run", "time", "query")
     assert predicted.dims == ("chain", "draw", *observed.dims)
     np.testing.assert_array_equal(observed["time"], rows + 1)
@@ -109,7 +111,7 @@ def test_all_groups_belong_to_the_same_draws(idatas, posteriors, runs):
     run, step = 1, 3
     batch = runs["batch"].values[run, step]
     share = np.bincount(batch[batch >= 0], minlength=runs.sizes["train"]) / (batch >= 0).sum()
-    before, now = (runs["loss"].values[run, one].astype(float) for one in (step, step + 1))
+    before, now = (runs["loss"].values[run, time].astype(float) for time in (step, step + 1))
     a, b = (draws[name].values[0].astype(float) @ share for name in "ab")
     expected = norm.logpdf(now, (1.0 + a) * before + b, noise)
     np.testing.assert_allclose(density[:, run, step], expected, rtol=1e-4, atol=1e-4)
@@ -120,22 +122,22 @@ def test_all_groups_belong_to_the_same_draws(idatas, posteriors, runs):
 @pytest.mark.parametrize("name", sorted(DENSE))
 def test_loo_takes_the_container_as_it_is(idatas, name):
     density = idatas[name]["log_likelihood"]["loss"].values[0].astype(float)
-    found = arviz.loo(idatas[name], pointwise=True)
-    assert found.n_samples == DRAWS and found.n_data_points == density[0].size
+    loo = arviz.loo(idatas[name], pointwise=True)
+    assert loo.n_samples == DRAWS and loo.n_data_points == density[0].size
     pointwise = logsumexp(density, axis=0) - np.log(DRAWS)
-    each = found.elpd_i if ONE else found.loo_i
-    assert each.dims == ("run", "time", "query") and np.isfinite(each).all()
-    # Leaving a loss out cannot predict it better than keeping it.
-    assert (each.values <= pointwise + 1e-6).all()
-    p_loo = found.p if ONE else found.p_loo
-    np.testing.assert_allclose(p_loo, pointwise.sum() - elpd_of(found), rtol=1e-4)
+    elpd = loo.elpd_i if NEW else loo.loo_i
+    assert elpd.dims == ("run", "time", "query") and np.isfinite(elpd).all()
+    # A loss is not predicted better without it than with it.
+    assert (elpd.values <= pointwise + 1e-6).all()
+    p_loo = loo.p if NEW else loo.p_loo
+    np.testing.assert_allclose(p_loo, pointwise.sum() - elpd_of(loo), rtol=1e-4)
 
 
 def test_compare_ranks_models_on_the_same_losses(posteriors, idatas):
     pair = {name: idatas[name] for name in ("linear", "additive")}
     for table, containers in (
         (arviz.compare(pair), pair),
-        (arviz.compare({name: over_runs(one) for name, one in pair.items()}), None),
+        (arviz.compare({name: over_runs(idata) for name, idata in pair.items()}), None),
     ):
         assert set(table.index) == set(pair)
         if containers is not None:
@@ -170,14 +172,14 @@ def test_summary_and_plots_take_the_container_as_it_is(idatas, name, variable):
     assert len(shown) == 4
     expected = idata["posterior"][variable].mean(("chain", "draw"))[:2, :2].values
     np.testing.assert_allclose(shown["mean"].to_numpy(float), expected.ravel(), rtol=1e-3)
-    predictive = arviz.plot_ppc_dist if ONE else arviz.plot_ppc
-    drawn = [
+    predictive = arviz.plot_ppc_dist if NEW else arviz.plot_ppc
+    plots = [
         arviz.plot_trace(idata, **some(idata, variable)),
         arviz.plot_forest(idata, **some(idata, variable)),
         predictive(idata),
     ]
-    for one in drawn:
-        figures = {one.get_viz("figure")} if ONE else {axes.figure for axes in np.ravel(one)}
+    for plot in plots:
+        figures = {plot.get_viz("figure")} if NEW else {axes.figure for axes in np.ravel(plot)}
         assert all(any(axes.has_data() for axes in figure.axes) for figure in figures)
         for figure in figures:
             matplotlib.pyplot.close(figure)
@@ -195,8 +197,8 @@ def test_a_container_can_be_kept_in_a_file(idatas, tmp_path, name):
     again = arviz.from_netcdf(tmp_path / "idata.nc", engine="h5netcdf")
     assert groups_of(again) == groups_of(idatas[name])
     for group in groups_of(again):
-        one, other = (x[group].to_dataset() if ONE else x[group] for x in (again, idatas[name]))
-        xr.testing.assert_equal(one, other)
+        read, kept = (x[group].to_dataset() if NEW else x[group] for x in (again, idatas[name]))
+        xr.testing.assert_equal(read, kept)
 
 
 def drawn_prior(runs, *, key, draws):
@@ -222,8 +224,8 @@ def test_a_prior_fills_its_groups(posteriors):
     assert predictive.dims == ("chain", "draw", *observed.dims)
     np.testing.assert_array_equal(predictive["time"], observed["time"])
     assert idata["prior"]["b"].sizes["draw"] == DRAWS
-    plot = arviz.plot_ppc_dist if ONE else arviz.plot_ppc
-    assert plot(idata, group="prior_predictive" if ONE else "prior") is not None
+    plot = arviz.plot_ppc_dist if NEW else arviz.plot_ppc
+    assert plot(idata, group="prior_predictive" if NEW else "prior") is not None
     matplotlib.pyplot.close("all")
     only = replace(
         posteriors["default"], prior=lambda runs, *, key, draws: Prior(drawn_prior(
@@ -250,10 +252,10 @@ def test_statistics_of_a_sampler_are_kept_and_saved(posteriors, tmp_path):
     stats = sampler_statistics(DRAWS)
     posterior = replace(posteriors["linear"], sample_stats=stats)
     path = posterior.save(tmp_path / "posterior.nc")
-    for one in (posterior, bs.load_posterior(path)):
-        xr.testing.assert_equal(one.sample_stats, stats)
-        assert one.sample_stats["diverging"].dtype == bool
-        idata = one.to_arviz(draws=DRAWS)
+    for sampled in (posterior, bs.load_posterior(path)):
+        xr.testing.assert_equal(sampled.sample_stats, stats)
+        assert sampled.sample_stats["diverging"].dtype == bool
+        idata = sampled.to_arviz(draws=DRAWS)
         assert idata["sample_stats"]["energy"].dims == ("chain", "draw")
         assert arviz.plot_energy(idata) is not None
     matplotlib.pyplot.close("all")
@@ -262,9 +264,9 @@ def test_statistics_of_a_sampler_are_kept_and_saved(posteriors, tmp_path):
     assert "sample_stats" not in groups_of(posterior.to_arviz(draws=7, groups=["posterior"]))
 
 
-def test_fit_hands_on_what_a_sampler_said_of_its_draws(runs):
+def test_a_fit_keeps_the_statistics_of_its_sampler(runs):
     class Sampler:
-        """A method that says so of any fit."""
+        """A method whose fits have a sampler's statistics."""
 
         def default_model(self):
             return bs.Simfluence.additive()
@@ -273,8 +275,8 @@ def test_fit_hands_on_what_a_sampler_said_of_its_draws(runs):
             return {"method": "Sampler"}
 
         def fit(self, recorded, model, context):
-            found = bs.Exact().fit(recorded, model, context)
-            return replace(found, sample_stats=sampler_statistics(DRAWS))
+            fitted = bs.Exact().fit(recorded, model, context)
+            return replace(fitted, sample_stats=sampler_statistics(DRAWS))
 
     posterior = bs.fit(runs, method=Sampler(), key=KEY)
     xr.testing.assert_equal(posterior.sample_stats, sampler_statistics(DRAWS))

@@ -17,7 +17,6 @@ from bayes_simfluence.settings import kinds_of
 from bayes_simfluence.study.config import study_of
 from bayes_simfluence.study.methods import ATTRIBUTIONS
 
-pytestmark = pytest.mark.optimized
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,13 +32,16 @@ def run_line(line, folder):
     words = shlex.split(line)
     assert words[0] == "bayes-simfluence", line
     command = [sys.executable, "-W", "error", "-m", "bayes_simfluence", *words[1:]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
-def run_page(page, folder, monkeypatch):
+def run_page(page, folder, monkeypatch, few=None):
+    """The blocks of a page, on ``few`` of the runs that ship where it is given."""
     monkeypatch.chdir(folder)
+    shipped = bs.example_runs
+    monkeypatch.setattr(bs, "example_runs", lambda *name: shipped(*name).isel(few))
     names = {}
     for language, code in blocks(page):
         if language == "python":
@@ -50,17 +52,20 @@ def run_page(page, folder, monkeypatch):
     return names
 
 
+def first_steps(count):
+    """Selection of the first steps of runs."""
+    return {"step": slice(0, count), "time": slice(0, count + 1)}
+
+
 # Several minutes of compilation: with the long suites.
 @pytest.mark.statistical
 def test_getting_started(tmp_path, monkeypatch):
     """As written, on ten of the fifty queries and the first sixteen steps."""
-    recorded = bs.example_runs
-    few = {"query": slice(0, 10), "step": slice(0, 16), "time": slice(0, 17)}
-    monkeypatch.setattr(bs, "example_runs", lambda *name: recorded(*name).isel(few))
-    names = run_page("docs/getting-started.md", tmp_path, monkeypatch)
+    few = {"query": slice(0, 10), **first_steps(16)}
+    names = run_page("docs/getting-started.md", tmp_path, monkeypatch, few)
     assert names["table"].loc["bayes", "mse"] < names["table"].loc["mean", "mse"]
     made = {"runs.nc", "mine.zarr", "posterior.nc", "simulated.nc", "curves.png", "table.md"}
-    assert made <= {one.name for one in tmp_path.iterdir()}
+    assert made <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_recording_page(tmp_path, monkeypatch):
@@ -78,19 +83,19 @@ def test_the_recording_page_records_with_settings_that_fit():
     for words in map(shlex.split, commands):
         if "--config" in words:  # of a recording that is there
             continue
-        named = [one[2:].replace("-", "_") for one in words[2::2]]
-        given = dict(zip(named, words[3::2], strict=True))
-        given.pop("out")
-        typed = {one: int(x) if kinds[one] == (int,) else x for one, x in given.items()}
+        options = [word[2:].replace("-", "_") for word in words[2::2]]
+        values = dict(zip(options, words[3::2], strict=True))
+        values.pop("out")
+        typed = {name: int(x) if kinds[name] == (int,) else x for name, x in values.items()}
         tasks.add(merged(typed).task)
     assert tasks == {"classification", "choice", "causal", "seq2seq"}
 
 
 def test_models_page(tmp_path, monkeypatch):
-    names = run_page("docs/models.md", tmp_path, monkeypatch)
+    names = run_page("docs/models.md", tmp_path, monkeypatch, first_steps(32))
     assert names["simulated"]["low"].attrs["kind"] == "credible"
-    said = [(tmp_path / f"{one}.yaml").read_text() for one in ("ridge", "again")]
-    assert said[0] == said[1] and "penalty: 0.1" in said[0]
+    settings, again = ((tmp_path / f"{name}.yaml").read_text() for name in ("ridge", "again"))
+    assert settings == again and "penalty: 0.1" in settings
 
 
 # ArviZ's advice on large k, and what its dependencies will drop.
@@ -98,7 +103,7 @@ def test_models_page(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:Pareto k is above:bayes_simfluence.checks.FitWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:arviz")
 def test_arviz_page(tmp_path, monkeypatch):
-    names = run_page("docs/arviz.md", tmp_path, monkeypatch)
+    names = run_page("docs/arviz.md", tmp_path, monkeypatch, first_steps(48))
     assert names["ranked"].index[0] == "default"
     assert len(names["cheap"]) == len(names["refitted"]) == 8
     assert (tmp_path / "idata.nc").is_file()
@@ -109,10 +114,11 @@ def test_baselines_page(tmp_path, monkeypatch):
     assert names["table"].loc["bayes", "mse"] < names["table"].loc["mean", "mse"]
     assert names["table"]["failed"].tolist()[:3] == ["", "", ""]
     assert "failed" not in (tmp_path / "table.tex").read_text()
-    assert all(one["average_precision"] > one.attrs["share"] for one in names["found"].values())
-    ((_, said),) = blocks("docs/baselines.md", ("yaml",))
-    study = study_of(yaml.safe_load(said))
-    assert [one.name for one in study.cells] == ["sst2-full", "sst2-lora", "trec-full"]
+    detections = names["found"].values()
+    assert all(curve["average_precision"] > curve.attrs["share"] for curve in detections)
+    ((_, settings),) = blocks("docs/baselines.md", ("yaml",))
+    study = study_of(yaml.safe_load(settings))
+    assert [cell.name for cell in study.cells] == ["sst2-full", "sst2-lora", "trec-full"]
     assert study.needed == study.cells[1].record.runs and study.cells[1].record.tuning == "lora"
 
 
@@ -145,7 +151,7 @@ def test_the_readme_uses_options_that_exist():
     from bayes_simfluence.cli import app
 
     lines = [line for _, code in blocks("README.md", ("bash",)) for line in code.splitlines()]
-    for line in (one for one in lines if one.startswith("bayes-simfluence")):
+    for line in (line for line in lines if line.startswith("bayes-simfluence")):
         verb = shlex.split(line)[1]
         known = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"}).output
         for option in re.findall(r"--[\w-]+", line):
@@ -153,7 +159,7 @@ def test_the_readme_uses_options_that_exist():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{one.name}" for one in (ROOT / "docs").glob("*.md"))]
+    "page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 )
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text("utf-8")

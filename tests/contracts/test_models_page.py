@@ -84,24 +84,24 @@ def claims():
 @pytest.mark.parametrize(("code", "cell"), list(claims()))
 def test_a_method_takes_the_models_that_the_page_says(code, cell, runs):
     model = eval(code, dict(NAMES))
-    said = set() if cell == "none" else set(cell.split(", "))
-    assert said <= set(METHODS)
+    methods = set() if cell == "none" else set(cell.split(", "))
+    assert methods <= set(METHODS)
     for name, settings in METHODS.items():
         for method in settings:
-            with pytest.raises(Taken if name in said else bs.Misuse):
+            with pytest.raises(Taken if name in methods else bs.Misuse):
                 bs.fit(runs, model=model, method=method, key=jax.random.key(0))
 
 
 def test_the_table_has_every_prior_and_error():
     (_, *errors), _, *rows = rows_after("prior | `noise.Smooth()`")
     classes = set(re.findall(r"priors\.(\w+)", " ".join(row[0] for row in rows)))
-    assert classes == {one.__name__ for one in PRIORS.values()}
+    assert classes == {prior.__name__ for prior in PRIORS.values()}
     assert set(re.findall(r"noise\.(\w+)", " ".join(errors))) == {
-        one.__name__ for one in ERRORS.values()
+        error.__name__ for error in ERRORS.values()
     }
 
 
-def test_said_tails_of_priors_are_those_of_their_laws():
+def test_the_tails_that_the_page_gives_are_those_of_the_priors():
     """The share beyond is 1%, both sides together, in units of each law's own scale."""
     assert dist.Normal(0.0, 1.0).icdf(0.995) == pytest.approx(2.6, abs=0.05)
     from scipy.stats import laplace, t
