@@ -110,26 +110,26 @@ def ranked(method, simulations=60, draws=19, **settings):
 
 
 def test_ranks_explain_themselves():
-    found = ranked(Conjugate(), simulations=3)
-    rank = found["rank"]
+    ranks = ranked(Conjugate(), simulations=3)
+    rank = ranks["rank"]
     assert rank.dims == ("simulation", "quantity") and rank.shape == (3, 2)
     assert rank.attrs == {"long_name": "draws below the true value", "draws": 19, "bins": 2}
-    assert found["quantity"].values.tolist() == ["b[0, x]", "b[0, y]"]
+    assert ranks["quantity"].values.tolist() == ["b[0, x]", "b[0, y]"]
     assert ((rank >= 0) & (rank <= 19)).all() and np.issubdtype(rank.dtype, np.integer)
-    assert found["effective"].values.tolist() == [19.0] * 3 and found["ok"].all()
-    assert "conjugate" in found.attrs["settings"]
-    assert (found.attrs["failed_verdicts"], found.attrs["short_chains"]) == (0, 0)
+    assert ranks["effective"].values.tolist() == [19.0] * 3 and ranks["ok"].all()
+    assert "conjugate" in ranks.attrs["settings"]
+    assert (ranks.attrs["failed_verdicts"], ranks.attrs["short_chains"]) == (0, 0)
 
 
 def test_more_simulations_begin_with_the_same_ones():
-    few, many = (ranked(Conjugate(), simulations=one)["rank"].values for one in (3, 5))
+    few, many = (ranked(Conjugate(), simulations=number)["rank"].values for number in (3, 5))
     np.testing.assert_array_equal(many[:3], few)
     other = sbc(prior_draw, Conjugate(), key=jax.random.key(1), simulations=3, draws=19)
     assert (other["rank"].values != few).any()
 
 
 def test_a_right_posterior_has_uniform_ranks():
-    found = ranked(
+    ranks = ranked(
         Conjugate(),
         simulations=100,
         draws=99,
@@ -139,15 +139,15 @@ def test_a_right_posterior_has_uniform_ranks():
             "log likelihood": log_likelihood,
         },
     )
-    assert found["quantity"].values.tolist() == [
+    assert ranks["quantity"].values.tolist() == [
         "b[0, x]", "b[0, y]", "rises[0]", "log likelihood"
     ]  # fmt: skip
-    test = rank_histogram_test(found, false_alarm=FALSE_ALARM)
+    test = rank_histogram_test(ranks, false_alarm=FALSE_ALARM)
     assert test.ok, test.sentence
 
 
 @pytest.mark.parametrize(
-    ("method", "said"),
+    ("method", "error"),
     [
         (Conjugate(shift=-1.0), "too low"),
         (Conjugate(shift=1.0), "too high"),
@@ -155,14 +155,14 @@ def test_a_right_posterior_has_uniform_ranks():
         (Conjugate(ratio=3.0), "too wide"),
     ],
 )
-def test_planted_errors_are_seen(method, said):
+def test_planted_errors_are_seen(method, error):
     test = rank_histogram_test(ranked(method), false_alarm=FALSE_ALARM)
-    assert not test.ok and said in test.sentence
+    assert not test.ok and error in test.sentence
 
 
 def test_only_a_quantity_that_looks_at_the_data_sees_a_posterior_that_does_not():
-    found = ranked(Conjugate(ignores=True))
-    assert rank_histogram_test(found, false_alarm=FALSE_ALARM).ok
+    ranks = ranked(Conjugate(ignores=True))
+    assert rank_histogram_test(ranks, false_alarm=FALSE_ALARM).ok
     looked = ranked(Conjugate(ignores=True), quantities={"log likelihood": log_likelihood})
     test = rank_histogram_test(looked, false_alarm=FALSE_ALARM)
     assert not test.ok and "log likelihood" in test.sentence
@@ -179,9 +179,9 @@ def test_long_chains_are_thinned_and_short_ones_are_told_of():
 
 
 def test_failed_verdicts_are_counted_and_do_not_warn():
-    found = ranked(Conjugate(ok=False), simulations=20)
-    assert found.attrs["failed_verdicts"] == 20 and not found["ok"].any()
-    assert "20 fits asked for attention" in rank_histogram_test(found).sentence
+    ranks = ranked(Conjugate(ok=False), simulations=20)
+    assert ranks.attrs["failed_verdicts"] == 20 and not ranks["ok"].any()
+    assert "20 fits asked for attention" in rank_histogram_test(ranks).sentence
 
 
 def test_true_values_are_found_by_their_ids():
@@ -190,8 +190,8 @@ def test_true_values_are_found_by_their_ids():
         truth = truth.assign_coords(train=["x", "y"]).isel(train=[1, 0])
         return runs, truth.transpose("train", "query")
 
-    found = sbc(reordered, Conjugate(), key=KEY, simulations=4, draws=19)
-    xr.testing.assert_identical(found, ranked(Conjugate(), simulations=4))
+    ranks = sbc(reordered, Conjugate(), key=KEY, simulations=4, draws=19)
+    xr.testing.assert_identical(ranks, ranked(Conjugate(), simulations=4))
 
 
 def test_only_named_quantities_are_ranked():
@@ -199,8 +199,8 @@ def test_only_named_quantities_are_ranked():
         runs, truth = prior_draw(key)
         return runs, truth.assign(unknown=1.0)
 
-    found = sbc(more, Conjugate(), key=KEY, simulations=2, draws=19, quantities=["b"])
-    assert found.sizes["quantity"] == 2
+    ranks = sbc(more, Conjugate(), key=KEY, simulations=2, draws=19, quantities=["b"])
+    assert ranks.sizes["quantity"] == 2
     with pytest.raises(Misuse, match=r"true values: got unknown ids unknown; expected.*a, b"):
         sbc(more, Conjugate(), key=KEY, simulations=2, draws=19)
 
@@ -242,22 +242,22 @@ def runs():
 def test_calibration_has_a_value_for_every_time(runs, key):
     posterior = bs.mean_trajectory(runs.isel(run=slice(0, 5)))
     held_out = runs.isel(run=[5, 6])
-    found = by_horizon(posterior, held_out, key=key, draws=80)
+    horizons = by_horizon(posterior, held_out, key=key, draws=80)
     steps = runs.sizes["step"]
-    assert found["pit"].dims == ("run", "time", "query")
-    assert found["coverage"].dims == ("probability", "time")
-    assert found["time"].values.tolist() == list(range(1, steps + 1))
-    assert found["run"].values.tolist() == [5, 6]
-    assert found["probability"].values.tolist() == list(COVERAGES)
-    assert ((found["pit"] > 0) & (found["pit"] < 1)).all()
+    assert horizons["pit"].dims == ("run", "time", "query")
+    assert horizons["coverage"].dims == ("probability", "time")
+    assert horizons["time"].values.tolist() == list(range(1, steps + 1))
+    assert horizons["run"].values.tolist() == [5, 6]
+    assert horizons["probability"].values.tolist() == list(COVERAGES)
+    assert ((horizons["pit"] > 0) & (horizons["pit"] < 1)).all()
     loss = posterior.simulate(held_out, key=key, draws=80)["loss"].values[0]
     truth = held_out["loss"].values
     below = (loss < truth[None]).sum(axis=0)
-    np.testing.assert_allclose(found["pit"], (below[:, 1:] + 0.5) / 81, atol=1e-12)
+    np.testing.assert_allclose(horizons["pit"], (below[:, 1:] + 0.5) / 81, atol=1e-12)
     low, high = np.quantile(loss, [0.05, 0.95], axis=0, method="weibull")
     inside = ((truth >= low) & (truth <= high))[:, 1:].mean(axis=(0, 2))
-    np.testing.assert_allclose(found["coverage"].sel(probability=0.90), inside)
-    assert (np.diff(found["coverage"], axis=0) >= 0).all()
+    np.testing.assert_allclose(horizons["coverage"].sel(probability=0.90), inside)
+    assert (np.diff(horizons["coverage"], axis=0) >= 0).all()
 
 
 def test_calibration_is_of_recorded_times(runs, key):
@@ -265,16 +265,16 @@ def test_calibration_is_of_recorded_times(runs, key):
     thinned = whole.copy(deep=True)
     thinned["loss"].values[:, 1::2] = np.nan
     thinned["loss"].values[0, 2] = np.nan
-    full, found = (by_horizon(posterior, one, key=key, draws=40) for one in (whole, thinned))
+    full, horizons = (by_horizon(posterior, runs, key=key, draws=40) for runs in (whole, thinned))
     known = np.isfinite(thinned["loss"].values[:, 1:])
-    np.testing.assert_array_equal(found["pit"], np.where(known, full["pit"], np.nan))
+    np.testing.assert_array_equal(horizons["pit"], np.where(known, full["pit"], np.nan))
     times = runs["time"].values[1:]
-    np.testing.assert_array_equal(np.isnan(found["coverage"]).all("probability"), times % 2 == 1)
+    np.testing.assert_array_equal(np.isnan(horizons["coverage"]).all("probability"), times % 2 == 1)
     both = times[(times % 2 == 0) & (times > 2)]
-    np.testing.assert_allclose(found["coverage"].sel(time=both), full["coverage"].sel(time=both))
+    np.testing.assert_allclose(horizons["coverage"].sel(time=both), full["coverage"].sel(time=both))
     # At time 2 only the second run was recorded.
     loss = posterior.simulate(whole, key=key, draws=40)["loss"].values[0, :, 1, 2]
     low, high = np.quantile(loss, [0.05, 0.95], axis=0, method="weibull")
     truth = whole["loss"].values[1, 2]
     inside = ((truth >= low) & (truth <= high)).mean()
-    np.testing.assert_allclose(found["coverage"].sel(time=2, probability=0.90), inside)
+    np.testing.assert_allclose(horizons["coverage"].sel(time=2, probability=0.90), inside)

@@ -51,7 +51,7 @@ def table(posteriors, runs):
 
 
 def test_the_ratio_to_a_reference_is_that_of_the_same_runs(posteriors, runs, table):
-    found = bs.compare(
+    compared = bs.compare(
         posteriors,
         held_out(runs),
         key=jax.random.key(1),
@@ -59,20 +59,20 @@ def test_the_ratio_to_a_reference_is_that_of_the_same_runs(posteriors, runs, tab
         resamples=200,
         reference="ridge",
     )
-    np.testing.assert_allclose(found["mse_ratio"], table["mse"] / table.loc["ridge", "mse"])
-    assert found.loc["ridge", ["mse_ratio_low", "mse_ratio_high"]].tolist() == [1.0, 1.0]
-    own = found.loc["exact"]
+    np.testing.assert_allclose(compared["mse_ratio"], table["mse"] / table.loc["ridge", "mse"])
+    assert compared.loc["ridge", ["mse_ratio_low", "mse_ratio_high"]].tolist() == [1.0, 1.0]
+    own = compared.loc["exact"]
     assert own["mse_ratio_low"] < own["mse_ratio"] < own["mse_ratio_high"]
     # Hard runs are hard for both: less is uncertain than if each had runs of its own.
-    apart = own["mse_high"] / found.loc["ridge", "mse_low"]
+    apart = own["mse_high"] / compared.loc["ridge", "mse_low"]
     assert own["mse_ratio_high"] < apart
 
 
 def test_a_reference_that_failed_leaves_no_ratio(posteriors, runs):
     methods = {"mean": posteriors["mean"], "broken": Failed("no weights")}
     settings = {"key": jax.random.key(1), "draws": 8, "resamples": 20}
-    found = bs.compare(methods, held_out(runs), reference="broken", **settings)
-    assert found["mse_ratio"].isna().all() and found.loc["mean", "mse"] > 0
+    compared = bs.compare(methods, held_out(runs), reference="broken", **settings)
+    assert compared["mse_ratio"].isna().all() and compared.loc["mean", "mse"] > 0
     with pytest.raises(Misuse, match=r"reference: got 'other'"):
         bs.compare(methods, held_out(runs), reference="other", **settings)
 
@@ -170,7 +170,7 @@ def test_runs_are_compared_where_they_were_recorded(posteriors, runs):
     for name, posterior in posteriors.items():
         simulated = posterior.simulate(held_out(runs), key=simulate_key, draws=20)
         mean = simulated["mean_loss"].values.astype(float).mean(axis=(0, 1))
-        each = [np.nanmean(np.square(one)[1:]) for one in mean - loss]
+        each = [np.nanmean(np.square(error)[1:]) for error in mean - loss]
         np.testing.assert_allclose(table.loc[name, "mse"], np.mean(each), rtol=1e-5)
         # Across runs at the last time of all of them; the last query has none.
         assert last % 2 == 0 and np.isnan(loss[0, last - 1]).all()
@@ -210,10 +210,10 @@ def test_a_method_that_fails_keeps_its_row_and_the_others_go_on(posteriors, runs
     )
     assert table.loc["late", "mse"] > 0 and table.columns.tolist() == [*COLUMNS, "failed"]
     assert table.loc[["broken", "unlike", "gone"], COLUMNS].isna().all(axis=None)
-    said = table["failed"]
-    assert said[["mean", "late"]].tolist() == ["", ""]
-    assert said["broken"] == "singular curvature" and said["gone"] == "out of memory"
-    assert "quer" in said["unlike"]
+    reasons = table["failed"]
+    assert reasons[["mean", "late"]].tolist() == ["", ""]
+    assert reasons["broken"] == "singular curvature" and reasons["gone"] == "out of memory"
+    assert "quer" in reasons["unlike"]
     assert "method broken failed" in caplog.text
 
 

@@ -36,15 +36,15 @@ def subsets(scores, rng):
 
 def test_it_is_the_mean_of_spearmans_correlations(scores, subsets, key):
     predicted = predicted_outcomes(scores, subsets["mask"])
-    found = linear_datamodeling_score(predicted, subsets["outcome"], key=key)
+    score = linear_datamodeling_score(predicted, subsets["outcome"], key=key)
     each = [
-        spearmanr(predicted.values[:, one], subsets["outcome"].values[:, one]).statistic
-        for one in range(QUERY)
+        spearmanr(predicted.values[:, query], subsets["outcome"].values[:, query]).statistic
+        for query in range(QUERY)
     ]
-    np.testing.assert_allclose(found["by_query"], each)
-    np.testing.assert_allclose(found["lds"], np.mean(each))
-    assert found["lds_low"] < found["lds"] < found["lds_high"]
-    assert found.attrs["method"] == "made" and found.attrs["subsets"] == SUBSETS
+    np.testing.assert_allclose(score["by_query"], each)
+    np.testing.assert_allclose(score["lds"], np.mean(each))
+    assert score["lds_low"] < score["lds"] < score["lds_high"]
+    assert score.attrs["method"] == "made" and score.attrs["subsets"] == SUBSETS
 
 
 def test_the_truth_scores_one_and_its_opposite_minus_one(scores, subsets, key):
@@ -52,19 +52,19 @@ def test_the_truth_scores_one_and_its_opposite_minus_one(scores, subsets, key):
     truth = subsets["outcome"].copy(data=3.0 + 2.0 * exact.values)
     for sign in (1.0, -1.0):
         predicted = predicted_outcomes(sign * scores, subsets["mask"])
-        found = linear_datamodeling_score(predicted, truth, key=key, resamples=20)
+        score = linear_datamodeling_score(predicted, truth, key=key, resamples=20)
         for name in ("lds", "lds_low", "lds_high"):
-            assert float(found[name]) == pytest.approx(sign)
+            assert float(score[name]) == pytest.approx(sign)
 
 
 def test_chance_scores_about_zero(subsets, scores, rng, key):
     chance = scores.copy(data=rng.permuted(scores.values, axis=0))
-    found = linear_datamodeling_score(
+    score = linear_datamodeling_score(
         predicted_outcomes(chance, subsets["mask"]), subsets["outcome"], key=key
     )
     # Five correlations over 30 subsets: an sd of .09 where they were independent.
-    assert abs(float(found["lds"])) < 0.4
-    assert found["lds_low"] < 0.35 and found["lds_high"] > -0.35
+    assert abs(float(score["lds"])) < 0.4
+    assert score["lds_low"] < 0.35 and score["lds_high"] > -0.35
 
 
 def test_ids_decide_not_places(scores, subsets, key):
@@ -87,8 +87,8 @@ def test_a_simulator_is_scored_by_its_simulated_outcomes(key):
     posterior = additive_simulator(scores, fitted)
     subsets = subsets_of_runs(held_out)
     simulated = simulated_outcomes(posterior, held_out, key=key, draws=3)
-    found = linear_datamodeling_score(simulated, subsets["outcome"], key=key, resamples=20)
-    assert float(found["lds"]) > 0.99
+    score = linear_datamodeling_score(simulated, subsets["outcome"], key=key, resamples=20)
+    assert float(score["lds"]) > 0.99
     # Each example is seen equally often: the sum of scores ranks alike.
     summed = predicted_outcomes(scores, subsets["mask"])
     same = linear_datamodeling_score(simulated, summed, key=key, resamples=20)

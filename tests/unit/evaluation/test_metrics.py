@@ -23,7 +23,7 @@ from bayes_simfluence.evaluation.metrics import (
 
 def test_crps_is_the_mean_over_pairs(rng):
     draws, truth = rng.normal(size=(9, 3, 2)), rng.normal(size=(3, 2))
-    pairs = [np.abs(one - other) for one, other in itertools.permutations(draws, 2)]
+    pairs = [np.abs(left - right) for left, right in itertools.permutations(draws, 2)]
     expected = np.abs(draws - truth).mean(axis=0) - 0.5 * np.mean(pairs, axis=0)
     np.testing.assert_allclose(crps(draws, truth), expected, rtol=1e-12, atol=1e-14)
 
@@ -49,18 +49,18 @@ def test_the_gaussian_score_is_the_integral():
     x = np.linspace(-30, 30, 600_001)
     for mean, sd, truth in ((0.0, 1.0, 0.3), (1.0, 2.5, -2.0)):
         inside = (scipy.stats.norm.cdf(x, mean, sd) - (x >= truth)) ** 2
-        found = gaussian_crps(*(np.array([one]) for one in (mean, sd, truth)))
-        np.testing.assert_allclose(found[0], np.trapezoid(inside, x), rtol=1e-4)
+        score = gaussian_crps(*(np.array([value]) for value in (mean, sd, truth)))
+        np.testing.assert_allclose(score[0], np.trapezoid(inside, x), rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [39, 199])
 @pytest.mark.parametrize("probability", COVERAGES)
 def test_coverage_of_exchangeable_draws_is_nominal(rng, size, probability):
     points = 10_000
-    found = coverage(rng.normal(size=(size, points)), rng.normal(size=points), [probability])[0]
-    assert set(np.unique(found)) <= {0.0, 1.0}
+    inside = coverage(rng.normal(size=(size, points)), rng.normal(size=points), [probability])[0]
+    assert set(np.unique(inside)) <= {0.0, 1.0}
     # 5 standard errors: a false alarm of 6e-7.
-    assert abs(found.mean() - probability) < 5 * np.sqrt(0.25 / points)
+    assert abs(inside.mean() - probability) < 5 * np.sqrt(0.25 / points)
     narrow = coverage(
         0.5 * rng.normal(size=(size, points)), rng.normal(size=points), [probability]
     )[0]
@@ -76,8 +76,8 @@ def test_coverage_is_between_order_statistics():
 
 
 def test_pit_is_uniform_for_exchangeable_draws(rng):
-    found = pit(rng.normal(size=(99, 5000)), rng.normal(size=5000))
-    counts = np.bincount((found * 10).astype(int), minlength=10)
+    values = pit(rng.normal(size=(99, 5000)), rng.normal(size=5000))
+    counts = np.bincount((values * 10).astype(int), minlength=10)
     # A false alarm of 1e-4; the same test sees draws that are wrong.
     assert scipy.stats.chisquare(counts).pvalue > 1e-4
     for wrong in (0.8 * rng.normal(size=(99, 5000)), 0.2 + rng.normal(size=(99, 5000))):
@@ -88,8 +88,8 @@ def test_pit_is_uniform_for_exchangeable_draws(rng):
 def test_pit_is_inside_and_counts_ties_half():
     draws = np.array([[1.0], [2.0], [2.0], [3.0]])
     for truth, below in ((0.0, 0.0), (2.0, 2.0), (2.5, 3.0), (9.0, 4.0)):
-        found = pit(draws, np.array([truth]))[0]
-        assert found == (below + 0.5) / 5 and 0 < found < 1
+        values = pit(draws, np.array([truth]))[0]
+        assert values == (below + 0.5) / 5 and 0 < values < 1
 
 
 def test_the_log_density_is_normal(rng):
@@ -116,31 +116,31 @@ def test_spearman_is_scipys(rng):
 def test_spearman_across_runs_is_the_mean_over_queries_with_an_order(rng):
     mean, truth = rng.normal(size=(2, 7, 4))
     truth[:, 1], mean[:, 3] = 1.0, 2.0
-    kept = [scipy.stats.spearmanr(mean[:, one], truth[:, one]).statistic for one in (0, 2)]
+    kept = [scipy.stats.spearmanr(mean[:, query], truth[:, query]).statistic for query in (0, 2)]
     np.testing.assert_allclose(spearman_across_runs(mean, truth), np.mean(kept), rtol=1e-12)
     assert np.isnan(spearman_across_runs(mean[:, [3]], truth[:, [3]]))
 
 
 def test_the_scores_of_a_run_are_averages_after_time_zero(rng):
     draws, mean, truth = rng.normal(size=(19, 5, 6)), *rng.normal(size=(2, 5, 6))
-    found = run_scores(draws, mean, truth)
-    np.testing.assert_allclose(found["mse"], ((mean - truth)[1:] ** 2).mean())
-    np.testing.assert_allclose(found["mae"], np.abs((mean - truth)[1:]).mean())
-    np.testing.assert_allclose(found["crps"], crps(draws, truth)[1:].mean())
-    np.testing.assert_allclose(found["elpd"], log_density(draws, truth)[1:].mean())
+    scores = run_scores(draws, mean, truth)
+    np.testing.assert_allclose(scores["mse"], ((mean - truth)[1:] ** 2).mean())
+    np.testing.assert_allclose(scores["mae"], np.abs((mean - truth)[1:]).mean())
+    np.testing.assert_allclose(scores["crps"], crps(draws, truth)[1:].mean())
+    np.testing.assert_allclose(scores["elpd"], log_density(draws, truth)[1:].mean())
     inside = coverage(draws, truth, [0.90])[0]
-    np.testing.assert_allclose(found["coverage_90"], inside[1:].mean())
-    np.testing.assert_allclose(found["final_coverage_90"], inside[-1].mean())
+    np.testing.assert_allclose(scores["coverage_90"], inside[1:].mean())
+    np.testing.assert_allclose(scores["final_coverage_90"], inside[-1].mean())
     np.testing.assert_allclose(
-        found["spearman_query"], scipy.stats.spearmanr(mean[-1], truth[-1]).statistic
+        scores["spearman_query"], scipy.stats.spearmanr(mean[-1], truth[-1]).statistic
     )
     np.testing.assert_allclose(
-        found["spearman_change"],
+        scores["spearman_change"],
         scipy.stats.spearmanr(mean[-1] - mean[0], truth[-1] - truth[0]).statistic,
     )
     # Time 0 is given to every method.
     draws[:, 0] += 100.0
-    assert run_scores(draws, mean, truth) == found
+    assert run_scores(draws, mean, truth) == scores
 
 
 def test_only_recorded_points_are_scored(rng):
@@ -151,28 +151,28 @@ def test_only_recorded_points_are_scored(rng):
     known[0], known[5], known[1:, 3] = True, [True, False, False, False], False
     known[4, 1:3] = True, False
     known[3, 2] = True
-    found = run_scores(draws, mean, np.where(known, truth, np.nan))
+    scores = run_scores(draws, mean, np.where(known, truth, np.nan))
     points = [(time, query) for time, query in np.argwhere(known).tolist() if time > 0]
-    error = np.array([mean[one] - truth[one] for one in points])
-    np.testing.assert_allclose(found["mse"], (error**2).mean())
-    np.testing.assert_allclose(found["mae"], np.abs(error).mean())
+    error = np.array([mean[point] - truth[point] for point in points])
+    np.testing.assert_allclose(scores["mse"], (error**2).mean())
+    np.testing.assert_allclose(scores["mae"], np.abs(error).mean())
 
     def mean_over(points, kernel):
         drawn = np.stack([draws[:, time, query] for time, query in points], axis=1)
-        return kernel(drawn, np.array([truth[one] for one in points])).mean(axis=-1)
+        return kernel(drawn, np.array([truth[point] for point in points])).mean(axis=-1)
 
-    np.testing.assert_allclose(found["crps"], mean_over(points, crps))
-    np.testing.assert_allclose(found["elpd"], mean_over(points, log_density))
+    np.testing.assert_allclose(scores["crps"], mean_over(points, crps))
+    np.testing.assert_allclose(scores["elpd"], mean_over(points, log_density))
     for probability, inside in zip(COVERAGES, mean_over(points, coverage), strict=True):
-        np.testing.assert_allclose(found[f"coverage_{round(100 * probability)}"], inside)
+        np.testing.assert_allclose(scores[f"coverage_{round(100 * probability)}"], inside)
     # The final loss is the last recorded one; the last query has none after time 0.
     ends = [(5, 0), (4, 1), (3, 2)]
-    predicted, final = (np.array([side[one] for one in ends]) for side in (mean, truth))
-    assert found["spearman_query"] == pytest.approx(scipy.stats.spearmanr(predicted, final)[0])
+    predicted, final = (np.array([side[end] for end in ends]) for side in (mean, truth))
+    assert scores["spearman_query"] == pytest.approx(scipy.stats.spearmanr(predicted, final)[0])
     changes = (side - truth[0, :3] for side in (predicted, final))
-    assert found["spearman_change"] == pytest.approx(scipy.stats.spearmanr(*changes)[0])
+    assert scores["spearman_change"] == pytest.approx(scipy.stats.spearmanr(*changes)[0])
     inside = mean_over(ends, coverage)[COVERAGES.index(0.90)]
-    np.testing.assert_allclose(found["final_coverage_90"], inside)
+    np.testing.assert_allclose(scores["final_coverage_90"], inside)
 
 
 def test_the_last_known_time_is_marked_once(rng):
@@ -198,13 +198,13 @@ def test_resampled_correlations_are_those_of_each_resample(rng, monkeypatch):
     chosen = rng.integers(0, 7, (9, 7))
     chosen[4] = 5
     expected = []
-    for one in chosen:
-        each = [spearman(mean[one, q], truth[one, q]) for q in (0, 1)]
-        if 3 not in one:
-            each.append(spearman(mean[one, 3], truth[one, 3]))
+    for runs in chosen:
+        each = [spearman(mean[runs, q], truth[runs, q]) for q in (0, 1)]
+        if 3 not in runs:
+            each.append(spearman(mean[runs, 3], truth[runs, 3]))
         expected.append(np.mean(each))
-    # In pieces of two resamples and a last one of one.
+    # In batches of two resamples, and of one at the end.
     monkeypatch.setattr(metrics, "AT_ONCE", 2 * 7 * 4)
-    found = metrics.spearman_resampled(mean, truth, chosen)
-    np.testing.assert_allclose(found, expected)
-    assert np.isnan(found[4]) and np.isfinite(np.delete(found, 4)).all()
+    resampled = metrics.spearman_resampled(mean, truth, chosen)
+    np.testing.assert_allclose(resampled, expected)
+    assert np.isnan(resampled[4]) and np.isfinite(np.delete(resampled, 4)).all()

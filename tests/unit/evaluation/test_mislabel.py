@@ -31,15 +31,15 @@ def wrong(rng):
 
 def test_flipped_labels_are_wrong_and_the_others_right(key):
     labels = ["a", "b", "c"] * 20
-    found = flip_labels(labels, 0.25, key=key)
-    assert found.flipped.sum() == 15
-    differs = np.array([one != other for one, other in zip(found.labels, labels, strict=True)])
-    np.testing.assert_array_equal(differs, found.flipped)
-    assert set(found.labels) == {"a", "b", "c"}
+    noisy = flip_labels(labels, 0.25, key=key)
+    assert noisy.flipped.sum() == 15
+    differs = np.array([new != old for new, old in zip(noisy.labels, labels, strict=True)])
+    np.testing.assert_array_equal(differs, noisy.flipped)
+    assert set(noisy.labels) == {"a", "b", "c"}
     # Each of the other labels comes up.
-    pairs = {pair for pair in zip(labels, found.labels, strict=True) if pair[0] != pair[1]}
+    pairs = {pair for pair in zip(labels, noisy.labels, strict=True) if pair[0] != pair[1]}
     assert len(pairs) > 3
-    assert flip_labels(labels, 0.25, key=key).labels == found.labels
+    assert flip_labels(labels, 0.25, key=key).labels == noisy.labels
     assert flip_labels([0, 1], 0.01, key=key).flipped.sum() == 1
     with pytest.raises(Misuse, match=r"share: got 1\.0"):
         flip_labels(labels, 1.0, key=key)
@@ -48,24 +48,24 @@ def test_flipped_labels_are_wrong_and_the_others_right(key):
 
 
 def test_a_perfect_ranking_finds_all_first(wrong, key):
-    found = detection(ranking(wrong + np.linspace(0.0, 0.1, COUNT)), wrong, key=key)
+    curves = detection(ranking(wrong + np.linspace(0.0, 0.1, COUNT)), wrong, key=key)
     place = np.arange(1, COUNT + 1)
-    np.testing.assert_allclose(found["precision"], np.minimum(1.0, WRONG / place))
-    np.testing.assert_allclose(found["recall"], np.minimum(place / WRONG, 1.0))
+    np.testing.assert_allclose(curves["precision"], np.minimum(1.0, WRONG / place))
+    np.testing.assert_allclose(curves["recall"], np.minimum(place / WRONG, 1.0))
     for name in ("average_precision", "average_precision_low", "average_precision_high"):
-        assert float(found[name]) == 1.0
-    assert found.attrs["share"] == WRONG / COUNT and found.attrs["ranking"] == "s"
+        assert float(curves[name]) == 1.0
+    assert curves.attrs["share"] == WRONG / COUNT and curves.attrs["ranking"] == "s"
 
 
 def test_a_constant_ranking_is_a_blind_search(wrong, key):
-    found = detection(ranking(np.zeros(COUNT)), wrong, key=key)
-    np.testing.assert_allclose(found["precision"], WRONG / COUNT)
-    assert float(found["average_precision"]) == pytest.approx(WRONG / COUNT)
+    curves = detection(ranking(np.zeros(COUNT)), wrong, key=key)
+    np.testing.assert_allclose(curves["precision"], WRONG / COUNT)
+    assert float(curves["average_precision"]) == pytest.approx(WRONG / COUNT)
     # The share of wrong ones among 200 resampled examples: binomial, central 90%.
     sd = np.sqrt(0.2 * 0.8 / COUNT)
     for end, sign in (("low", -1), ("high", 1)):
         expected = 0.2 + sign * 1.645 * sd
-        assert float(found[f"average_precision_{end}"]) == pytest.approx(expected, abs=0.4 * sd)
+        assert float(curves[f"average_precision_{end}"]) == pytest.approx(expected, abs=0.4 * sd)
 
 
 def test_average_precision_is_that_of_scikit_learn(rng, wrong):
@@ -77,13 +77,13 @@ def test_average_precision_is_that_of_scikit_learn(rng, wrong):
 
 
 def test_bands_hold_the_curve(rng, wrong, key):
-    found = detection(ranking(rng.normal(size=COUNT) + 1.5 * wrong), wrong, key=key)
+    curves = detection(ranking(rng.normal(size=COUNT) + 1.5 * wrong), wrong, key=key)
     for name in ("precision", "recall"):
-        inside = (found[f"{name}_low"] <= found[name]) & (found[name] <= found[f"{name}_high"])
+        inside = (curves[f"{name}_low"] <= curves[name]) & (curves[name] <= curves[f"{name}_high"])
         assert inside.mean() > 0.95
-    assert found["average_precision_low"] < found["average_precision"]
-    assert found["average_precision"] < found["average_precision_high"]
-    assert float(found["recall"][-1]) == 1.0
+    assert curves["average_precision_low"] < curves["average_precision"]
+    assert curves["average_precision"] < curves["average_precision_high"]
+    assert float(curves["recall"][-1]) == 1.0
 
 
 def test_harm_is_the_share_of_draws_above_zero(key):
@@ -98,8 +98,8 @@ def test_harm_is_the_share_of_draws_above_zero(key):
     true = np.einsum("qn,q->n", truth.a, mean) + truth.b.sum(axis=0)
     sure = np.abs(harm - 0.5) > 0.4
     assert sure.any() and ((harm > 0.5) == (true > 0))[sure].mean() > 0.8
-    found = detection(harm, true > 0, key=key, resamples=50)
-    assert found["average_precision"] > found.attrs["share"]
+    curves = detection(harm, true > 0, key=key, resamples=50)
+    assert curves["average_precision"] > curves.attrs["share"]
     for point in (bs.persistence(runs), bs.mean_trajectory(runs)):
         with pytest.raises(Misuse, match="no draws of effects"):
             probability_of_harm(point, key=key, draws=10)

@@ -21,7 +21,7 @@ def ranks_of(rank, draws=DRAWS, **attrs):
     about = {"draws": draws, "bins": even_bins(draws, simulations)}
     return xr.Dataset(
         {"rank": (("simulation", "quantity"), rank, about)},
-        {"quantity": [f"q{one}" for one in range(quantities)]},
+        {"quantity": [f"q{number}" for number in range(quantities)]},
         attrs,
     )
 
@@ -44,8 +44,8 @@ def test_a_rank_counts_the_draws_below(key):
 
 def test_ties_are_broken_evenly(key):
     draws = np.concatenate([np.zeros((1, 6000)), np.ones((3, 6000)), np.full((1, 6000), 2.0)])
-    found = rank_among(draws, np.ones(6000), key=key)
-    counts = np.bincount(found, minlength=6)
+    ranks = rank_among(draws, np.ones(6000), key=key)
+    counts = np.bincount(ranks, minlength=6)
     assert counts[[0, 5]].tolist() == [0, 0]
     assert chisquare(counts[1:5]).pvalue > 1e-3
 
@@ -70,7 +70,7 @@ def test_right_ranks_fail_as_seldom_as_stated(rng, simulations):
 
 
 @pytest.mark.parametrize(
-    ("error", "said", "power"),
+    ("error", "sentence", "power"),
     [
         ({"shift": -0.4}, "too low", 0.85),
         ({"shift": 0.4}, "too high", 0.85),
@@ -78,25 +78,25 @@ def test_right_ranks_fail_as_seldom_as_stated(rng, simulations):
         ({"ratio": 1.5}, "too wide", 0.95),
     ],
 )
-def test_the_documented_power_at_200_simulations(rng, error, said, power):
+def test_the_documented_power_at_200_simulations(rng, error, sentence, power):
     wrong = planted(rng, 200, 300, **error)
     p_values = rank_histogram_test(ranks_of(wrong)).p_values
     # 1% over 100 quantities; the sd of the share over 300 of them is 0.02.
     assert (p_values < 1e-4).mean() > power - 0.07
     among = uniform(rng, 200, 5)
-    far = {name: 2 * one if name == "shift" else one**2 for name, one in error.items()}
+    far = {name: 2 * size if name == "shift" else size**2 for name, size in error.items()}
     among[:, 3:4] = planted(rng, 200, 1, **far)
-    found = rank_histogram_test(ranks_of(among), false_alarm=1e-4)
-    assert not found.ok
-    assert "Ranks of 1 of 5 quantities" in found.sentence
-    assert f"q3 (the posterior is {said}" in found.sentence
+    test = rank_histogram_test(ranks_of(among), false_alarm=1e-4)
+    assert not test.ok
+    assert "Ranks of 1 of 5 quantities" in test.sentence
+    assert f"q3 (the posterior is {sentence}" in test.sentence
 
 
 def test_another_shape_is_seen_too(rng):
     """Two clumps with the mean and spread of uniform ranks."""
     rank = np.where(rng.random((200, 1)) < 0.5, 21, 78) + rng.integers(-4, 5, (200, 1))
-    found = rank_histogram_test(ranks_of(rank))
-    assert not found.ok and "another shape" in found.sentence
+    test = rank_histogram_test(ranks_of(rank))
+    assert not test.ok and "another shape" in test.sentence
 
 
 def test_the_rate_is_over_all_quantities_together(rng):
@@ -109,16 +109,16 @@ def test_the_rate_is_over_all_quantities_together(rng):
 
 
 def test_a_good_sentence_and_its_caveats(rng):
-    found = rank_histogram_test(ranks_of(uniform(rng, 100, 3)))
-    assert found.ok and found.false_alarm == 0.01
-    assert str(found) == (
+    test = rank_histogram_test(ranks_of(uniform(rng, 100, 3)))
+    assert test.ok and test.false_alarm == 0.01
+    assert str(test) == (
         "Ranks of 3 quantities look uniform over 100 simulations (false-alarm rate 0.01)."
     )
-    assert found.p_values["quantity"].values.tolist() == ["q0", "q1", "q2"]
+    assert test.p_values["quantity"].values.tolist() == ["q0", "q1", "q2"]
     ranks = ranks_of(uniform(rng, 100, 3), failed_verdicts=4, short_chains=7)
-    said = str(rank_histogram_test(ranks))
-    assert "4 fits asked for attention." in said
-    assert "In 7 simulations a chain had fewer effective draws" in said
+    sentence = str(rank_histogram_test(ranks))
+    assert "4 fits asked for attention." in sentence
+    assert "In 7 simulations a chain had fewer effective draws" in sentence
 
 
 def test_too_few_simulations_are_refused(rng):

@@ -30,11 +30,11 @@ class Held:
 
     name, draws = "held", CHAINS * DRAWS
 
-    def __init__(self, found):
-        self.found = found
+    def __init__(self, variables):
+        self.variables = variables
 
     def samples(self, *, key, draws):
-        return self.found
+        return self.variables
 
     def __getattr__(self, name):
         return getattr(AffineSimulator, name)
@@ -51,7 +51,7 @@ def sampled(runs, rng):
     """Chains of which one disagrees on ``growth`` and on the second query's ``scale``."""
     fine, off = rng.normal(size=(2, CHAINS, DRAWS))
     off[3] += 2.0
-    found = {
+    samples = {
         "drift": (AXES, fine),
         "growth": (AXES, off),
         "scale": ((*AXES, "query"), np.stack([fine, off], axis=2)),
@@ -60,7 +60,7 @@ def sampled(runs, rng):
     diverging = np.zeros((CHAINS, DRAWS), bool)
     diverging[1, 7] = diverging[2, [7, 30]] = True
     stats = xr.Dataset({"diverging": (AXES, diverging)})
-    return Posterior(Held(found), Verdict(False, ""), runs, {}, sample_stats=stats)
+    return Posterior(Held(samples), Verdict(False, ""), runs, {}, sample_stats=stats)
 
 
 def test_numbers_say_what_is_wanted_of_them():
@@ -80,7 +80,7 @@ def test_numbers_say_what_is_wanted_of_them():
 def test_the_summary_shows_the_query_whose_chains_disagree(sampled, key):
     table = hyper_summary(sampled, key=key)
     assert list(table.index) == ["drift", "growth", "scale[q]"]
-    off = sampled.simulator.found["growth"][1]
+    off = sampled.simulator.variables["growth"][1]
     row = table.loc["growth"]
     np.testing.assert_allclose(row[["mean", "sd"]], [off.mean(), off.std()])
     np.testing.assert_allclose(row[["5%", "95%"]], np.quantile(off, [0.05, 0.95]))
@@ -89,9 +89,9 @@ def test_the_summary_shows_the_query_whose_chains_disagree(sampled, key):
 
 
 def test_fixed_hyperparameters_have_no_spread_and_no_chains(sampled, runs, key):
-    found = {"growth": (AXES, np.full((1, 50), 0.1)), "scale": ((*AXES, "query"),
+    samples = {"growth": (AXES, np.full((1, 50), 0.1)), "scale": ((*AXES, "query"),
              np.broadcast_to([1.0, 2.0], (1, 50, 2)))}  # fmt: skip
-    table = hyper_summary(Posterior(Held(found), Verdict(True, ""), runs, {}), key=key)
+    table = hyper_summary(Posterior(Held(samples), Verdict(True, ""), runs, {}), key=key)
     assert table.loc["growth", "sd"] == 0.0 and list(table.columns) == ["mean", "sd", "5%", "95%"]
 
 
@@ -101,9 +101,9 @@ def test_traces_show_the_worst_first_ranks_and_divergences(sampled, key):
     assert len(rest) == 2
     assert left.get_title(loc="left").startswith(("growth (R-hat 1.", "scale[q] (R-hat 1."))
     assert len(left.lines) == CHAINS
-    off = sampled.simulator.found["growth"][1]
+    off = sampled.simulator.variables["growth"][1]
     np.testing.assert_array_equal(left.lines[3].get_ydata(), off[3])
-    ticks = [one[0][0] for one in left.collections[0].get_segments()]
+    ticks = [segment[0][0] for segment in left.collections[0].get_segments()]
     assert ticks == [7, 30]
     heights = [patch.get_xy()[:, 1] for patch in right.patches]
     assert len(heights) == CHAINS
@@ -126,18 +126,19 @@ def test_a_search_shows_its_whole_and_its_end(rng):
 
 def left_out(runs, band, known=None):
     truth = runs["loss"].isel(time=slice(2, None))
-    found = {"predicted": truth + 0.01}
+    variables = {"predicted": truth + 0.01}
     if band:
         # The band misses at the last time alone.
         width = xr.where(truth["time"] < 4, 0.02, 0.001)
-        found |= {"low": truth + 0.01 - width, "high": truth + 0.01 + width}
-    return xr.Dataset(found).transpose("run", "time", "query")
+        variables |= {"low": truth + 0.01 - width, "high": truth + 0.01 + width}
+    return xr.Dataset(variables).transpose("run", "time", "query")
 
 
 def test_left_out_runs_show_coverage_and_changes(runs):
     missing = runs.assign(loss=runs["loss"].where(runs["time"] != 3))
-    for one, times in ((runs, [2, 3, 4]), (missing, [2, 4])):
-        posterior = Posterior(Held({}), Verdict(True, ""), one, {}, left_out(one, band=True))
+    for recording, times in ((runs, [2, 3, 4]), (missing, [2, 4])):
+        left = left_out(recording, band=True)
+        posterior = Posterior(Held({}), Verdict(True, ""), recording, {}, left)
         left, right = plot_left_out(posterior).axes
         x, y = left.lines[0].get_data()
         np.testing.assert_array_equal(x, times)

@@ -24,8 +24,8 @@ def table():
 
 
 def test_best_is_lowest_highest_or_nearest():
-    found = {name: best_of(table(), name) for name in ("mse", "spearman_query", "coverage_90")}
-    assert found == {"mse": "b", "spearman_query": "a", "coverage_90": "b"}
+    best = {name: best_of(table(), name) for name in ("mse", "spearman_query", "coverage_90")}
+    assert best == {"mse": "b", "spearman_query": "a", "coverage_90": "b"}
     assert best_of(table(), "elpd") is None
 
 
@@ -53,10 +53,10 @@ def test_a_failed_method_is_in_every_format():
     assert lines[5] == r"c\_d & \multicolumn{2}{l}{failed} \\"
     assert lines[-1] == "% c_d failed: no_memory"
     assert "textbf" not in latex(failing(), bold=False)
-    found = json.loads(json_text(failing()))["methods"]
-    assert found["c_d"] == {"failed": "no_memory"}
-    assert found["b"]["mse"] == {"value": 0.25, "low": 0.2, "high": 0.3}
-    assert found["a"]["elpd"]["value"] is None
+    methods = json.loads(json_text(failing()))["methods"]
+    assert methods["c_d"] == {"failed": "no_memory"}
+    assert methods["b"]["mse"] == {"value": 0.25, "low": 0.2, "high": 0.3}
+    assert methods["a"]["elpd"]["value"] is None
 
 
 def test_a_table_is_written_by_its_suffix(tmp_path):

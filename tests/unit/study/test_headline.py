@@ -51,7 +51,7 @@ def test_nothing_is_said_without_a_reference_or_others(table):
 
 def test_a_row_for_the_smallest_and_the_largest_number_of_runs(table):
     lines = headline_rows({"a": {5: table, 9: table, 7: table}, "b": {6: table}}, "mine", ["mean"])
-    assert [one.split(" | ")[:3] for one in lines.splitlines()[2:]] == [
+    assert [line.split(" | ")[:3] for line in lines.splitlines()[2:]] == [
         ["| a", "5", "mean"],
         ["| a", "9", "mean"],
         ["| b", "6", "mean"],
@@ -59,4 +59,4 @@ def test_a_row_for_the_smallest_and_the_largest_number_of_runs(table):
 
 
 def _numbers(cell):
-    return [float(one) for one in re.findall(r"[-\d.e]+", cell)]
+    return [float(number) for number in re.findall(r"[-\d.e]+", cell)]

@@ -36,9 +36,9 @@ def test_memory_is_seen_while_the_work_holds_it(tmp_path):
         time.sleep(0.2)
         path.write_text(str(held[0]))
 
-    found = run_job(path, work)
-    if found.peak_bytes is not None:
-        assert found.peak_bytes - found.start_bytes > 150_000_000
+    outcome = run_job(path, work)
+    if outcome.peak_bytes is not None:
+        assert outcome.peak_bytes - outcome.start_bytes > 150_000_000
 
 
 def test_a_failure_is_kept_until_it_is_done_again(tmp_path):

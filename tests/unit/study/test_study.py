@@ -71,7 +71,7 @@ def cell_of(studied, place=0):
 
 
 def files_in(folder):
-    return {one: one.stat().st_mtime_ns for one in folder.rglob("*") if one.is_file()}
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def test_scores_are_those_of_the_pilot_run_and_their_cost_is_known(studied):
@@ -84,16 +84,16 @@ def test_scores_are_those_of_the_pilot_run_and_their_cost_is_known(studied):
     pilot = bs.open_runs(cell.pilot)
     np.testing.assert_array_equal(pilot["batch"][0], cell.runs["batch"][0])
     np.testing.assert_array_equal(pilot["loss"][0, [0, -1]], cell.runs["loss"][0, [0, -1]])
-    one = Pilot(task_of(cell.config.record), cell.pilot, 4, 2, cell.key("x"), Silent())
-    assert [saved.step for saved in one.checkpoints()] == [2, 4]
-    assert [saved.step for saved in one.checkpoints(1)] == [4]
+    pilot = Pilot(task_of(cell.config.record), cell.pilot, 4, 2, cell.key("x"), Silent())
+    assert [saved.step for saved in pilot.checkpoints()] == [2, 4]
+    assert [saved.step for saved in pilot.checkpoints(1)] == [4]
     import jax
 
-    losses = jax.vmap(one.task.loss, in_axes=(None, 0))(
-        one.task.weights(one.final(), one.task.frozen), one.task.query
+    losses = jax.vmap(pilot.task.loss, in_axes=(None, 0))(
+        pilot.task.weights(pilot.final(), pilot.task.frozen), pilot.task.query
     )
     np.testing.assert_allclose(losses, cell.runs["loss"][0, -1], rtol=1e-5)
-    np.testing.assert_allclose(scores, grad_dot(one.task, one.final()), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(scores, grad_dot(pilot.task, pilot.final()), rtol=1e-4, atol=1e-7)
 
 
 def test_tables_are_comparisons_of_fits_to_the_first_runs(studied):
@@ -137,7 +137,7 @@ def test_the_report_has_tables_pictures_and_costs(studied):
     page = (folder / "index.md").read_text()
     assert "## tiny" in page and "## plain" in page
     # Seconds of scores only where there are scores, and of the fit of their scale.
-    costs = [one for one in page.splitlines() if one.startswith("| method | scores (s) |")]
+    costs = [line for line in page.splitlines() if line.startswith("| method | scores (s) |")]
     assert (
         costs
         == ["| method | scores (s) | fit to 4 runs (s) | peak memory (GiB) | at its start |"] * 2
@@ -160,7 +160,9 @@ def test_a_second_call_does_nothing_again(studied):
     before = files_in(folder)
     run_study(config, folder)
     after = files_in(folder)
-    changed = {one.relative_to(folder).parts[0] for one in after if before.get(one) != after[one]}
+    changed = {
+        path.relative_to(folder).parts[0] for path in after if before.get(path) != after[path]
+    }
     assert before.keys() == after.keys() and changed == {"report", "study.yaml"}
 
 
@@ -183,10 +185,10 @@ def test_it_goes_on_where_it_stopped(studied, settings, tmp_path, monkeypatch):
         run_study(grown, folder, cells=["tiny"], stages=["attribute", "fit", "compare"])
     assert cell.fit("grad-dot", 3).stat().st_mtime_ns == kept
     assert cell.fit("ridge-additive", 3).exists()
-    found = cell.tables()
-    assert list(found) == [2, 3, 4]
-    assert found[2].loc["new", "failed"] == "singular curvature: raise the damping"
-    assert found[2].loc["grad-dot", "mse"] > 0 and found[2].loc["grad-dot", "failed"] == ""
+    tables = cell.tables()
+    assert list(tables) == [2, 3, 4]
+    assert tables[2].loc["new", "failed"] == "singular curvature: raise the damping"
+    assert tables[2].loc["grad-dot", "mse"] > 0 and tables[2].loc["grad-dot", "failed"] == ""
     monkeypatch.setattr(stages, "ATTRIBUTIONS", {**table, "new": lambda _: scores})
     run_study(grown, folder, cells=["tiny"], stages=["attribute", "fit", "compare"], retry=True)
     repaired = cell.tables()[2]
