@@ -81,24 +81,15 @@ def runs_of(shares: pd.DataFrame, losses: pd.DataFrame, start: pd.Series) -> xr.
     )
 
 
-def on_log_scale() -> bs.Simfluence:
-    """Effects that add up on the logarithm of the loss: one step has no memory and no knots."""
-    return bs.Simfluence(
-        link="log",
-        timescales="staying",
-        exposure=bs.Exposure.memoryless(),
-        coefficients=bs.Varying(knots=1),
-        prior=bs.priors.Normal(features=False),
-        error=bs.noise.Gaussian(),
-        time_effect="linear",
-    )
-
-
+ADDITIVE = bs.Simfluence.additive()
+"""One scale and noise for each query, by marginal likelihood."""
+ON_LOG_SCALE = bs.Simfluence.additive(link="log", scales="shared", time_effect="linear")
+"""Effects that add up on the logarithm of the loss, with what all mixtures have in common."""
 MODELS = {
-    LINEAR: (bs.Simfluence(kind="additive"), ()),
-    "log link": (on_log_scale(), ()),
-    "first tokens apart": (bs.Simfluence(kind="additive"), CUTS),
-    BEST: (on_log_scale(), CUTS),
+    LINEAR: (ADDITIVE, ()),
+    "log link": (ON_LOG_SCALE, ()),
+    "first tokens apart": (ADDITIVE, CUTS),
+    BEST: (ON_LOG_SCALE, CUTS),
 }
 """Name -> model, and cuts of the domains' tokens."""
 
