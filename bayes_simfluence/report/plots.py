@@ -63,12 +63,7 @@ def plot_curves(
             truth = recorded["loss"].isel(run=run).sel(query=query)
             _truth(axes, truth, label="recorded", linewidth=1.2)
         axes.set_title(f"query {query}", fontsize=9)
-    for axes in list(grid.flat)[len(chosen) :]:
-        axes.set_visible(False)
-    for axes in grid[-1]:
-        axes.set_xlabel("time (updates)")
-    for axes in grid[:, 0]:
-        axes.set_ylabel("loss (nats)")
+    _label_grid(grid, len(chosen), "time (updates)", "loss (nats)")
     bands = dict.fromkeys(_band_name(each, probability) for each in simulated.values())
     title = f"run {first['run'].values[run]}: simulated mean and {', '.join(bands)}"
     _legend(figure, grid.flat[0], title)
@@ -206,12 +201,7 @@ def plot_ranks(ranks: xr.Dataset, *, most: int = 9, probability: float = 0.95) -
         axes.stairs(heights, edges, fill=True, color=COLOURS[0], alpha=0.6, label="simulations")
         name, p_value = ranks["quantity"].values[place], float(test.p_values[place])
         axes.set_title(f"{name} (p {p_value:.2g})", fontsize=9)
-    for axes in list(grid.flat)[len(shown) :]:
-        axes.set_visible(False)
-    for axes in grid[-1]:
-        axes.set_xlabel("rank of the true value")
-    for axes in grid[:, 0]:
-        axes.set_ylabel("simulations")
+    _label_grid(grid, len(shown), "rank of the true value", "simulations")
     _legend(figure, grid.flat[0], "\n".join(wrap(test.sentence, 44 * columns)))
     return figure
 
@@ -257,6 +247,16 @@ def _truth(axes: Axes, truth: xr.DataArray, **style: Any) -> None:
     known = truth.dropna("time")
     mark = None if known.sizes == truth.sizes else "."
     axes.plot(known["time"], known, color=TRUTH, marker=mark, markersize=3, **style)
+
+
+def _label_grid(grid: Any, used: int, x: str, y: str) -> None:
+    """Labels at the left and bottom of a grid of axes; those beyond the used ones are hidden."""
+    for axes in list(grid.flat)[used:]:
+        axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel(x)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(y)
 
 
 def _moving(runs: xr.Dataset, run: int, count: int = 6) -> list[Any]:
