@@ -59,7 +59,7 @@ class Conjugate:
         mean = mean + self.shift * np.sqrt(np.diagonal(covariance))
         factor = np.concatenate([np.zeros((2, 2)), self.ratio * np.linalg.cholesky(covariance)])
         simulator = AffineSimulator(np.zeros((1, 2)), mean[None], factor=factor[None])
-        return Fitted(self.wrapped(simulator, key), Verdict(self.ok, "as planted"))
+        return Fitted(self.wrapped(simulator, context.key), Verdict(self.ok, "as planted"))
 
     def wrapped(self, simulator, key):
         return simulator
