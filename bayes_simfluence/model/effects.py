@@ -155,7 +155,7 @@ class Prior(ABC):
         return {"name": self.name, **self._settings()}
 
     def _settings(self) -> dict[str, Any]:
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def standard(name: str, shape: tuple[int, ...]) -> Array:

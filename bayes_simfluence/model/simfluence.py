@@ -373,16 +373,16 @@ def mean_effect(
     """Effect of a step on each example alone, averaged over training, as a map of the weights."""
     knots, train = model.coefficients.count(1.0), len(features.train)
     blocks = []
-    for one in model.parts:
-        over_time = model.coefficients.root(values, one, knots)
-        sources = model.prior.columns(values, one, jnp.eye(train), features)
+    for other in model.parts:
+        over_time = model.coefficients.root(values, other, knots)
+        sources = model.prior.columns(values, other, jnp.eye(train), features)
         block = over_time.mean(axis=0)[None, :, None] * sources[:, None, :]
         if model.time_effect != "none":
-            shared = values[f"{one}_common"] * time_curve(model, over_time).mean(axis=0)
+            shared = values[f"{other}_common"] * time_curve(model, over_time).mean(axis=0)
             shared = jnp.broadcast_to(shared[None, :, None], (train, knots, 1))
             block = jnp.concatenate([block, shared], axis=2)
-        block = part_scale(values, one) * block.reshape(train, -1)
-        blocks.append(block if one == part else jnp.zeros_like(block))
+        block = part_scale(values, other) * block.reshape(train, -1)
+        blocks.append(block if other == part else jnp.zeros_like(block))
     return jnp.concatenate(blocks, axis=1)
 
 

@@ -14,7 +14,9 @@ def recorded_arrays(runs: xr.Dataset, prior: Prior | None = None) -> RunArrays:
     """The arrays of valid, usable runs; with the embeddings of a prior that brings its own."""
     features = no_features(runs.sizes["train"], runs.sizes["query"])
     known = {axis: _optional(runs, f"{axis}_feature") for axis in ("train", "query")}
-    features = features._replace(**{axis: one for axis, one in known.items() if one is not None})
+    features = features._replace(
+        **{axis: array for axis, array in known.items() if array is not None}
+    )
     own = None if prior is None else prior.resolve(runs["train"].values, runs["query"].values)
     features = features if own is None else ExampleFeatures(*map(np.asarray, own))
     return RunArrays.of(

@@ -83,7 +83,7 @@ class PriorDraws(Protocol):
 def chosen_groups(groups: Sequence[str] | None) -> tuple[str, ...]:
     """The groups asked for; all when None."""
     wanted = GROUPS if groups is None else tuple(groups)
-    unknown = [one for one in wanted if one not in GROUPS]
+    unknown = [group for group in wanted if group not in GROUPS]
     if unknown:
         raise Misuse(
             "groups",
@@ -151,7 +151,7 @@ def likelihood_groups(
     whole = np.nansum(density, axis=3, dtype=float)
     about = {"long_name": "log density of the loss given the run's earlier ones", "units": "1"}
     of_run = {"long_name": "log density of the run's losses after time 0", "units": "1"}
-    without_time = {name: one for name, one in coords.items() if name != "time"}
+    without_time = {name: coordinate for name, coordinate in coords.items() if name != "time"}
     dims = tuple(name for name in DIMS if name != "time")
     return {
         "log_likelihood": xr.Dataset(
@@ -175,10 +175,10 @@ def data_groups(runs: xr.Dataset, kept: Bool[np.ndarray, " step"]) -> dict[str, 
 
 def prior_groups(prior: Prior, times: np.ndarray) -> dict[str, xr.Dataset]:
     """Groups of prior draws, predictions at the observed times."""
-    found = {"prior": prior.parameters}
+    groups = {"prior": prior.parameters}
     if prior.predictive is not None:
-        found["prior_predictive"] = prior.predictive[["loss"]].sel(time=times)
-    return found
+        groups["prior_predictive"] = prior.predictive[["loss"]].sel(time=times)
+    return groups
 
 
 def container(groups: Mapping[str, xr.Dataset]) -> Any:
@@ -219,9 +219,9 @@ def pointwise_loo(idata: Any) -> tuple[xr.DataArray, xr.DataArray, float]:
     with catch_warnings():
         # Who asks for k does not need the advice that there is a large one.
         filterwarnings("ignore", message="Estimated shape parameter of Pareto")
-        found = arviz.loo(idata, pointwise=True)
-    elpd = found.elpd_i if _is_tree() else found.loo_i
-    return elpd, found.pareto_k, float(found.good_k)
+        loo = arviz.loo(idata, pointwise=True)
+    elpd = loo.elpd_i if _is_tree() else loo.loo_i
+    return elpd, loo.pareto_k, float(loo.good_k)
 
 
 def untrusted_runs(density: Float[np.ndarray, "chain draw run query"]) -> float:

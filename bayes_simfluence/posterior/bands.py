@@ -78,8 +78,8 @@ def stretch(
 ) -> Float[np.ndarray, "*draw run time query"]:
     """The factor at which a loss is just within the band; 0 at the centre, 1 at an edge.
 
-    >>> one = np.ones((1, 1, 1))
-    >>> stretch(Shape(one, 0.25 * one, 0.5 * one), 0.5 * one).item()
+    >>> unit = np.ones((1, 1, 1))
+    >>> stretch(Shape(unit, 0.25 * unit, 0.5 * unit), 0.5 * unit).item()
     2.0
     """
     error = loss - shape.centre
@@ -100,8 +100,8 @@ class Credible:
     >>> runs = bs.example_runs().isel(query=slice(0, 2))
     >>> mean = bs.mean_trajectory(runs.isel(run=slice(0, 20)))
     >>> band = bs.Credible(0.8, simultaneous=True)
-    >>> found = mean.simulate(runs.isel(run=[20]), key=jax.random.key(0), band=band)
-    >>> found["low"].dims, found["low"].attrs["kind"]
+    >>> simulated = mean.simulate(runs.isel(run=[20]), key=jax.random.key(0), band=band)
+    >>> simulated["low"].dims, simulated["low"].attrs["kind"]
     (('run', 'time', 'query'), 'credible')
     """
 
@@ -131,8 +131,8 @@ class Credible:
         factor = np.ones((1, 1, 1))
         if self.simultaneous:
             largest = stretch(shape, loss)[:, :, 1:].max(axis=2)
-            found = np.quantile(largest, self.probability, axis=0, method="weibull")
-            factor = np.maximum(found, 1.0)[:, None]
+            quantile = np.quantile(largest, self.probability, axis=0, method="weibull")
+            factor = np.maximum(quantile, 1.0)[:, None]
         about = {"kind": "credible", "probability": self.probability}
         return banded(simulated, shape, factor, {**about, "simultaneous": int(self.simultaneous)})
 

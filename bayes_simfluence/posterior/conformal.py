@@ -101,8 +101,8 @@ class Conformal:
     >>> runs = bs.example_runs().isel(query=slice(0, 2))
     >>> mean = bs.mean_trajectory(runs.isel(run=slice(0, 20)))
     >>> band = bs.Conformal(runs.isel(run=slice(20, 31)), probability=0.9)
-    >>> found = mean.simulate(runs.isel(run=[31]), key=jax.random.key(0), band=band)
-    >>> found["high"].attrs["n_calibration"]
+    >>> simulated = mean.simulate(runs.isel(run=[31]), key=jax.random.key(0), band=band)
+    >>> simulated["high"].attrs["n_calibration"]
     11
     """
 
@@ -137,7 +137,7 @@ class Conformal:
             largest = np.max(score, axis=1, initial=-np.inf, where=np.isfinite(score))
             score = np.where(np.isfinite(largest), largest, np.nan)[:, None]
             score = np.broadcast_to(score, scored.score.shape)
-        each = [conformal_quantile(one, self.probability) for one in np.moveaxis(score, 1, 0)]
+        each = [conformal_quantile(scores, self.probability) for scores in np.moveaxis(score, 1, 0)]
         factor = np.interp(simulated["time"].values, scored.time, each)[None, :, None]
         shape = _shape(simulated, in_nats=scored.in_nats)
         about = {
@@ -195,8 +195,8 @@ def _shape(simulated: xr.Dataset, *, in_nats: bool) -> Shape:
 
 
 def _left_out_scores(posterior: Simulates, query: np.ndarray) -> _Scored:
-    found = posterior.left_out
-    if found is None:
+    left_out = posterior.left_out
+    if left_out is None:
         raise Misuse(
             "band=Conformal()",
             got="a posterior without predictions of left-out runs",
@@ -204,17 +204,17 @@ def _left_out_scores(posterior: Simulates, query: np.ndarray) -> _Scored:
             do="pass Conformal(runs) with recorded runs that were not fitted, or fit with Exact() "
             "and the two-timescale model",
         )
-    found = found.sel(time=found["time"] > 0)
-    found = found.isel(query=named("queries", query, found["query"].values))
-    truth = posterior.runs["loss"].sel(time=found["time"], query=found["query"])
-    centre = np.asarray(found["predicted"].values, float)
-    in_nats = "low" not in found
+    left_out = left_out.sel(time=left_out["time"] > 0)
+    left_out = left_out.isel(query=named("queries", query, left_out["query"].values))
+    truth = posterior.runs["loss"].sel(time=left_out["time"], query=left_out["query"])
+    centre = np.asarray(left_out["predicted"].values, float)
+    in_nats = "low" not in left_out
     widths = [np.ones_like(centre)] * 2
     if not in_nats:
-        widths = [centre - found["low"].values, found["high"].values - centre]
-    shape = Shape(centre, *(np.maximum(one, FLOOR) for one in widths))
+        widths = [centre - left_out["low"].values, left_out["high"].values - centre]
+    shape = Shape(centre, *(np.maximum(width, FLOOR) for width in widths))
     score = stretch(shape, np.asarray(truth.values, float))
-    return _Scored(found["time"].values, score, in_nats)
+    return _Scored(left_out["time"].values, score, in_nats)
 
 
 def _not_fitted(runs: xr.Dataset, fitted: xr.Dataset) -> None:

@@ -46,7 +46,8 @@ VERSION = 1
 """Of the file format."""
 
 SIMULATORS: dict[str, type[Simulator]] = {
-    one.name: one for one in (AffineSimulator, MeanSimulator, GaussianSimulator, SampledSimulator)
+    simulator.name: simulator
+    for simulator in (AffineSimulator, MeanSimulator, GaussianSimulator, SampledSimulator)
 }
 """The simulators that a saved posterior may hold."""
 FORMER_NAMES = {"paths": "gaussian"}
@@ -118,15 +119,15 @@ class Posterior:
                 expected="every query's loss before the first update",
                 do="measure them, or make the runs with planned_runs(like=recorded, ...)",
             )
-        found = simulated_runs(self.simulator, self.runs, runs, key=key, draws=draws)
+        losses = simulated_runs(self.simulator, self.runs, runs, key=key, draws=draws)
         dims = ("chain", "draw", "run", "time", "query")
         simulated = xr.Dataset(
             {
-                "mean_loss": (dims, found.mean_loss, _nats("loss without the noise of a run")),
-                "loss": (dims, found.loss, _nats("predicted loss, noise included")),
+                "mean_loss": (dims, losses.mean_loss, _nats("loss without the noise of a run")),
+                "loss": (dims, losses.loss, _nats("predicted loss, noise included")),
             },
             coords={
-                **_counted(found.loss),
+                **_counted(losses.loss),
                 **{name: runs[name] for name in ("run", "time", "query")},
             },
             attrs={"settings": json.dumps(self.settings)},
@@ -138,10 +139,10 @@ class Posterior:
     def samples(self, *, key: jax.Array, draws: int = 200) -> xr.Dataset:
         """Draws of coefficients and hyperparameters, ``(chain, draw, ...)``."""
         keyed(key)
-        found = self.simulator.samples(key=key, draws=positive_integer("draws", draws))
-        first = next(iter(found.values()))[1]
+        samples = self.simulator.samples(key=key, draws=positive_integer("draws", draws))
+        first = next(iter(samples.values()))[1]
         return xr.Dataset(
-            {name: (dims, value) for name, (dims, value) in found.items()},
+            {name: (dims, value) for name, (dims, value) in samples.items()},
             coords={
                 **_counted(first),
                 **{name: self.runs[name].values for name in ("query", "train")},
@@ -194,19 +195,19 @@ class Posterior:
         draws = self.simulator.draws or draws
         affordable(self.runs, draws, wanted, limit_bytes)
         loss = times_masked(self.runs, times)
-        found = self._densities(loss, key, draws if LIKELIHOOD & set(wanted) else 1)
-        observed = found["observed_data"]["time"].values
+        made = self._densities(loss, key, draws if LIKELIHOOD & set(wanted) else 1)
+        observed = made["observed_data"]["time"].values
         if "posterior" in wanted:
-            found["posterior"] = self.samples(key=key, draws=draws)
+            made["posterior"] = self.samples(key=key, draws=draws)
         if "posterior_predictive" in wanted:
             simulated = self.simulate(self.runs, key=key, draws=draws)
-            found["posterior_predictive"] = simulated[["loss"]].sel(time=observed)
+            made["posterior_predictive"] = simulated[["loss"]].sel(time=observed)
         if self.prior is not None and PRIOR & set(wanted):
             prior = self.prior(self.runs, key=jax.random.fold_in(key, 1), draws=draws)
-            found.update(prior_groups(prior, observed))
+            made.update(prior_groups(prior, observed))
         if self.sample_stats is not None:
-            found["sample_stats"] = self.sample_stats
-        return container({name: one for name, one in found.items() if name in wanted})
+            made["sample_stats"] = self.sample_stats
+        return container({name: group for name, group in made.items() if name in wanted})
 
     def _densities(
         self, loss: Float[np.ndarray, "run time query"], key: jax.Array, draws: int
@@ -217,12 +218,15 @@ class Posterior:
         # Every draw has its density at the same steps.
         known = loss[:, 1:] if density is None else density[0, 0]
         kept = np.isfinite(known).any(axis=(0, 2))
-        found = data_groups(self.runs, kept)
+        groups = data_groups(self.runs, kept)
         if density is not None:
-            ids = {str(name): one.values for name, one in found["observed_data"].coords.items()}
+            ids = {
+                str(name): coordinate.values
+                for name, coordinate in groups["observed_data"].coords.items()
+            }
             coords = {**_counted(density), **ids}
-            found.update(likelihood_groups(density, kept, coords))
-        return found
+            groups.update(likelihood_groups(density, kept, coords))
+        return groups
 
     def save(self, path: PathLike, *, overwrite: bool = False) -> Path:
         """Write everything to one netCDF file; ``load_posterior`` reads it back.
@@ -270,7 +274,7 @@ def load_posterior(path: PathLike) -> Posterior:
         )
     try:
         about = read_group(path).attrs
-        arrays = {str(name): one.values for name, one in read_group(path, "simulator").items()}
+        arrays = {str(name): array.values for name, array in read_group(path, "simulator").items()}
         runs = read_group(path, "runs")
         if about["posterior_version"] != VERSION:
             raise ValueError(f"version {about['posterior_version']}")

@@ -91,8 +91,8 @@ class AffineSimulator:
         if self.factor is not None:
             factor = jnp.asarray(self.factor[query], jnp.float32)
             z = jax.vmap(
-                lambda one: jax.random.normal(
-                    jax.random.fold_in(key, one), (draws, factor.shape[2])
+                lambda number: jax.random.normal(
+                    jax.random.fold_in(key, number), (draws, factor.shape[2])
                 )
             )(jnp.asarray(query))
             drawn = drawn + jnp.einsum("qws,qds->dqw", factor, z)
@@ -110,9 +110,11 @@ class AffineSimulator:
     def samples(self, *, key: jax.Array, draws: int) -> Named:
         """``a`` (unitless) and ``b`` (nats): one draw of a point, else as many as asked."""
         chunks = self._chunks(np.arange(len(self.a)), key, self.draws or draws)
-        found = (np.concatenate(parts)[None] for parts in list(zip(*chunks, strict=True))[1:])
+        coefficients = (
+            np.concatenate(parts)[None] for parts in list(zip(*chunks, strict=True))[1:]
+        )
         dims = ("chain", "draw", "query", "train")
-        return {name: (dims, one) for name, one in zip("ab", found, strict=True)}
+        return {name: (dims, value) for name, value in zip("ab", coefficients, strict=True)}
 
     def log_likelihood(
         self, runs: RunArrays, *, key: jax.Array, draws: int
@@ -124,12 +126,12 @@ class AffineSimulator:
         if self.noise is None or self.residual is not None:
             return None
         later = runs.loss[:, 1:]
-        found = np.empty((1, draws, *later.shape), np.float32)
+        density = np.empty((1, draws, *later.shape), np.float32)
         shares = self._weights(runs)
         for start, a, b in self._chunks(runs.query, key, draws):
             # Losses hardly move within a step: differences need double precision.
             with double_precision():
-                found[0, start : start + len(a)] = _log_density(
+                density[0, start : start + len(a)] = _log_density(
                     jnp.asarray(shares, float),
                     jnp.asarray(a, float),
                     jnp.asarray(b, float),
@@ -138,7 +140,7 @@ class AffineSimulator:
                     jnp.asarray(later, float),
                     jnp.asarray(self.keep, float),
                 )
-        return np.where(np.isfinite(later), found, np.float32(np.nan))
+        return np.where(np.isfinite(later), density, np.float32(np.nan))
 
     def arrays(self) -> Named:
         """Coefficients, factor, noise and residuals, where there are any."""
@@ -150,7 +152,7 @@ class AffineSimulator:
             "residual": ("fitted", "time", "query"),
         }
         values = {name: getattr(self, name) for name in dims}
-        return {name: (dims[name], one) for name, one in values.items() if one is not None}
+        return {name: (dims[name], array) for name, array in values.items() if array is not None}
 
     def settings(self) -> dict[str, Any]:
         """The form of the recurrence."""

@@ -46,7 +46,7 @@ class GaussianSimulator:
             spread evenly over a recorded run, straight lines between them.
         df: degrees of freedom of the scales' posterior; the band is Student-t with them.
         unseen: features of queries that were never recorded, which this simulates then instead of
-            the fitted ones (``simulators.unseen``).
+            the fitted ones (``posterior.unseen``).
     """
 
     name: ClassVar[str] = "gaussian"

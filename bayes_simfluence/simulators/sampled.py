@@ -124,9 +124,9 @@ class SampledSimulator:
         self, wanted: Int[np.ndarray, "gap axis"], query: Int[np.ndarray, " query"]
     ) -> Int[np.ndarray, " gap"]:
         """Places in the site ``missing`` of losses at positions (run, time, queried)."""
-        places = {tuple(one): place for place, one in enumerate(self.missing.tolist())}
+        places = {tuple(position): place for place, position in enumerate(self.missing.tolist())}
         asked = [(run, time, int(query[at])) for run, time, at in wanted.tolist()]
-        unknown = sum(one not in places for one in asked)
+        unknown = sum(position not in places for position in asked)
         if unknown:
             raise Misuse(
                 "times",
@@ -134,7 +134,7 @@ class SampledSimulator:
                 expected="every recorded loss, for a density that needs the loss before each step",
                 do="leave times out",
             )
-        return np.array([places[one] for one in asked], int)
+        return np.array([places[position] for position in asked], int)
 
     def _of_query(self) -> tuple[str, ...]:
         """Sites of which each query has its own, besides the coefficients."""
@@ -236,17 +236,17 @@ def _densities(
 def _effects_of(
     model: Simfluence, units: Units, features: ExampleFeatures, draws: Sites
 ) -> dict[str, Float[Array, "draw query train"]]:
-    found: dict[str, Array] = jax.lax.map(partial(_effects, model, units, features), draws)
-    return found
+    effects: dict[str, Array] = jax.lax.map(partial(_effects, model, units, features), draws)
+    return effects
 
 
 def _effects(
     model: Simfluence, units: Units, features: ExampleFeatures, sites: Sites
 ) -> dict[str, Float[Array, "query train"]]:
-    found = coefficients_of(model, sites, units, features)
-    named = {part: value.mean(axis=2) for part, value in found.additive.items()}
-    if found.multiplicative is not None:
-        named["multiplicative"] = found.multiplicative
+    coefficients = coefficients_of(model, sites, units, features)
+    named = {part: value.mean(axis=2) for part, value in coefficients.additive.items()}
+    if coefficients.multiplicative is not None:
+        named["multiplicative"] = coefficients.multiplicative
     published = {"staying": "b", "multiplicative": "a"}
     if model.per_query:
         return {published.get(name, name): value for name, value in named.items()}

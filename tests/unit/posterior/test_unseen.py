@@ -10,7 +10,7 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.gaussian.designs import designs_and_means
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.posterior.arrays import recorded_arrays
-from bayes_simfluence.simulators.unseen import _df
+from bayes_simfluence.posterior.unseen import _df
 
 pytestmark = pytest.mark.filterwarnings("ignore::bayes_simfluence.checks.FitWarning")
 KEY = jax.random.key(5)
