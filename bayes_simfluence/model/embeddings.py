@@ -86,30 +86,28 @@ class Features(Prior):
         return {"features": self.features, "pooled": self.pooled, **described}
 
 
-def _described(given: Any) -> str | None:
-    if given is None or isinstance(given, str):
-        return given
-    return " x ".join(map(str, np.shape(given)))
+def _described(rows: Any) -> str | None:
+    if rows is None or isinstance(rows, str):
+        return rows
+    return " x ".join(map(str, np.shape(rows)))
 
 
-def _rows(what: str, given: Any, ids: np.ndarray) -> Float[np.ndarray, "row feature"]:
-    if given is None or isinstance(given, str):
+def _rows(what: str, rows: Any, ids: np.ndarray) -> Float[np.ndarray, "row feature"]:
+    if rows is None or isinstance(rows, str):
         raise Misuse(
             f"Features({what}=...)",
-            got="nothing" if given is None else f"the description {given!r} of a saved model",
+            got="nothing" if rows is None else f"the description {rows!r} of a saved model",
             expected="one row for each example",
             do="pass their embeddings",
         )
-    if isinstance(given, xr.DataArray):
-        dim = str(given.dims[0])
-        return np.asarray(given.values, float)[
-            named(f"Features({what}=...)", ids, given[dim].values)
-        ]
-    if len(given) != len(ids):
+    if isinstance(rows, xr.DataArray):
+        dim = str(rows.dims[0])
+        return np.asarray(rows.values, float)[named(f"Features({what}=...)", ids, rows[dim].values)]
+    if len(rows) != len(ids):
         raise Misuse(
             f"Features({what}=...)",
-            got=f"{len(given)} rows",
+            got=f"{len(rows)} rows",
             expected=f"{len(ids)}, one for each id of the recording",
             do="pass a DataArray with ids as coordinate, or as many rows in their order",
         )
-    return np.asarray(given, float)
+    return np.asarray(rows, float)
