@@ -63,10 +63,10 @@ class Units(NamedTuple):
 
     Attributes:
         reference: of each query, root mean square of its losses before the first update: the loss
-            at which multiplicative and additive effects of the published kinds are equally large.
-        spread: what a query's scale is divided by to be the sd of a coefficient. One for the
-            published kinds; for the others the sd along a run of effects with unit coefficients,
-            so that their scale is that of the loss's change.
+            at which multiplicative and additive effects are equally large under scales per query.
+        spread: what a query's scale is divided by to be the sd of a coefficient. One for scales
+            per query; for shared ones the sd along a run of effects with unit coefficients, so
+            that their scale is that of the loss's change.
     """
 
     reference: Float[Array, " query"]
