@@ -29,7 +29,7 @@ from bayes_simfluence.inference.ridge import PENALTIES
 from bayes_simfluence.model.link import log_slope
 from bayes_simfluence.progress import Bars
 from bayes_simfluence.report.plots import save_figure
-from bayes_simfluence.simulators.gaussian import PathSimulator
+from bayes_simfluence.simulators.gaussian import GaussianSimulator
 
 FITTED, VALIDATED = 25, 2
 COUNTS = (25, 15, 8, 5)
@@ -127,7 +127,7 @@ def best_in_hindsight(fit: xr.Dataset, test: xr.Dataset, key: jax.Array) -> bs.P
 
 def in_nats(posterior: bs.Posterior) -> float:
     """Mean log derivative of the link: turns a score on its scale into one in nats, per point."""
-    if not isinstance(posterior.simulator, PathSimulator):
+    if not isinstance(posterior.simulator, GaussianSimulator):
         return 0.0
     seen = posterior.runs["loss"].values[:, 1:][:, posterior.simulator.rows]
     return float(log_slope(posterior.simulator.model.link, jnp.asarray(seen)).mean())
