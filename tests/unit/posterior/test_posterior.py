@@ -10,6 +10,7 @@ import xarray as xr
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
+from bayes_simfluence.data.netcdf import read_group, write_groups
 
 KEY = jax.random.key(0)
 METHODS = ("two-timescale", "linear", "ridge", "ridge band", "mean", "persistence")
@@ -121,6 +122,25 @@ def test_a_saved_posterior_simulates_the_same(posteriors, held_out, tmp_path, me
         posterior.save(path)
     posterior.save(path, overwrite=True)
     assert [one.name for one in tmp_path.iterdir()] == ["posterior.nc"]
+
+
+def test_a_posterior_of_version_0_1_opens(posteriors, held_out, tmp_path):
+    """Its simulator had another name, and so had two parts of its band."""
+    posterior, old = posteriors["two-timescale"], tmp_path / "old.nc"
+    path = posterior.save(tmp_path / "new.nc")
+    groups = {group: read_group(path, group) for group in ("/", "simulator", "runs", "left_out")}
+    about = groups["/"].attrs
+    assert about["simulator"] == "gaussian"
+    about["simulator"] = "paths"
+    about["simulator_settings"]["freedom"] = about["simulator_settings"].pop("df")
+    arrays = groups["simulator"].drop_vars("weight")
+    groups["simulator"] = arrays.rename(log_inflation="widening")
+    write_groups(old, groups)
+    again = bs.load_posterior(old)
+    assert again.simulator.df == posterior.simulator.df
+    xr.testing.assert_identical(
+        again.simulate(held_out, key=KEY, draws=6), posterior.simulate(held_out, key=KEY, draws=6)
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -338,3 +338,20 @@ def test_what_is_saved_is_what_was_there(rng, key, known):
         strict=True,
     ):
         np.testing.assert_array_equal(one, other)
+
+
+def test_what_version_0_1_saved_is_what_was_there(rng, key):
+    """Without weights, and under the names that the band's parts had then."""
+    post, plan = simulator(rng, log_inflation=np.log([1.0, 2.0, 3.0]), df=5.0), planned(rng)
+    arrays = {name: value for name, (_, value) in post.arrays().items()}
+    settings = post.settings()
+    del arrays["weight"]
+    arrays["widening"], settings["freedom"] = arrays.pop("log_inflation"), settings.pop("df")
+    again = GaussianSimulator.restore(arrays, settings)
+    assert again.df == 5.0
+    for loss, expected in zip(
+        again.simulate(plan, key=key, draws=DRAWS),
+        post.simulate(plan, key=key, draws=DRAWS),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(loss, expected)
