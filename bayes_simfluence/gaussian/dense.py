@@ -27,7 +27,7 @@ def posterior_of_weights(
 
 def predictions_of_left_out(
     gaussian: LinearGaussian, change: Float[Array | np.ndarray, "run row query"], run: int
-) -> tuple[Float[np.ndarray, "row query"], Float[np.ndarray, "row row"]]:
+) -> tuple[Float[np.ndarray, "recorded query"], Float[np.ndarray, "recorded recorded"]]:
     """Error (true minus predicted) of a run's recorded points, and its covariance.
 
     By really leaving the run out, up to each query's scale squared.
