@@ -43,7 +43,7 @@ def simulate(
         ),
     ] = "",
     probability: Annotated[
-        float | None, typer.Option(help="Of the band.", show_default="0.9")
+        float | None, typer.Option(help="Probability of the band.", show_default="0.9")
     ] = None,
     simultaneous: Annotated[
         bool, typer.Option("--simultaneous", help="The band holds whole trajectories.")

@@ -58,11 +58,11 @@ class AffineSimulator:
         weights = jnp.asarray(self._weights(runs), jnp.float32)
         initial = jnp.asarray(runs.initial, jnp.float32)
         _, noise_key = jax.random.split(key)
-        pieces = []
+        chunks = []
         for start, a, b in self._chunks(runs.query, key, draws):
             steps = self._step_noise(runs, jax.random.fold_in(noise_key, start), len(a))
-            pieces.append(_rolled_out(weights, a, b, steps, initial, jnp.float32(self.keep)))
-        mean, loss = (np.concatenate(parts)[None] for parts in zip(*pieces, strict=True))
+            chunks.append(_rolled_out(weights, a, b, steps, initial, jnp.float32(self.keep)))
+        mean, loss = (np.concatenate(parts)[None] for parts in zip(*chunks, strict=True))
         if self.residual is not None:
             loss = loss + resampled(self.residual, runs, key=noise_key, draws=draws)[None]
         return Simulated(mean, loss)
