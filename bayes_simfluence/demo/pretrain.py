@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 from bayes_simfluence.networks import bert
 from bayes_simfluence.networks.checkpoint import load_tokenizer
 from bayes_simfluence.networks.network import Sequence as Tokens
-from bayes_simfluence.networks.network import Settings
 from bayes_simfluence.networks.tensor_files import Tensors, save_tensors
 from bayes_simfluence.progress import Progress
 
@@ -126,7 +125,7 @@ def _random_tensors(vocabulary: int, key: jax.Array) -> Tensors:
 
 def _trained(
     tensors: Tensors,
-    settings: Settings,
+    settings: bert.BertSettings,
     tokens: Int[Array, "text token"],
     attended: Bool[Array, "text token"],
     *,
@@ -148,7 +147,7 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
 
 @partial(jax.jit, static_argnames=("settings", "steps"))
 def _some_steps(
-    settings: Settings,
+    settings: bert.BertSettings,
     steps: int,
     tokens: Int[Array, "text token"],
     attended: Bool[Array, "text token"],
@@ -170,7 +169,7 @@ def _some_steps(
 
 
 def _masked_word_loss(
-    settings: Settings,
+    settings: bert.BertSettings,
     params: Tensors,
     words: Int[Array, "batch token"],
     seen: Bool[Array, "batch token"],

@@ -1,19 +1,26 @@
-"""BERT as a pure function of the checkpoint's tensors (Devlin et al. 2019, arXiv 1810.04805).
+"""BERT and its near kin as pure functions of the checkpoint's tensors.
 
-MiniLM checkpoints are BERT. RoBERTa is BERT with other positions (``roberta``).
+BERT (Devlin et al. 2019, arXiv 1810.04805; MiniLM checkpoints are BERT), RoBERTa (Liu et al. 2019,
+arXiv 1907.11692) and XLM-RoBERTa (Conneau et al. 2020), whose positions count only tokens that are
+not padding, beginning after the padding's id, and DistilBERT (Sanh et al. 2019, arXiv 1910.01108),
+of half the depth, without segments and pooler, under tensor names of its own.
 """
 
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
+from bayes_simfluence.checks import count_of
 from bayes_simfluence.networks.layers import (
     ACTIVATIONS,
     attend,
     dense,
     embed,
     everywhere,
+    fits,
     layer_norm,
     places,
     split_heads,
@@ -33,31 +40,32 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 __all__ = [
+    "DISTILBERT",
     "FAMILY",
-    "LayerNames",
+    "ROBERTA",
+    "BertSettings",
     "encode",
-    "layers_shapes",
     "network",
-    "pooler_shapes",
     "settings_of",
     "shapes_of",
-    "through_layers",
 ]
 
-UNUSED = (
-    r"(.*\.)?(position_ids|token_type_ids)",
-    r"cls\..*",
-    r"lm_head\..*",
-    r"(.*\.)?pooler\..*",
-    r"classifier\..*",
-    r"qa_outputs\..*",
-)
-"""Buffers, and heads that ``hidden`` does not pass."""
+DISTILBERT_EPSILON = 1e-12
+"""Added to the variance in DistilBERT's layer norm; no option of its configuration."""
 
 
-class LayerNames(NamedTuple):
-    """What a checkpoint calls the parts of a layer; ``layer`` stands before the layer's number."""
+class Names(NamedTuple):
+    """What an architecture calls the options of its configuration and the parts of a layer.
 
+    ``layer`` stands before the layer's number; ``unused`` are patterns of buffers, and of heads
+    that ``encode`` does not pass.
+    """
+
+    width: str
+    heads: str
+    depth: str
+    inner: str
+    activation: str
     layer: str
     query: str
     key: str
@@ -67,9 +75,15 @@ class LayerNames(NamedTuple):
     up: str
     down: str
     norm: str
+    unused: tuple[str, ...]
 
 
-NAMES = LayerNames(
+BERT_NAMES = Names(
+    width="hidden_size",
+    heads="num_attention_heads",
+    depth="num_hidden_layers",
+    inner="intermediate_size",
+    activation="hidden_act",
     layer="encoder.layer",
     query="attention.self.query",
     key="attention.self.key",
@@ -79,53 +93,96 @@ NAMES = LayerNames(
     up="intermediate.dense",
     down="output.dense",
     norm="output.LayerNorm",
+    unused=(
+        r"(.*\.)?(position_ids|token_type_ids)",
+        r"cls\..*",
+        r"lm_head\..*",
+        r"(.*\.)?pooler\..*",
+        r"classifier\..*",
+        r"qa_outputs\..*",
+    ),
+)
+
+DISTILBERT_NAMES = Names(
+    width="dim",
+    heads="n_heads",
+    depth="n_layers",
+    inner="hidden_dim",
+    activation="activation",
+    layer="transformer.layer",
+    query="attention.q_lin",
+    key="attention.k_lin",
+    value="attention.v_lin",
+    output="attention.out_lin",
+    attention_norm="sa_layer_norm",
+    up="ffn.lin1",
+    down="ffn.lin2",
+    norm="output_layer_norm",
+    unused=(r"vocab_.*", r"(pre_)?classifier\..*", r"qa_outputs\..*", r"(.*\.)?position_ids"),
 )
 
 
-def settings_of(config: "PretrainedConfig", tensors: Tensors, *, family: str = "bert") -> Settings:
-    """The settings of a checkpoint's ``config.json``, checked against its tensors.
+@dataclass(frozen=True, kw_only=True)
+class BertSettings(Settings):
+    """What the forward pass needs of a configuration.
 
-    Args:
-        family: what a model with a head calls the encoder inside it.
+    Attributes:
+        names: what the checkpoint calls the parts of a layer.
+        segments: embeddings of segments are added; otherwise segments are not used.
+        padding: id of the padding token where positions count from it (RoBERTa), None elsewhere.
+    """
+
+    names: Names
+    segments: bool
+    padding: int | None
+
+
+def settings_of(config: "PretrainedConfig", tensors: Tensors) -> BertSettings:
+    """The settings of a checkpoint's ``config.json``, checked against its tensors.
 
     Raises:
         Misuse: an option not built here, or tensors that the configuration does not describe.
     """
-    check_option(config, "position_embedding_type", ["absolute"], "absolute")
-    check_option(config, "is_decoder", [False], False)
-    check_option(config, "add_cross_attention", [False], False)
-    prefix = prefix_of(tensors, "embeddings.", f"{family}.")
-    quotient(config, "hidden_size", "num_attention_heads")
-    check_tensors(tensors, shapes_of(config, prefix), UNUSED)
-    return Settings(
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        epsilon=config.layer_norm_eps,
-        activation=check_option(config, "hidden_act", list(ACTIVATIONS)),
+    names, is_distilbert = _names(config), config.model_type == "distilbert"
+    is_roberta = config.model_type in ("roberta", "xlm-roberta")
+    if not is_distilbert:
+        check_option(config, "position_embedding_type", ["absolute"], "absolute")
+        check_option(config, "is_decoder", [False], False)
+        check_option(config, "add_cross_attention", [False], False)
+    # What a model with a head calls the encoder inside it.
+    prefix = prefix_of(
+        tensors, "embeddings.", "roberta." if is_roberta else f"{config.model_type}."
+    )
+    quotient(config, names.width, names.heads)
+    check_tensors(tensors, shapes_of(config, prefix), names.unused)
+    return BertSettings(
+        layers=getattr(config, names.depth),
+        heads=getattr(config, names.heads),
+        epsilon=DISTILBERT_EPSILON if is_distilbert else config.layer_norm_eps,
+        activation=check_option(config, names.activation, list(ACTIVATIONS)),
         prefix=prefix,
+        names=names,
+        segments=not is_distilbert,
+        padding=count_of(
+            "config.json pad_token_id", config.pad_token_id, do="set it in config.json"
+        )
+        if is_roberta
+        else None,
     )
 
 
 def shapes_of(config: "PretrainedConfig", prefix: str = "") -> Shapes:
     """The tensors that ``encode`` reads."""
-    width, start = config.hidden_size, f"{prefix}embeddings"
-    return {
+    names, start = _names(config), f"{prefix}embeddings"
+    width, inner = getattr(config, names.width), getattr(config, names.inner)
+    shapes: Shapes = {
         f"{start}.word_embeddings.weight": (config.vocab_size, width),
         f"{start}.position_embeddings.weight": (config.max_position_embeddings, width),
-        f"{start}.token_type_embeddings.weight": (config.type_vocab_size, width),
-        **weight_and_bias(f"{start}.LayerNorm", width),
-        **layers_shapes(NAMES, prefix, config.num_hidden_layers, width, config.intermediate_size),
     }
-
-
-def layers_shapes(names: LayerNames, prefix: str, layers: int, width: int, inner: int) -> Shapes:
-    """The tensors that ``through_layers`` reads.
-
-    Args:
-        inner: width between the two layers of the feed-forward part.
-    """
-    shapes: Shapes = {}
-    for layer in range(layers):
+    if config.model_type != "distilbert":
+        shapes[f"{start}.token_type_embeddings.weight"] = (config.type_vocab_size, width)
+    shapes |= weight_and_bias(f"{start}.LayerNorm", width)
+    for layer in range(getattr(config, names.depth)):
         name = f"{prefix}{names.layer}.{layer}"
         for part in (names.query, names.key, names.value, names.output):
             shapes |= weight_and_bias(f"{name}.{part}", width, width)
@@ -136,46 +193,19 @@ def layers_shapes(names: LayerNames, prefix: str, layers: int, width: int, inner
     return shapes
 
 
-def pooler_shapes(config: "PretrainedConfig", tensors: Tensors, prefix: str) -> Shapes:
-    """The tensors of the tanh layer over the first token, none where the checkpoint has none."""
-    shapes = weight_and_bias(f"{prefix}pooler.dense", config.hidden_size, config.hidden_size)
-    if not any(name in tensors for name in shapes):
-        return {}
-    check_tensors({name: tensors[name] for name in shapes if name in tensors}, shapes)
-    return shapes
-
-
 def encode(
-    settings: Settings,
-    tensors: Tensors,
-    sequence: Sequence,
-    positions: Int[Array, " token"] | None = None,
+    settings: BertSettings, tensors: Tensors, sequence: Sequence
 ) -> Float[Array, "token hidden"]:
-    """Hidden states of the last layer for one sequence.
-
-    Args:
-        positions: rows of the position embeddings; 0, 1, 2, ... when None.
-    """
-    start = f"{settings.prefix}embeddings"
+    """Hidden states of the last layer, whose norms follow each residual, for one sequence."""
+    start, names, epsilon = f"{settings.prefix}embeddings", settings.names, settings.epsilon
+    hidden = embed(tensors[f"{start}.word_embeddings.weight"], sequence.tokens)
     table = tensors[f"{start}.position_embeddings.weight"]
-    hidden = (
-        embed(tensors[f"{start}.word_embeddings.weight"], sequence.tokens)
-        + (places(table, sequence.tokens) if positions is None else embed(table, positions))
-        + embed(tensors[f"{start}.token_type_embeddings.weight"], sequence.segments)
-    )
-    hidden = layer_norm(tensors, f"{start}.LayerNorm", hidden, settings.epsilon)
-    return through_layers(settings, NAMES, tensors, hidden, sequence.attended)
-
-
-def through_layers(
-    settings: Settings,
-    names: LayerNames,
-    tensors: Tensors,
-    hidden: Float[Array, "token hidden"],
-    attended: Bool[Array, " token"],
-) -> Float[Array, "token hidden"]:
-    """Hidden states after all layers, whose norms follow each residual, from the embeddings."""
-    mask = everywhere(len(hidden), attended)
+    hidden = hidden + _positions(table, sequence.tokens, settings.padding)
+    if settings.segments:
+        table = tensors[f"{start}.token_type_embeddings.weight"]
+        hidden = hidden + embed(table, sequence.segments)
+    hidden = layer_norm(tensors, f"{start}.LayerNorm", hidden, epsilon)
+    mask = everywhere(len(hidden), sequence.attended)
     for layer in range(settings.layers):
         name = f"{settings.prefix}{names.layer}.{layer}"
         query, key, value = (
@@ -184,19 +214,20 @@ def through_layers(
         )
         mixed = attend(query, key, value, mask, scale=query.shape[-1] ** -0.5)
         mixed = hidden + dense(tensors, f"{name}.{names.output}", mixed)
-        hidden = layer_norm(tensors, f"{name}.{names.attention_norm}", mixed, settings.epsilon)
+        hidden = layer_norm(tensors, f"{name}.{names.attention_norm}", mixed, epsilon)
         inner = ACTIVATIONS[settings.activation](dense(tensors, f"{name}.{names.up}", hidden))
         mixed = hidden + dense(tensors, f"{name}.{names.down}", inner)
-        hidden = layer_norm(tensors, f"{name}.{names.norm}", mixed, settings.epsilon)
+        hidden = layer_norm(tensors, f"{name}.{names.norm}", mixed, epsilon)
     return hidden
 
 
 def network(config: "PretrainedConfig", tensors: Tensors) -> Network:
-    """The network of a BERT checkpoint; raises what ``settings_of`` raises."""
+    """The network of a checkpoint of these architectures; raises what ``settings_of`` raises."""
     settings = settings_of(config, tensors)
-    pooler = pooler_shapes(config, tensors, settings.prefix)
-    shapes = {**shapes_of(config, settings.prefix), **pooler}
-    return encoder(config, partial(encode, settings), shapes)
+    shapes = shapes_of(config, settings.prefix) | _pooler_shapes(config, tensors, settings.prefix)
+    rows, padding = config.max_position_embeddings, settings.padding
+    positions = rows if padding is None else rows - padding - 1
+    return encoder(config, partial(encode, settings), shapes, positions)
 
 
 FAMILY = Family(
@@ -209,3 +240,41 @@ FAMILY = Family(
     prefix="bert.",
     classifier="BertForSequenceClassification",
 )
+
+ROBERTA = replace(FAMILY, tied=("lm_head.decoder",), prefix="roberta.", classifier=None)
+
+DISTILBERT = Family(
+    network,
+    tables=("word_embeddings", "position_embeddings"),
+    tied=("vocab_projector",),
+    # peft has no defaults for DistilBERT: the layers that it adapts of BERT.
+    lora_targets=("q_lin", "v_lin"),
+    ia3_targets=("k_lin", "v_lin", "lin2"),
+    ia3_feedforward=("lin2",),
+    prefix="distilbert.",
+)
+
+
+def _names(config: "PretrainedConfig") -> Names:
+    return DISTILBERT_NAMES if config.model_type == "distilbert" else BERT_NAMES
+
+
+def _positions(
+    table: Float[Array, "position hidden"], tokens: Int[Array, " token"], padding: int | None
+) -> Float[Array, "token hidden"]:
+    """Embeddings of 0, 1, 2, ..., or of RoBERTa's positions: padding's is its id."""
+    if padding is None:
+        return places(table, tokens)
+    fits(tokens, len(table) - padding - 1)
+    words = tokens != padding
+    return embed(table, jnp.where(words, jnp.cumsum(words), 0) + padding)
+
+
+def _pooler_shapes(config: "PretrainedConfig", tensors: Tensors, prefix: str) -> Shapes:
+    """The tensors of the tanh layer over the first token, none where the checkpoint has none."""
+    shapes = weight_and_bias(f"{prefix}pooler.dense", config.hidden_size, config.hidden_size)
+    held = {name: tensors[name] for name in shapes if name in tensors}
+    if not held:
+        return {}
+    check_tensors(held, shapes)
+    return shapes

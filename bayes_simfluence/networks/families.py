@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.networks import bert, distilbert, gpt2, gpt_neox, llama, roberta, t5
+from bayes_simfluence.networks import bert, gpt2, gpt_neox, llama, t5
 from bayes_simfluence.networks.network import Family, Network
 from bayes_simfluence.networks.tensor_files import Tensors
 
@@ -14,9 +14,9 @@ __all__ = ["FAMILIES", "family_of"]
 
 FAMILIES = {
     "bert": bert.FAMILY,
-    "roberta": roberta.FAMILY,
-    "xlm-roberta": roberta.FAMILY,
-    "distilbert": distilbert.FAMILY,
+    "roberta": bert.ROBERTA,
+    "xlm-roberta": bert.ROBERTA,
+    "distilbert": bert.DISTILBERT,
     "gpt2": gpt2.FAMILY,
     "gpt_neox": gpt_neox.FAMILY,
     "t5": t5.FAMILY,

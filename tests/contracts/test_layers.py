@@ -44,8 +44,6 @@ ROWS = {
         "layers",
         "network",
         "bert",
-        "roberta",
-        "distilbert",
         "gpt2",
         "gpt_neox",
         "t5",

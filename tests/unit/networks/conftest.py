@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bayes_simfluence.networks import bert, distilbert, gpt2, gpt_neox, llama, roberta, t5
+from bayes_simfluence.networks import bert, gpt2, gpt_neox, llama, t5
 from bayes_simfluence.networks.checkpoint import Checkpoint
 from bayes_simfluence.networks.network import Sequence
 
@@ -35,8 +35,8 @@ UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 
 CASES = {
     "bert": ("bert", bert, {**ENCODER, "max_position_embeddings": 16}),
-    "roberta": ("roberta", roberta, {**ENCODER, "max_position_embeddings": 20, "pad_token_id": 1}),
-    "distilbert": ("distilbert", distilbert, {"dim": 16, "n_layers": 2, "n_heads": 4}),
+    "roberta": ("roberta", bert, {**ENCODER, "max_position_embeddings": 20, "pad_token_id": 1}),
+    "distilbert": ("distilbert", bert, {"dim": 16, "n_layers": 2, "n_heads": 4}),
     "gpt2": ("gpt2", gpt2, GPT2),
     "gpt2 untied": ("gpt2", gpt2, {**GPT2, **UNTIED, "scale_attn_by_inverse_layer_idx": True}),
     "gpt_neox": (
