@@ -10,6 +10,7 @@ from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tasks.completions import Completions, completed, prompt_tokens
 from bayes_simfluence.tasks.generation import continuations
 from bayes_simfluence.tasks.likelihood import completion_logits, smallest_margin
+from bayes_simfluence.tasks.measures import measures
 from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.rows import Rows
 from bayes_simfluence.tasks.task import Task
@@ -82,15 +83,11 @@ def causal_task(
     def margin(weights: Tensors, example: Examples) -> Float[Array, ""]:
         return smallest_margin(logits(weights, example), *target(example))
 
-    def accuracy(weights: Tensors, example: Examples) -> Float[Array, ""]:
-        least = margin(weights, example)
-        return (least > 0).astype(least.dtype)
-
     return target_task(
         prepared,
         logits,
         target,
-        measured={"accuracy": accuracy, "margin": margin},
+        measured=measures(margin),
         writer=lambda: continuations(model, prompt_tokens(model, texts["query"]), new_tokens),
         references=[text.strip() for text in texts["query"].completions],
     )

@@ -6,6 +6,7 @@ plain functions, and answers are short. Decoding ends at EOS or after ``new_toke
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,7 +30,6 @@ TOGETHER = 8
 SCORES = ("bleu", "rouge_l")
 
 Write = Callable[[Tensors], list[str]]
-Decode = Callable[[Tensors], Int[Array, "query new"]]
 State = tuple[Int[Array, " token"], Int[Array, ""], Bool[Array, ""]]
 
 
@@ -53,26 +53,20 @@ def continuations(model: Pretrained, prompts: Sequence[Sequence[int]], new_token
     buffers = padded(prompts, bucket(longest, positions or 2 * longest), max(end, 0))
     lengths = jnp.asarray([len(prompt) for prompt in prompts])
 
-    def next_logits(tensors: Tensors, buffer: Int[Array, " token"], at: Int[Array, ""]) -> Any:
-        attended = jnp.arange(len(buffer)) < at
-        sequence = networks.Sequence(buffer, jnp.zeros_like(buffer), attended)
-        return model.network.logits(tensors, sequence)[at - 1]  # type: ignore[misc]
+    def continued(
+        tensors: Tensors, prompt: tuple[Int[Array, " token"], Int[Array, ""]]
+    ) -> Int[Array, " new"]:
+        def next_logits(buffer: Int[Array, " token"], at: Int[Array, ""]) -> Any:
+            attended = jnp.arange(len(buffer)) < at
+            sequence = networks.Sequence(buffer, jnp.zeros_like(buffer), attended)
+            return model.network.logits(tensors, sequence)[at - 1]  # type: ignore[misc]
 
-    @jax.jit
-    def decode(tensors: Tensors) -> Int[Array, "query new"]:
-        def continued(prompt: tuple[Int[Array, " token"], Int[Array, ""]]) -> Int[Array, " new"]:
-            buffer, length = prompt
-            written = _greedy(
-                lambda buffer, at: next_logits(tensors, buffer, at),
-                (buffer, length, jnp.zeros((), bool)),
-                length + new_tokens,
-                end,
-            )
-            return jax.lax.dynamic_slice(written, (length,), (new_tokens,))
+        buffer, length = prompt
+        start = (buffer, length, jnp.zeros((), bool))
+        written = _greedy(next_logits, start, length + new_tokens, end)
+        return jax.lax.dynamic_slice(written, (length,), (new_tokens,))
 
-        return jax.lax.map(continued, (buffers, lengths), batch_size=TOGETHER)
-
-    return _texts(model, decode, end)
+    return _writer(model, continued, (buffers, lengths), end)
 
 
 def answers(model: Pretrained, sources: networks.Sequence, new_tokens: int) -> Write:
@@ -81,18 +75,14 @@ def answers(model: Pretrained, sources: networks.Sequence, new_tokens: int) -> W
     network: Network = model.network
     blank = jnp.full(count + 1, max(end, 0)).at[0].set(network.start_token or 0)
 
-    @jax.jit
-    def decode(tensors: Tensors) -> Int[Array, "query new"]:
-        def answered(source: networks.Sequence) -> Int[Array, " new"]:
-            def next_logits(buffer: Int[Array, " token"], at: Int[Array, ""]) -> Any:
-                return network.seq2seq_logits(tensors, source, buffer)[at - 1]  # type: ignore[misc]
+    def answered(tensors: Tensors, source: networks.Sequence) -> Int[Array, " new"]:
+        def next_logits(buffer: Int[Array, " token"], at: Int[Array, ""]) -> Any:
+            return network.seq2seq_logits(tensors, source, buffer)[at - 1]  # type: ignore[misc]
 
-            start = (blank, jnp.ones((), jnp.int32), jnp.zeros((), bool))
-            return _greedy(next_logits, start, jnp.asarray(count + 1), end)[1:]
+        start = (blank, jnp.ones((), jnp.int32), jnp.zeros((), bool))
+        return _greedy(next_logits, start, jnp.asarray(count + 1), end)[1:]
 
-        return jax.lax.map(answered, sources, batch_size=TOGETHER)
-
-    return _texts(model, decode, end)
+    return _writer(model, answered, sources, end)
 
 
 def metrics_and_scores(
@@ -129,10 +119,11 @@ def text_scores(
     """
     latest = _latest(write)
 
-    def of(name: str) -> Callable[[Any], Float[np.ndarray, " query"]]:
-        return lambda weights: _scored(name, latest(weights), references)
+    def scored(name: str, weights: Any) -> Float[np.ndarray, " query"]:
+        score, pairs = _scorer(name), zip(latest(weights), references, strict=True)
+        return np.array([score(text, reference) for text, reference in pairs], np.float32)
 
-    return {name: of(name) for name in SCORES}
+    return {name: partial(scored, name) for name in SCORES}
 
 
 def _greedy(
@@ -159,7 +150,15 @@ def _end(model: Pretrained) -> int:
     return -1 if end is None else int(end)
 
 
-def _texts(model: Pretrained, decode: Decode, end: int) -> Write:
+def _writer(
+    model: Pretrained, decoded: Callable[[Tensors, Any], Int[Array, " new"]], queries: Any, end: int
+) -> Write:
+    """What writes the text of every query, from the tokens ``decoded(tensors, query)`` of one."""
+
+    @jax.jit
+    def decode(tensors: Tensors) -> Int[Array, "query new"]:
+        return jax.lax.map(partial(decoded, tensors), queries, batch_size=TOGETHER)
+
     def write(tensors: Tensors) -> list[str]:
         rows = [row.tolist() for row in np.asarray(decode(tensors))]
         ended = [row[: row.index(end)] if end in row else row for row in rows]
@@ -183,16 +182,6 @@ def _latest(write: Write) -> Write:
         return kept[0][1]
 
     return latest
-
-
-def _scored(
-    name: str, written: Sequence[str], references: Sequence[str]
-) -> Float[np.ndarray, " query"]:
-    score = _scorer(name)
-    return np.array(
-        [score(text, reference) for text, reference in zip(written, references, strict=True)],
-        np.float32,
-    )
 
 
 def _scorer(name: str) -> Callable[[str, str], float]:

@@ -1,4 +1,4 @@
-"""Query metrics besides the loss, from one score for each possible answer."""
+"""Query metrics besides the loss: log-odds of the right answer, and whether they are above 0."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,10 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import Misuse, shorten
 
-__all__ = ["Measure", "Scores", "accuracy", "chosen", "margin", "measures"]
-
-Scores = Callable[[Any, Any], tuple[Float[Array, " answer"], Int[Array, ""]]]
-"""``scores(weights, example)``: a score in nats for each answer, and which one is right."""
+__all__ = ["Measure", "chosen", "margin", "measures"]
 
 Measure = Callable[[Any, Any], Float[Array, ""]]
 
@@ -27,17 +24,14 @@ def margin(scores: Float[Array, " answer"], right: Int[Array, ""]) -> Float[Arra
     return scores[right] - others.max()
 
 
-def accuracy(scores: Float[Array, " answer"], right: Int[Array, ""]) -> Float[Array, ""]:
-    """1 when the right answer has the highest score, otherwise 0; a tie counts as wrong."""
-    return (margin(scores, right) > 0).astype(scores.dtype)
+def measures(margin: Measure) -> dict[str, Measure]:
+    """The metric ``margin`` of a task, and ``accuracy``: 1 where it is above 0, otherwise 0."""
 
+    def accuracy(weights: Any, example: Any) -> Float[Array, ""]:
+        least = margin(weights, example)
+        return (least > 0).astype(least.dtype)
 
-def measures(scores: Scores) -> dict[str, Measure]:
-    """``accuracy`` and ``margin`` as metrics of a task."""
-    return {
-        "accuracy": lambda weights, example: accuracy(*scores(weights, example)),
-        "margin": lambda weights, example: margin(*scores(weights, example)),
-    }
+    return {"accuracy": accuracy, "margin": margin}
 
 
 def chosen(metrics: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Rows of JSON lines, CSV, Parquet or a Hugging Face dataset, and errors that name their line."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,9 @@ def read_rows(source: Any, *, id_field: str = "id") -> Rows:
             message names file and line.
     """
     if hasattr(source, "column_names"):
-        return _rows(_dataset_name(source), "row", _dataset(source), id_field)
+        split = getattr(source, "split", None)
+        name = f"dataset {split}" if split else "dataset"
+        return _rows(name, "row", _dataset(source), id_field)
     path = Path(source)
     if not path.is_file():
         raise Misuse(
@@ -113,12 +116,11 @@ def _rows(source: str, unit: str, numbered: Numbered, id_field: str) -> Rows:
         str(number if row.get(id_field) is None else row[id_field])
         for number, row in zip(numbers, fields, strict=True)
     ]
-    places: dict[str, list[int]] = {}
-    for name, number in zip(ids, numbers, strict=True):
-        places.setdefault(name, []).append(number)
-    repeated = {name: at for name, at in places.items() if len(at) > 1}
+    repeated = [name for name, count in Counter(ids).items() if count > 1]
     if repeated:
-        where = shorten(number for at in repeated.values() for number in at)
+        where = shorten(
+            number for name, number in zip(ids, numbers, strict=True) if name in repeated
+        )
         raise Misuse(
             f"{source} field {id_field!r}",
             got=f"repeated ids {shorten(repeated)} ({unit}s {where})",
@@ -159,11 +161,6 @@ def _csv(path: Path) -> Numbered:
             do="write the names into the first line",
         )
     return list(table.rows())
-
-
-def _dataset_name(source: Any) -> str:
-    split = getattr(source, "split", None)
-    return f"dataset {split}" if split else "dataset"
 
 
 def _dataset(source: Any) -> Numbered:

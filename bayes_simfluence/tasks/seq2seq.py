@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tasks.classification import codes_of
 from bayes_simfluence.tasks.generation import answers
 from bayes_simfluence.tasks.likelihood import mean_nats, target_logits
-from bayes_simfluence.tasks.measures import measures
+from bayes_simfluence.tasks.measures import margin, measures
 from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.rows import Rows
 from bayes_simfluence.tasks.task import Task
@@ -83,19 +83,17 @@ def seq2seq_task(
     def logits(weights: Tensors, example: Examples) -> Logits:
         return target_logits(model.network, weights, sequence_of(example), example["target"])
 
-    def scores(
-        weights: Tensors, example: Examples
-    ) -> tuple[Float[Array, " label"], Int[Array, ""]]:
+    def margin_of_labels(weights: Tensors, example: Examples) -> Float[Array, ""]:
         def loss_of(answer: Examples) -> Float[Array, ""]:
             return mean_nats(logits(weights, {**example, **answer}), *_target(answer))
 
-        return -jax.vmap(loss_of)(answered["labels"]), example["label"]
+        return margin(-jax.vmap(loss_of)(answered["labels"]), example["label"])
 
     return target_task(
         prepared,
         logits,
         _target,
-        measured=measures(scores) if words else {},
+        measured=measures(margin_of_labels) if words else {},
         writer=lambda: answers(model, sequence_of(examples["query"]), new_tokens),
         references=[text.strip() for text in texts["query"]],
     )

@@ -185,13 +185,10 @@ def filled_lengths(examples: Examples) -> list[int]:
 
 def shortened(example: Examples, length: int) -> Examples:
     """One example without padding beyond ``length`` tokens; what a decoder writes stays whole."""
-    along = {"tokens", "segments", "attended", "target"} - _of_decoder(example)
+    along = {"tokens", "segments", "attended"}
+    if "counted" not in example:  # In an encoder-decoder the target is not along its source.
+        along.add("target")
     return {name: x[..., :length] if name in along else x for name, x in example.items()}
-
-
-def _of_decoder(example: Examples) -> set[str]:
-    """Arrays along an encoder-decoder's target, not along its source."""
-    return {"target", "counted"} if "counted" in example else set()
 
 
 def counts_of_cut(cut: Mapping[str, int], total: int, limit: int) -> dict[str, int]:

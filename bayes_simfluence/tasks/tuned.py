@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tasks.generation import Write, metrics_and_scores
 from bayes_simfluence.tasks.likelihood import drawn_slopes, mean_nats
-from bayes_simfluence.tasks.measures import Measure, chosen, measures
+from bayes_simfluence.tasks.measures import Measure, chosen, margin, measures
 from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.rows import Rows
 from bayes_simfluence.tasks.task import Task
@@ -93,7 +93,7 @@ def label_task(
     def loss(weights: Tensors, example: Examples) -> Float[Array, ""]:
         return output_loss(scores(weights, example), example)
 
-    measured = measures(lambda weights, example: (scores(weights, example), example["label"]))
+    measured = measures(lambda weights, example: margin(scores(weights, example), example["label"]))
     return prepared.task(
         loss,
         outputs=outputs or scores,

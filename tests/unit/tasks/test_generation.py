@@ -13,7 +13,7 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.networks.network import Sequence
 from bayes_simfluence.tasks.causal import causal_task
 from bayes_simfluence.tasks.generation import continuations, text_scores
-from bayes_simfluence.tasks.measures import accuracy, margin
+from bayes_simfluence.tasks.measures import margin, measures
 from bayes_simfluence.tasks.seq2seq import seq2seq_task
 from bayes_simfluence.tasks.tokens import bucket
 
@@ -141,7 +141,7 @@ def test_accuracy_is_the_sign_of_the_margin(scores, right):
     values = np.array(scores, "f4")
     with jax.disable_jit():
         log_odds = float(margin(jnp.asarray(values), jnp.asarray(right)))
-        hit = float(accuracy(jnp.asarray(values), jnp.asarray(right)))
+        hit = float(measures(margin)["accuracy"](jnp.asarray(values), jnp.asarray(right)))
     assert log_odds == scores[right] - max(others)
     assert hit == (scores[right] > max(others))
 
