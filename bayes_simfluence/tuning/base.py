@@ -174,12 +174,9 @@ class Adapting(Tuning):
             self, **{setting: tuple(names[x] for x in old) for setting, old in layers.items()}
         )
 
-    def assembling(self, family: str) -> Assemble:
-        """``Tuned.assemble`` of these settings."""
-        return partial(self.merged, family=family)
-
     def beside(self, tensors: Tensors, adapter: Tensors, family: str) -> Tuned:
-        """The split in which ``adapter`` and the head of ``tensors`` train."""
+        """The split in which ``adapter`` trains, and the head: its own, or that of ``tensors``."""
         head = {name: value for name, value in tensors.items() if in_head(name)}
         frozen = {name: value for name, value in tensors.items() if name not in head}
-        return Tuned({**adapter, **head}, frozen, self.assembling(family), self, family)
+        assemble = partial(self.merged, family=family)
+        return Tuned({**head, **adapter}, frozen, assemble, self, family)

@@ -5,7 +5,6 @@ read here. Neither needs peft or PyTorch, and no pickle is read.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,14 +134,22 @@ def load_adapter(folder: PathLike) -> Adapter:
     config = _read_config(Path(folder) / CONFIG)
     file = Path(folder) / TENSORS
     named = _read_tensors(file)
-    wrong = [name for name in named if not name.startswith(ROOT)]
-    if wrong:
-        raise _unknown_tensors(file, wrong)
-    params = {name.removeprefix(ROOT): value for name, value in named.items()}
     method = METHODS[config["peft_type"]]
-    wrong = [name for name in params if not (name.endswith(method.ENDINGS) or in_head(name))]
+    wrong = [
+        name
+        for name in named
+        if not name.startswith(ROOT)
+        or not (name.endswith(method.ENDINGS) or in_head(name.removeprefix(ROOT)))
+    ]
     if wrong:
-        raise _unknown_tensors(file, wrong)
+        raise Misuse(
+            str(file),
+            got=f"tensors {shorten(wrong)}",
+            expected="adapters of linear layers and a head: "
+            f"{ROOT}*{', *'.join(method.ENDINGS)}, {ROOT}{HEAD}.*",
+            do="merge the adapter into its checkpoint with peft, and load that",
+        )
+    params = {name.removeprefix(ROOT): value for name, value in named.items()}
     layers = method.adapted(params)
     missing = {layer + ending for layer in layers for ending in method.ENDINGS} - set(params)
     if missing or not layers:
@@ -167,19 +174,13 @@ def with_adapter(tensors: Tensors, adapter: Adapter, *, family: str) -> Tuned:
     """
     layers = adapter.tuning.adapted(adapter.params)
     names = {layer: _own_name(layer, tensors, family) for layer in layers}
-    params: Tensors = {name: value for name, value in tensors.items() if in_head(name)}
+    params: Tensors = {}
     for name, value in adapter.params.items():
         layer = adapter.tuning.layer_of(name)
         params[names.get(layer, layer) + name.removeprefix(layer)] = value
-    frozen = {name: value for name, value in tensors.items() if not in_head(name)}
     tuning = adapter.tuning.renamed(names)
-    _check_shapes(params, frozen, tuning, family)
-    return Tuned(params, frozen, tuning.assembling(family), tuning, family)
-
-
-def _check_shapes(params: Tensors, frozen: Tensors, tuning: Adapting, family: str) -> None:
-    for layer in tuning.adapted(params):
-        for name, shape in tuning.shapes(layer, *fans(frozen, layer, family_of(family))).items():
+    for layer in names.values():
+        for name, shape in tuning.shapes(layer, *fans(tensors, layer, family_of(family))).items():
             if params[name].shape != shape:
                 raise Misuse(
                     f"adapter tensor {name}",
@@ -187,6 +188,7 @@ def _check_shapes(params: Tensors, frozen: Tensors, tuning: Adapting, family: st
                     expected=f"shape {shape}, which fits the network",
                     do="load the checkpoint that the adapter was trained on",
                 )
+    return tuning.beside(tensors, params, family)
 
 
 def _own_name(layer: str, tensors: Tensors, family: str) -> str:
@@ -266,13 +268,3 @@ def _read_tensors(file: Path) -> Tensors:
             expected="a whole safetensors file",
             do="copy it again; pickled adapters (adapter_model.bin) are not read",
         ) from error
-
-
-def _unknown_tensors(file: Path, names: Sequence[str]) -> Misuse:
-    endings = [ending for method in METHODS.values() for ending in method.ENDINGS]
-    return Misuse(
-        str(file),
-        got=f"tensors {shorten(names)}",
-        expected=f"adapters of linear layers and a head: {ROOT}*{', *'.join(endings)}, {HEAD}.*",
-        do="merge the adapter into its checkpoint with peft, and load that",
-    )
