@@ -110,16 +110,15 @@ def shapes_of(config: "PretrainedConfig", prefix: str = "", head: str | None = N
     }
     for layer in range(config.num_hidden_layers):
         name = f"{prefix}layers.{layer}"
+        attention = f"{name}.self_attn"
         for part, outward in (("q", queries), ("k", keys), ("v", keys)):
-            shapes |= weight_and_bias(
-                f"{name}.self_attn.{part}_proj", outward, width, bias=inward_bias
-            )
-        shapes |= weight_and_bias(f"{name}.self_attn.o_proj", width, queries, bias=outward_bias)
-        shapes |= weight_and_bias(f"{name}.mlp.gate_proj", wide, width, bias=inner_bias)
-        shapes |= weight_and_bias(f"{name}.mlp.up_proj", wide, width, bias=inner_bias)
+            shapes |= weight_and_bias(f"{attention}.{part}_proj", outward, width, bias=inward_bias)
+        shapes |= weight_and_bias(f"{attention}.o_proj", width, queries, bias=outward_bias)
+        for part in ("gate", "up"):
+            shapes |= weight_and_bias(f"{name}.mlp.{part}_proj", wide, width, bias=inner_bias)
         shapes |= weight_and_bias(f"{name}.mlp.down_proj", width, wide, bias=inner_bias)
-        shapes |= weight_and_bias(f"{name}.input_layernorm", width, bias=False)
-        shapes |= weight_and_bias(f"{name}.post_attention_layernorm", width, bias=False)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{name}.{norm}.weight"] = (width,)
     return shapes | ({head: (config.vocab_size, width)} if head else {})
 
 
@@ -135,10 +134,8 @@ def hidden_states(
         normed = rms_norm(tensors, f"{name}.input_layernorm", hidden, epsilon)
         query, key, value = (
             split_heads(dense(tensors, f"{name}.self_attn.{part}_proj", normed), heads)
-            for part, heads in (
-                ("q", settings.heads),
-                ("k", settings.groups),
-                ("v", settings.groups),
+            for part, heads in zip(
+                "qkv", (settings.heads, settings.groups, settings.groups), strict=True
             )
         )
         query, key = (rotate(part, settings.frequencies) for part in (query, key))

@@ -31,7 +31,6 @@ from bayes_simfluence.networks.requirements import (
     check_option,
     check_tensors,
     prefix_of,
-    weight_and_bias,
 )
 from bayes_simfluence.networks.tensor_files import Tensors
 
@@ -120,29 +119,25 @@ def shapes_of(
 ) -> Shapes:
     """The tensors that ``encode`` and ``seq2seq_logits`` read."""
     width, inside = config.d_model, config.num_heads * config.d_kv
-    shapes: Shapes = dict.fromkeys((embedding, head), (config.vocab_size, width))
+    weights: Shapes = {}
     up = ("wi_0", "wi_1") if config.is_gated_act else ("wi",)
     for half, layers in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
         start = f"{prefix}{half}"
-        first = f"{start}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        shapes[first] = (config.relative_attention_num_buckets, config.num_heads)
-        shapes |= weight_and_bias(f"{start}.final_layer_norm", width, bias=False)
+        first = f"{start}.block.0.layer.0.SelfAttention.relative_attention_bias"
+        weights[first] = (config.relative_attention_num_buckets, config.num_heads)
+        weights[f"{start}.final_layer_norm"] = (width,)
         parts = ["SelfAttention", *(["EncDecAttention"] if half == "decoder" else [])]
         for layer in range(layers):
             name = f"{start}.block.{layer}.layer"
-            for at in range(len(parts) + 1):
-                shapes |= weight_and_bias(f"{name}.{at}.layer_norm", width, bias=False)
+            weights |= {f"{name}.{at}.layer_norm": (width,) for at in range(len(parts) + 1)}
             for at, part in enumerate(parts):
-                for role in "qkv":
-                    shapes |= weight_and_bias(
-                        f"{name}.{at}.{part}.{role}", inside, width, bias=False
-                    )
-                shapes |= weight_and_bias(f"{name}.{at}.{part}.o", width, inside, bias=False)
+                weights |= {f"{name}.{at}.{part}.{role}": (inside, width) for role in "qkv"}
+                weights[f"{name}.{at}.{part}.o"] = (width, inside)
             inner = f"{name}.{len(parts)}.DenseReluDense"
-            for layer_name in up:
-                shapes |= weight_and_bias(f"{inner}.{layer_name}", config.d_ff, width, bias=False)
-            shapes |= weight_and_bias(f"{inner}.wo", width, config.d_ff, bias=False)
-    return shapes
+            weights |= {f"{inner}.{layer_name}": (config.d_ff, width) for layer_name in up}
+            weights[f"{inner}.wo"] = (width, config.d_ff)
+    tables = dict.fromkeys((embedding, head), (config.vocab_size, width))
+    return {**tables, **{f"{name}.weight": shape for name, shape in weights.items()}}
 
 
 def encode(

@@ -112,12 +112,10 @@ def _weight_map(path: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise _malformed(f"no JSON ({first_line(error)})", "an index", path.parent) from error
     shard_of = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise _malformed("no weight_map", "tensor name -> shard", path.parent)
-    if not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise _malformed(
-            "a weight_map whose values are no file names", "tensor name -> shard", path.parent
-        )
+    has_map = isinstance(shard_of, dict) and bool(shard_of)
+    if not has_map or not all(isinstance(shard, str) for shard in shard_of.values()):
+        got = "a weight_map whose values are no file names" if has_map else "no weight_map"
+        raise _malformed(got, "tensor name -> shard", path.parent)
     return shard_of
 
 

@@ -70,7 +70,10 @@ def seq2seq_task(
     }
     targets = {name: Texts(file.places, texts[name]) for name, file in rows.items()}
     arrays, lengths = tokenized(model, sources, max_tokens)
-    answered, target_lengths = targets_of(model, {**_label_targets(words), **targets}, max_tokens)
+    if words:
+        places = [f"text of label {label!r}" for label in words]
+        targets = {"labels": Texts(places, list(words.values())), **targets}
+    answered, target_lengths = targets_of(model, targets, max_tokens)
     _different(words, answered)
     examples = {
         name: {**arrays[name], **answered[name], **({"label": codes[name]} if words else {})}
@@ -119,11 +122,6 @@ def _check(model: Pretrained, completion: str, labels: Mapping[str, str] | None)
             expected="the template of the target text, or the texts of labels",
             do="give one of the two",
         )
-
-
-def _label_targets(labels: Mapping[str, str]) -> dict[str, Texts]:
-    places = [f"text of label {label!r}" for label in labels]
-    return {"labels": Texts(places, list(labels.values()))} if labels else {}
 
 
 def _different(labels: Mapping[str, str], targets: Mapping[str, Examples]) -> None:

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from bayes_simfluence.checks import Misuse
+from bayes_simfluence.networks.requirements import Shapes
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tuning.layers import in_head
 
-__all__ = ["Adapting", "Assemble", "Shapes", "Tuned", "Tuning"]
+__all__ = ["Adapting", "Assemble", "Tuned", "Tuning"]
 
 Assemble = Callable[[Tensors, Tensors], Tensors]
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)

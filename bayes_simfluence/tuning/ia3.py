@@ -11,8 +11,9 @@ from jaxtyping import Array, Float
 from bayes_simfluence.networks.families import family_of
 from bayes_simfluence.networks.layers import wide
 from bayes_simfluence.networks.network import Family
+from bayes_simfluence.networks.requirements import Shapes
 from bayes_simfluence.networks.tensor_files import Tensors
-from bayes_simfluence.tuning.base import Adapting, Shapes, Tuned
+from bayes_simfluence.tuning.base import Adapting, Tuned
 from bayes_simfluence.tuning.layers import (
     chosen_layers,
     fans,

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from bayes_simfluence.checks import Misuse, keyed, positive_integer, positive_number, shorten
 from bayes_simfluence.networks.families import family_of
 from bayes_simfluence.networks.layers import wide
+from bayes_simfluence.networks.requirements import Shapes
 from bayes_simfluence.networks.tensor_files import Tensors
-from bayes_simfluence.tuning.base import Adapting, Shapes, Tuned
+from bayes_simfluence.tuning.base import Adapting, Tuned
 from bayes_simfluence.tuning.layers import (
     chosen_layers,
     fans,

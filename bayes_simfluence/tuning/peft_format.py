@@ -110,7 +110,9 @@ def save_adapter(
             expected="the trained parameters of one run",
             do="pass one run's final parameters",
         )
-    prefix = _prefix_of(tuned) if prefix is None else prefix
+    if prefix is None:
+        prefix = family_of(tuned.family).prefix
+        prefix = "" if any(name.startswith(prefix) for name in tuned.frozen) else prefix
     path = new_path(folder, overwrite=overwrite)
     config = _config_of(tuned, tuning, base_name, prefix)
     named = {
@@ -204,12 +206,6 @@ def _own_name(layer: str, tensors: Tensors, family: str) -> str:
             do="load the checkpoint that the adapter was trained on",
         )
     return own
-
-
-def _prefix_of(tuned: Tuned) -> str:
-    """What the PyTorch model puts before the tensors' names that they do not begin with already."""
-    prefix = family_of(tuned.family).prefix
-    return "" if any(name.startswith(prefix) for name in tuned.frozen) else prefix
 
 
 def _config_of(tuned: Tuned, tuning: Adapting, base_name: str, prefix: str) -> dict[str, Any]:
