@@ -122,7 +122,11 @@ def checkpoint_folder(path_or_name: str | os.PathLike[str]) -> Path:
         return folder
     name = str(path_or_name)
     if name in PACKAGED:
-        return _packaged(name)
+        # find_spec does not import the package, whose own imports are heavy and not needed here.
+        spec = importlib.util.find_spec(PACKAGED[name])
+        if spec is None or not spec.submodule_search_locations:
+            raise _no_checkpoint(name, "its package is not installed")
+        return Path(spec.submodule_search_locations[0]) / "model"
     if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise _no_checkpoint(name, "no such folder")
     from huggingface_hub import snapshot_download
@@ -185,14 +189,6 @@ def _as(dtype: Dtype, value: np.ndarray) -> Any:
     # A copy: JAX would otherwise go on reading the mapped file, which may change.
     array = jnp.array(value)
     return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
-
-
-def _packaged(name: str) -> Path:
-    # find_spec does not import the package, whose own imports are heavy and not needed here.
-    spec = importlib.util.find_spec(PACKAGED[name])
-    if spec is None or not spec.submodule_search_locations:
-        raise _no_checkpoint(name, "its package is not installed")
-    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def _no_checkpoint(name: str, reason: str) -> Misuse:

@@ -29,7 +29,6 @@ __all__ = [
     "Texts",
     "arrays_of",
     "bucket",
-    "counts_of_cut",
     "filled_lengths",
     "known_tokens",
     "limit_of",
@@ -100,7 +99,8 @@ def tokenized(
 def arrays_of(
     model: Pretrained, encoded: Mapping[str, Encoded], limit: int, *, marks: str
 ) -> tuple[dict[str, Examples], dict[str, Any]]:
-    """Arrays of one padded length for all files; that length, and how many texts were cut.
+    """Arrays of one padded length for all files; that length, and how many texts were cut, of
+    which the log warns.
 
     Args:
         marks: name of the array of the tokens' marks.
@@ -115,8 +115,10 @@ def arrays_of(
         }
         for name, file in encoded.items()
     }
-    total = sum(len(file.tokens) for file in encoded.values())
-    cut = counts_of_cut({name: file.cut for name, file in encoded.items()}, total, limit)
+    cut = {name: file.cut for name, file in encoded.items()}
+    if any(cut.values()):
+        total = sum(len(file.tokens) for file in encoded.values())
+        log.warning("%d of %d texts cut to %d tokens", sum(cut.values()), total, limit)
     return examples, {"padded_tokens": length, "truncated": cut}
 
 
@@ -137,22 +139,20 @@ def targets_of(
     """
     tokenizer = model.tokenizer
     last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    plain = {name: without_special(tokenizer, texts.texts) for name, texts in files.items()}
+    encoded = {}
     for name, texts in files.items():
-        known_tokens(model, plain[name], texts.where)
-    whole = {name: [ids + last for ids in tokens] for name, tokens in plain.items()}
-    cut = {name: sum(len(ids) > max_tokens for ids in tokens) for name, tokens in whole.items()}
-    length = bucket(max(len(ids) for tokens in whole.values() for ids in tokens), max_tokens)
-    examples = {}
-    for name, tokens in whole.items():
-        kept = [ids[:max_tokens] for ids in tokens]
-        examples[name] = {
-            "target": padded(kept, length, padding_of(tokenizer)),
-            "counted": padded([[1] * len(ids) for ids in kept], length, 0).astype(bool),
-        }
-    total = sum(len(texts.texts) for texts in files.values())
-    cut_counts = counts_of_cut(cut, total, max_tokens)
-    return examples, {"padded_target_tokens": length, "truncated_targets": cut_counts}
+        plain = without_special(tokenizer, texts.texts)
+        known_tokens(model, plain, texts.where)
+        kept = [(ids + last)[:max_tokens] for ids in plain]
+        cut = sum(len(ids + last) > max_tokens for ids in plain)
+        encoded[name] = Encoded(kept, [[1] * len(ids) for ids in kept], cut)
+    arrays, lengths = arrays_of(model, encoded, max_tokens, marks="counted")
+    examples = {
+        name: {"target": file["tokens"], "counted": file["counted"].astype(bool)}
+        for name, file in arrays.items()
+    }
+    named = {"padded_tokens": "padded_target_tokens", "truncated": "truncated_targets"}
+    return examples, {named[name]: value for name, value in lengths.items()}
 
 
 def without_special(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
@@ -189,13 +189,6 @@ def shortened(example: Examples, length: int) -> Examples:
     if "counted" not in example:  # In an encoder-decoder the target is not along its source.
         along.add("target")
     return {name: x[..., :length] if name in along else x for name, x in example.items()}
-
-
-def counts_of_cut(cut: Mapping[str, int], total: int, limit: int) -> dict[str, int]:
-    """How many texts of each file were cut; the log warns of them where there are any."""
-    if any(cut.values()):
-        log.warning("%d of %d texts cut to %d tokens", sum(cut.values()), total, limit)
-    return dict(cut)
 
 
 def known_tokens(model: Pretrained, tokens: Sequence[Sequence[int]], where: Sequence[str]) -> None:
