@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "Dtype",
+    "Pretrained",
     "checkpoint_folder",
     "load_checkpoint",
     "load_tokenizer",
     "network_of",
+    "pretrained",
 ]
 
 Dtype = Literal["float32", "bfloat16"]
@@ -45,6 +47,16 @@ class Checkpoint:
     folder: Path
     config: "PretrainedConfig"
     tensors: Tensors
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What tasks of text begin with: a network's name, forward pass, tensors and tokenizer."""
+
+    name: str
+    network: Network
+    tensors: Tensors
+    tokenizer: "PreTrainedTokenizerBase"
 
 
 def load_checkpoint(
@@ -92,6 +104,18 @@ def network_of(checkpoint: Checkpoint) -> Network:
     """
     family = family_of(checkpoint.config.model_type)
     return family.network(checkpoint.config, checkpoint.tensors)
+
+
+def pretrained(checkpoint: Checkpoint) -> Pretrained:
+    """The network and the tokenizer of a checkpoint.
+
+    Raises:
+        Misuse: an architecture that is not built here, or no tokenizer in the folder.
+    """
+    network, tokenizer = network_of(checkpoint), load_tokenizer(checkpoint.folder)
+    # Buffers and other heads of the checkpoint are not the network's.
+    tensors = {name: checkpoint.tensors[name] for name in network.shapes}
+    return Pretrained(checkpoint.name, network, tensors, tokenizer)
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

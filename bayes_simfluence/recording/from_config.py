@@ -10,13 +10,12 @@ import optax
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.conventions import Curricula
 from bayes_simfluence.data.curriculum import random_subset_epochs
-from bayes_simfluence.networks.checkpoint import load_checkpoint
+from bayes_simfluence.networks.checkpoint import Pretrained, load_checkpoint, pretrained
 from bayes_simfluence.networks.heads import Pooling
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.tasks.causal import causal_task
 from bayes_simfluence.tasks.choice import choice_task
 from bayes_simfluence.tasks.classification import classification_task
-from bayes_simfluence.tasks.pretrained import Pretrained, pretrained
 from bayes_simfluence.tasks.rows import Rows, read_rows
 from bayes_simfluence.tasks.seq2seq import seq2seq_task
 from bayes_simfluence.tasks.task import Task

@@ -6,12 +6,12 @@ import jax
 from jaxtyping import Array, Float
 
 from bayes_simfluence.checks import Misuse
+from bayes_simfluence.networks.checkpoint import Pretrained
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tasks.completions import Completions, completed, prompt_tokens
 from bayes_simfluence.tasks.generation import continuations
 from bayes_simfluence.tasks.likelihood import completion_logits, smallest_margin
 from bayes_simfluence.tasks.measures import measures
-from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.rows import Rows
 from bayes_simfluence.tasks.task import Task
 from bayes_simfluence.tasks.templates import filled

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import Misuse, shorten
+from bayes_simfluence.networks.checkpoint import Pretrained
 from bayes_simfluence.networks.heads import Pooling, check_pooling, head_logits, with_head
 from bayes_simfluence.networks.tensor_files import Tensors
-from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.rows import Rows
 from bayes_simfluence.tasks.task import Task
 from bayes_simfluence.tasks.templates import filled

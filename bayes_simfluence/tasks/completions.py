@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.tasks.pretrained import Pretrained
+from bayes_simfluence.networks.checkpoint import Pretrained
 from bayes_simfluence.tasks.tokens import (
     Encoded,
     Examples,

@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bayes_simfluence.checks import Misuse, positive_integer
 from bayes_simfluence.networks import network as networks
+from bayes_simfluence.networks.checkpoint import Pretrained
 from bayes_simfluence.networks.network import Network
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tasks.measures import Measure, chosen
-from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.tokens import bucket, padded
 
 __all__ = ["SCORES", "answers", "continuations", "metrics_and_scores", "text_scores"]

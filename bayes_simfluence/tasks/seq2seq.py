@@ -6,12 +6,12 @@ import jax
 from jaxtyping import Array, Float
 
 from bayes_simfluence.checks import Misuse, shorten
+from bayes_simfluence.networks.checkpoint import Pretrained
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tasks.classification import codes_of
 from bayes_simfluence.tasks.generation import answers
 from bayes_simfluence.tasks.likelihood import mean_nats, target_logits
 from bayes_simfluence.tasks.measures import margin, measures
-from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.rows import Rows
 from bayes_simfluence.tasks.task import Task
 from bayes_simfluence.tasks.templates import filled

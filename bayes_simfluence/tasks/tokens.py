@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from bayes_simfluence.checks import Misuse
+from bayes_simfluence.networks.checkpoint import Pretrained
 from bayes_simfluence.networks.network import Sequence as Tokens
-from bayes_simfluence.tasks.pretrained import Pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
+from bayes_simfluence.networks.checkpoint import Pretrained
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tasks.generation import Write, metrics_and_scores
 from bayes_simfluence.tasks.likelihood import drawn_slopes, mean_nats
 from bayes_simfluence.tasks.measures import Measure, chosen, margin, measures
-from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.rows import Rows
 from bayes_simfluence.tasks.task import Task
 from bayes_simfluence.tasks.tokens import Examples, filled_lengths, shortened

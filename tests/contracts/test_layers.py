@@ -65,7 +65,6 @@ ROWS = {
         "task",
         "rows",
         "templates",
-        "pretrained",
         "tokens",
         "completions",
         "likelihood",

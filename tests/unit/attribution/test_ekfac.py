@@ -15,10 +15,10 @@ from bayes_simfluence.attribution.influence.influence_functions import (
     influence,
 )
 from bayes_simfluence.checks import Misuse, WorkFailed
+from bayes_simfluence.networks.checkpoint import Pretrained
 from bayes_simfluence.networks.layers import dense
 from bayes_simfluence.networks.network import Network
 from bayes_simfluence.tasks.classification import classification_task
-from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.rows import Rows
 from bayes_simfluence.tasks.task import Task
 from bayes_simfluence.tuning.tunings import FULL, Full, LoRA

@@ -20,7 +20,12 @@ import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import COMPLETE, EMPTY_SLOT
 from bayes_simfluence.data.store import open_runs, open_store
-from bayes_simfluence.networks.checkpoint import load_checkpoint, load_tokenizer, network_of
+from bayes_simfluence.networks.checkpoint import (
+    load_checkpoint,
+    load_tokenizer,
+    network_of,
+    pretrained,
+)
 from bayes_simfluence.networks.heads import head_logits, with_head
 from bayes_simfluence.networks.network import Sequence
 from bayes_simfluence.networks.tensor_files import save_tensors
@@ -29,7 +34,6 @@ from bayes_simfluence.recording.from_config import curricula_of, optimizer_of, t
 from bayes_simfluence.recording.session import merged, record_from_config
 from bayes_simfluence.settings import config_from_yaml, config_path
 from bayes_simfluence.tasks.classification import classification_task
-from bayes_simfluence.tasks.pretrained import pretrained
 from bayes_simfluence.tasks.rows import read_rows
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "plot", "is", "good", "bad"]

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bayes_simfluence.networks.checkpoint import Pretrained
 from bayes_simfluence.networks.network import Network
-from bayes_simfluence.tasks.pretrained import Pretrained
 from bayes_simfluence.tasks.rows import Rows
 
 WORDS = ["<pad>", "</s>", "<s>", "<unk>", "a", "b", "c", "d", "yes", "no"]

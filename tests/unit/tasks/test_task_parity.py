@@ -3,9 +3,8 @@
 import jax
 import pytest
 
-from bayes_simfluence.networks.checkpoint import load_checkpoint
+from bayes_simfluence.networks.checkpoint import load_checkpoint, pretrained
 from bayes_simfluence.tasks.causal import causal_task
-from bayes_simfluence.tasks.pretrained import pretrained
 from bayes_simfluence.tasks.seq2seq import seq2seq_task
 
 pytestmark = pytest.mark.parity
