@@ -150,11 +150,14 @@ def settings_of(config: "PretrainedConfig", tensors: Tensors) -> BertSettings:
         check_option(config, "is_decoder", [False], False)
         check_option(config, "add_cross_attention", [False], False)
     # What a model with a head calls the encoder inside it.
-    prefix = prefix_of(
-        tensors, "embeddings.", "roberta." if is_roberta else f"{config.model_type}."
-    )
+    family = "roberta" if is_roberta else config.model_type
+    prefix = prefix_of(tensors, "embeddings.", f"{family}.")
     quotient(config, names.width, names.heads)
     check_tensors(tensors, shapes_of(config, prefix), names.unused)
+    padding = None
+    if is_roberta:
+        option = "config.json pad_token_id"
+        padding = count_of(option, config.pad_token_id, do="set it in config.json")
     return BertSettings(
         layers=getattr(config, names.depth),
         heads=getattr(config, names.heads),
@@ -163,11 +166,7 @@ def settings_of(config: "PretrainedConfig", tensors: Tensors) -> BertSettings:
         prefix=prefix,
         names=names,
         segments=not is_distilbert,
-        padding=count_of(
-            "config.json pad_token_id", config.pad_token_id, do="set it in config.json"
-        )
-        if is_roberta
-        else None,
+        padding=padding,
     )
 
 
