@@ -112,11 +112,13 @@ def _weight_map(path: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise _malformed(f"no JSON ({first_line(error)})", "an index", path.parent) from error
     shard_of = index.get("weight_map") if isinstance(index, dict) else None
-    has_map = isinstance(shard_of, dict) and bool(shard_of)
-    if not has_map or not all(isinstance(shard, str) for shard in shard_of.values()):
-        got = "a weight_map whose values are no file names" if has_map else "no weight_map"
-        raise _malformed(got, "tensor name -> shard", path.parent)
-    return shard_of
+    if not isinstance(shard_of, dict) or not shard_of:
+        got = "no weight_map"
+    elif not all(isinstance(shard, str) for shard in shard_of.values()):
+        got = "a weight_map whose values are no file names"
+    else:
+        return shard_of
+    raise _malformed(got, "tensor name -> shard", path.parent)
 
 
 def _malformed(got: str, expected: str, folder: Path) -> Misuse:
