@@ -91,12 +91,11 @@ class AdamDiagonal:
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for attributes."""
-        origin = "estimated" if self.moments is None else "given"
         return {
             "preconditioner": "adam",
             "epsilon": self.epsilon,
             "batch_size": self.batch_size,
-            "second_moments": origin,
+            "second_moments": "estimated" if self.moments is None else "given",
         }
 
 

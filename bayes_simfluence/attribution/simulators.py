@@ -67,7 +67,6 @@ def additive_simulator(scores: xr.DataArray, runs: xr.Dataset, *, band: bool = T
             [_ratio(cross.sum() - cross[run], square.sum() - square[run]) for run in range(count)]
         )
         residual = change - others[:, None, None] * summed
-        residual = np.where(known, residual, 0.0)
     b = scale * effects.T
     total = max(float(np.square(change).sum()), np.finfo(float).tiny)
     explained = 1.0 - float(np.square(change - scale * summed).sum()) / total
@@ -93,17 +92,11 @@ def _ratio(cross: float, square: float) -> float:
 
 
 def _verdict(scale: float, explained: float, count: int) -> Verdict:
-    numbers = {"scale": scale, "explained": explained}
-    if scale <= 0:
-        return Verdict(
-            False,
-            f"The scores point the wrong way: their best scale on {count} runs is {scale:.3g}. "
-            "Check their sign (a negative score lowers the loss).",
-            numbers=numbers,
-        )
-    return Verdict(
-        True,
+    sentence = (
         f"One scale, {scale:.3g}, fitted on {count} runs, explains {explained:.0%} of the squared "
-        "change of their losses.",
-        numbers=numbers,
+        "change of their losses."
+        if scale > 0
+        else f"The scores point the wrong way: their best scale on {count} runs is {scale:.3g}. "
+        "Check their sign (a negative score lowers the loss)."
     )
+    return Verdict(scale > 0, sentence, numbers={"scale": scale, "explained": explained})

@@ -6,7 +6,6 @@ logistic regression gives the effect of an example on a query's output.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,16 +35,12 @@ BATCH = 25
 SINGULAR = 1e12
 """Condition number from which a matrix counts as singular."""
 
-
 SMALLEST = float(np.finfo(np.float32).tiny)
 """Error below which the network counts as certain: no gradient is divided by zero."""
 
 
-class _Projected(NamedTuple):
-    """Gradients of the outputs of several examples, and how wrong the network is on them."""
-
-    gradients: Float[Array, "example dimension"]
-    error: Float[Array, " example"]
+_Projected = tuple[Float[Array, "*example dimension"], Float[Array, "*example"]]
+"""Gradients of the outputs of several examples, and how wrong the network is on them."""
 
 
 def trak(
@@ -169,9 +164,9 @@ def _projector(
         def of_example(example: PyTree) -> _Projected:
             value, gradient = jax.value_and_grad(loss)(params, example)
             error = jnp.maximum(-jnp.expm1(-value), SMALLEST)
-            return _Projected(-sketched(gradient, signs, length) / error, error)
+            return -sketched(gradient, signs, length) / error, error
 
-        return _Projected(*jax.lax.map(of_example, examples, batch_size=at_once))
+        return jax.lax.map(of_example, examples, batch_size=at_once)
 
     return lambda params, examples: made(params, task.frozen, signs, examples)
 
@@ -181,5 +176,5 @@ def _all_projected(
 ) -> tuple[Float[np.ndarray, "example dimension"], Float[np.ndarray, " example"]]:
     """Projected gradients of all examples and their errors, in float64."""
     batches = [batch for _, batch in over_batches(projected, examples, BATCH, meter)]
-    gradients = np.concatenate([np.asarray(batch.gradients, float) for batch in batches])
-    return gradients, np.concatenate([np.asarray(batch.error, float) for batch in batches])
+    gradients, errors = (np.concatenate(parts, dtype=float) for parts in zip(*batches, strict=True))
+    return gradients, errors

@@ -103,7 +103,10 @@ def sbc(
                 jax.random.fold_in(key, number), 4
             )
             runs, truth = prior_draw(prior_key)
-            posterior = _quietly_fitted(runs, model, method, fit_key)
+            with catch_warnings():
+                # Bad verdicts are counted instead.
+                simplefilter("ignore", FitWarning)
+                posterior = fit(runs, model=model, method=method, key=fit_key)
             pairs = _sampled(posterior, truth, quantities, draws, sample_key)
             rank = rank_among(_evenly_kept(pairs.draws, draws), pairs.truth, key=tie_key)
             ranked.append(
@@ -112,15 +115,13 @@ def sbc(
             meter.advance()
     names, ranks, effectives, ok = zip(*ranked, strict=True)
     settings = {} if model is None else {"model": model.as_dict()}
-    variables = {
-        "rank": (np.stack(ranks), {"long_name": "draws below the true value"}),
-        "effective": (np.array(effectives), {"long_name": "effective draws, at most those kept"}),
-        "ok": (np.array(ok), {"long_name": "the fit's verdict is good"}),
-    }
-    result = xr.Dataset(
+    rank_attrs = {"long_name": "draws below the true value", "draws": draws, "bins": bins}
+    effective_attrs = {"long_name": "effective draws, at most those kept"}
+    return xr.Dataset(
         {
-            name: (("simulation", "quantity")[: values.ndim], values, attrs)
-            for name, (values, attrs) in variables.items()
+            "rank": (("simulation", "quantity"), np.stack(ranks), rank_attrs),
+            "effective": ("simulation", np.array(effectives), effective_attrs),
+            "ok": ("simulation", np.array(ok), {"long_name": "the fit's verdict is good"}),
         },
         coords={"simulation": np.arange(simulations), "quantity": names[0]},
         attrs={
@@ -129,8 +130,6 @@ def sbc(
             "settings": json.dumps({**settings, **method.as_dict()}),
         },
     )
-    result["rank"].attrs.update(draws=draws, bins=bins)
-    return result
 
 
 def by_horizon(
@@ -219,15 +218,6 @@ def summaries_of(model: Simfluence, method: Method, runs: xr.Dataset) -> dict[st
 
 def _summed(name: str) -> Quantity:
     return lambda values, _: values[name].sum("train")
-
-
-def _quietly_fitted(
-    runs: xr.Dataset, model: Simfluence | None, method: Method, key: jax.Array
-) -> Posterior:
-    with catch_warnings():
-        # Bad verdicts are counted instead.
-        simplefilter("ignore", FitWarning)
-        return fit(runs, model=model, method=method, key=key)
 
 
 class _Pairs(NamedTuple):

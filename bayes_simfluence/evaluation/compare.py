@@ -132,13 +132,14 @@ def compare(
         choice_of("reference", reference, tuple(posteriors))
     runs = usable_runs(runs)
     simulate_key, bootstrap_key = jax.random.split(key)
+    columns = [name + end for name in METRICS for end in ENDS]
     rows: dict[str, dict[str, float]] = {}
     known: dict[str, RunScores] = {}
     reasons: dict[str, str] = {}
     last: Exception | None = None
     with (progress or Silent()).work("compare", len(posteriors)) as meter:
         for name, compared in posteriors.items():
-            rows[name] = _unknown()
+            rows[name] = dict.fromkeys(columns, float("nan"))
             try:
                 if isinstance(compared, Failed):
                     reasons[name] = compared.reason
@@ -170,11 +171,6 @@ def compare(
         table[FAILED] = [reasons.get(name, "") for name in rows]
     table.index.name = "method"
     return table
-
-
-def _unknown() -> dict[str, float]:
-    """The row of a method without numbers."""
-    return {name + end: float("nan") for name in METRICS for end in ENDS}
 
 
 class RunScores(dict[str, Float[np.ndarray, " run"]]):

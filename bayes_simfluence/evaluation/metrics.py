@@ -17,7 +17,6 @@ __all__ = [
     "bootstrap_interval",
     "coverage",
     "crps",
-    "gaussian_crps",
     "last_known",
     "log_density",
     "pit",
@@ -66,16 +65,6 @@ def crps(
     weights = 2.0 * np.arange(1, size + 1) - size - 1.0
     pairs = np.tensordot(weights, np.sort(draws, axis=0), axes=1)
     return error - pairs / (size * (size - 1))
-
-
-def gaussian_crps(
-    mean: Float[np.ndarray, "*point"],
-    sd: Float[np.ndarray, "*point"],
-    truth: Float[np.ndarray, "*point"],
-) -> Float[np.ndarray, "*point"]:
-    """The same score of a normal prediction, in closed form (Gneiting & Raftery 2007)."""
-    z = (truth - mean) / sd
-    return sd * (z * (2.0 * norm.cdf(z) - 1.0) + 2.0 * norm.pdf(z) - 1.0 / np.sqrt(np.pi))
 
 
 def coverage(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from bayes_simfluence.checks import Misuse, keyed, positive_integer, unit_interval
 from bayes_simfluence.evaluation.metrics import INTERVAL, resamples_of, tails
@@ -117,10 +117,7 @@ def average_precision(
     >>> average_precision(np.array([3.0, 2.0, 1.0]), np.array([True, False, True])).__round__(4)
     0.8333
     """
-    precision, _ = _curve(suspicion, wrong)
-    order = np.argsort(-suspicion, kind="stable")
-    kept = wrong[order]
-    return float(precision[kept].mean()) if kept.any() else float("nan")
+    return _curve(suspicion, wrong)[2]
 
 
 def detection(
@@ -155,17 +152,14 @@ def detection(
     count = len(values)
     chosen = resamples_of(key, resamples, count)
     chosen = chosen[truth[chosen].any(axis=1)]
-    curves = np.array([_curve(values[again], truth[again]) for again in chosen])
-    averages = np.array([average_precision(values[again], truth[again]) for again in chosen])
+    resampled = [_curve(values[again], truth[again]) for again in chosen]
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
-    for name, value, resampled, dims in (
-        ("precision", _curve(values, truth)[0], curves[:, 0], ("examined",)),
-        ("recall", _curve(values, truth)[1], curves[:, 1], ("examined",)),
-        ("average_precision", np.array(average_precision(values, truth)), averages, ()),
+    for name, value, *again in zip(
+        ("precision", "recall", "average_precision"), _curve(values, truth), *resampled, strict=True
     ):
-        low, high = np.quantile(resampled, tails(probability), axis=0)
+        low, high = np.quantile(again, tails(probability), axis=0)
         for end, values_at in (("", value), ("_low", low), ("_high", high)):
-            variables[f"{name}{end}"] = (dims, np.asarray(values_at))
+            variables[f"{name}{end}"] = (("examined",)[: np.ndim(value)], np.asarray(values_at))
     return xr.Dataset(
         variables,
         coords={"examined": np.arange(1, count + 1) / count},
@@ -179,24 +173,17 @@ def detection(
 
 def _curve(
     suspicion: Float[np.ndarray, " train"], wrong: Bool[np.ndarray, " train"]
-) -> tuple[Float[np.ndarray, " train"], Float[np.ndarray, " train"]]:
-    """Precision and recall after each example, those of equal suspicion taken together."""
+) -> tuple[Float[np.ndarray, " train"], Float[np.ndarray, " train"], float]:
+    """Precision and recall after each example, those of equal suspicion taken together, and the
+    average precision."""
     order = np.argsort(-suspicion, kind="stable")
-    ranked, sorted_values = np.cumsum(wrong[order]), suspicion[order]
-    last = _last_of_ties(sorted_values)
+    marks, sorted_values = wrong[order], suspicion[order]
+    ranked = np.cumsum(marks)
+    last = np.searchsorted(-sorted_values, -sorted_values, side="right") - 1
     hits = ranked[last]
-    return hits / (last + 1.0), hits / max(int(ranked[-1]), 1)
-
-
-def _last_of_ties(ordered: Float[np.ndarray, " train"]) -> Int[np.ndarray, " train"]:
-    """For each entry of a sorted array, the place of the last entry that equals it.
-
-    >>> _last_of_ties(np.array([3.0, 2.0, 2.0, 1.0])).tolist()
-    [0, 2, 2, 3]
-    """
-    ends = np.append(ordered[1:] != ordered[:-1], True)
-    places = np.flatnonzero(ends)
-    return places[np.cumsum(ends) - ends]
+    precision = hits / (last + 1.0)
+    average = float(precision[marks].mean()) if marks.any() else float("nan")
+    return precision, hits / max(int(ranked[-1]), 1), average
 
 
 def _checked(

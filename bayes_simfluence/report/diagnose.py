@@ -7,14 +7,13 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.posterior.posterior import Posterior
-from bayes_simfluence.report.plots import COLOURS, TRUTH
+from bayes_simfluence.report.plots import COLOURS, TRUTH, label_coverage, legend_below
 
 __all__ = [
     "hyper_summary",
@@ -199,10 +198,7 @@ def plot_traces(posterior: Posterior, *, key: jax.Array, most: int = 5) -> Figur
             axes.tick_params(labelsize=7)
     grid[-1][0].set_xlabel("draw")
     grid[-1][1].set_xlabel("rank among all draws")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False
-    )
+    legend_below(figure, grid[0][0])
     return figure
 
 
@@ -241,7 +237,11 @@ def plot_left_out(posterior: Posterior) -> Figure:
     figure = Figure(figsize=(8.0, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     if "low" in left_out:
-        _left_out_coverage(left, left_out, truth)
+        known = np.isfinite(truth) & np.isfinite(left_out["predicted"])
+        inside = ((truth >= left_out["low"]) & (truth <= left_out["high"])).where(known)
+        covered = inside.mean(("run", "query")).dropna("time")
+        left.plot(covered["time"], covered, color=COLOURS[0], marker=".")
+        label_coverage(left)
     else:
         error = np.sqrt(np.square(left_out["predicted"] - truth).mean(("run", "query")))
         left.plot(error["time"], error, color=COLOURS[0])
@@ -257,12 +257,3 @@ def plot_left_out(posterior: Posterior) -> Figure:
     right.set(xlabel="predicted change of the loss (nats)", ylabel="recorded change (nats)")
     figure.suptitle("fitted runs, each predicted by a fit without it", fontsize=10)
     return figure
-
-
-def _left_out_coverage(axes: Axes, left_out: xr.Dataset, truth: xr.DataArray) -> None:
-    known = np.isfinite(truth) & np.isfinite(left_out["predicted"])
-    inside = ((truth >= left_out["low"]) & (truth <= left_out["high"])).where(known)
-    covered = inside.mean(("run", "query")).dropna("time")
-    axes.plot(covered["time"], covered, color=COLOURS[0], marker=".")
-    axes.axhline(0.90, color=TRUTH, linewidth=0.8, linestyle="--")
-    axes.set(xlabel="time (updates)", ylabel="share of points in the 90% band", ylim=(0.0, 1.02))

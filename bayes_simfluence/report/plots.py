@@ -11,13 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import binom
 
-from bayes_simfluence.checks import shorten, unit_interval
+from bayes_simfluence.checks import unit_interval
 from bayes_simfluence.conventions import EFFECT_SIGN
 from bayes_simfluence.evaluation.metrics import tails
 from bayes_simfluence.evaluation.ranks import rank_counts, rank_histogram_test
 from bayes_simfluence.files import PathLike, atomically, new_path
 
 __all__ = [
+    "label_coverage",
+    "legend_below",
     "plot_coverage",
     "plot_curves",
     "plot_effects",
@@ -66,7 +68,8 @@ def plot_curves(
     _label_grid(grid, len(chosen), "time (updates)", "loss (nats)")
     bands = dict.fromkeys(_band_name(each, probability) for each in simulated.values())
     title = f"run {first['run'].values[run]}: simulated mean and {', '.join(bands)}"
-    _legend(figure, grid.flat[0], title)
+    figure.suptitle(title, fontsize=10)
+    legend_below(figure, grid.flat[0])
     return figure
 
 
@@ -162,12 +165,17 @@ def plot_coverage(horizons: Mapping[str, xr.Dataset]) -> Figure:
             color=colour,
             label=name,
         )
-    left.axhline(0.90, color=TRUTH, linewidth=0.8, linestyle="--")
-    left.set(xlabel="time (updates)", ylabel="share of points in the 90% band", ylim=(0.0, 1.02))
+    label_coverage(left)
     right.axhline(1.0, color=TRUTH, linewidth=0.8, linestyle="--")
     right.set(xlabel="probability integral transform", ylabel="density")
     left.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
+
+
+def label_coverage(axes: Axes) -> None:
+    """Labels and the nominal line of coverage of 90% bands along training."""
+    axes.axhline(0.90, color=TRUTH, linewidth=0.8, linestyle="--")
+    axes.set(xlabel="time (updates)", ylabel="share of points in the 90% band", ylim=(0.0, 1.02))
 
 
 def plot_ranks(ranks: xr.Dataset, *, most: int = 9, probability: float = 0.95) -> Figure:
@@ -202,7 +210,8 @@ def plot_ranks(ranks: xr.Dataset, *, most: int = 9, probability: float = 0.95) -
         name, p_value = ranks["quantity"].values[place], float(test.p_values[place])
         axes.set_title(f"{name} (p {p_value:.2g})", fontsize=9)
     _label_grid(grid, len(shown), "rank of the true value", "simulations")
-    _legend(figure, grid.flat[0], "\n".join(wrap(test.sentence, 44 * columns)))
+    figure.suptitle("\n".join(wrap(test.sentence, 44 * columns)), fontsize=10)
+    legend_below(figure, grid.flat[0])
     return figure
 
 
@@ -268,9 +277,9 @@ def _moving(runs: xr.Dataset, run: int, count: int = 6) -> list[Any]:
     return list(runs["query"].values[np.sort(order)])
 
 
-def _legend(figure: Figure, axes: Axes, title: str) -> None:
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """The legend of one of the axes, below all of them."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.suptitle(shorten([title]), fontsize=10)
     figure.legend(
         handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False
     )

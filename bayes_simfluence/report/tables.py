@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.evaluation.compare import FAILED
-from bayes_simfluence.evaluation.metrics import INTERVAL
+from bayes_simfluence.evaluation.compare import ENDS, FAILED
+from bayes_simfluence.evaluation.metrics import COVERAGES, INTERVAL
 from bayes_simfluence.files import PathLike, atomically, new_path
 
 __all__ = [
@@ -24,13 +24,7 @@ __all__ = [
     "with_interval",
 ]
 
-NOMINAL = {
-    "coverage_50": 0.50,
-    "coverage_80": 0.80,
-    "coverage_90": 0.90,
-    "coverage_95": 0.95,
-    "final_coverage_90": 0.90,
-}
+NOMINAL = {f"coverage_{round(100 * p)}": p for p in COVERAGES} | {"final_coverage_90": 0.90}
 """Coverages are best where they are nearest to their nominal value."""
 HIGHER = {"spearman_query", "spearman_change", "spearman_run", "elpd"}
 """Metrics that are better when higher; the others when lower."""
@@ -130,9 +124,8 @@ def json_text(table: pd.DataFrame) -> str:
             continue
         methods[name] = {
             metric: {
-                "value": _number(dict(row), metric),
-                "low": _number(dict(row), f"{metric}_low"),
-                "high": _number(dict(row), f"{metric}_high"),
+                part: _number(dict(row), metric + end)
+                for part, end in zip(("value", "low", "high"), ENDS, strict=True)
             }
             for metric in _shown(table, None)
         }

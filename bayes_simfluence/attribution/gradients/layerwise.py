@@ -41,16 +41,13 @@ __all__ = [
 DIRECT = -1
 """Stands for all leaves without factors together, among the numbers of leaves."""
 
+_Parts = dict[int, Any]
+"""The gradients of several examples, taken apart: the number of a leaf -> its ``Factors``, and
+under ``DIRECT`` the rows of the rest."""
+
 SLOWER = 5
 """How many times longer a multiplication takes on gradients that are written out than on factors:
 memory bounds it (measured on a CPU at the sizes of MiniLM)."""
-
-
-class _Parts(NamedTuple):
-    """The gradients of several examples, taken apart; a pytree."""
-
-    matrices: dict[int, Factors]
-    direct: Float[Array, "example weight"]
 
 
 @dataclass(frozen=True)
@@ -246,10 +243,10 @@ def _maker(task: Task, direct: Sequence[int]) -> Callable[[PyTree, PyTree, PyTre
         (slopes, gradients), entered = jax.grad(loss, argnums=(0, 1), has_aux=True)(
             probes_of(layers), free
         )
-        matrices = {
+        parts: _Parts = {
             at: _factors(layer.uses, entered[at], slopes[at]) for at, layer in layers.items()
         }
-        return _Parts(matrices, flat(gradients) if gradients else jnp.zeros(0))
+        return {**parts, DIRECT: flat(gradients) if gradients else jnp.zeros(0)}
 
     @jax.jit
     def of_examples(params: PyTree, frozen: PyTree, examples: PyTree) -> _Parts:
@@ -325,19 +322,15 @@ def _ways(partition: Partition, counts: tuple[int, int], *, scaled: bool) -> dic
     return {**ways, DIRECT: Way("direct", (1, width), 1)}
 
 
-def _part(parts: _Parts, name: int) -> Any:
-    return parts.direct if name == DIRECT else parts.matrices[name]
-
-
 def _products(
     ways: dict[int, Way], trains: _Parts, queries: _Parts, scales: dict[int, Any], memory: int
 ) -> Float[np.ndarray, "train query"]:
-    total = np.zeros((len(trains.direct), len(queries.direct)))
+    total = np.zeros((len(trains[DIRECT]), len(queries[DIRECT])))
     for name, way in ways.items():
         products, side = np.zeros(total.shape), way.side(memory)
-        for columns, few in batches_of(_part(queries, name), side):
+        for columns, few in batches_of(queries[name], side):
             prepared = way.prepared(few)
-            for rows, some in batches_of(_part(trains, name), side):
+            for rows, some in batches_of(trains[name], side):
                 block = way.multiplied(way.prepared(some), prepared, scales[name])
                 products[rows, columns] = np.asarray(block, float)
         total += products
@@ -347,10 +340,10 @@ def _products(
 def _norms(
     ways: dict[int, Way], parts: _Parts, scales: dict[int, Any], memory: int
 ) -> Float[np.ndarray, " example"]:
-    total = np.zeros(len(parts.direct))
+    total = np.zeros(len(parts[DIRECT]))
     for name, way in ways.items():
         norms = np.zeros(total.shape)
-        for rows, some in batches_of(_part(parts, name), way.side(memory)):
+        for rows, some in batches_of(parts[name], way.side(memory)):
             norms[rows] = np.asarray(way.norms(way.prepared(some), scales[name]), float)
         total += norms
     return total

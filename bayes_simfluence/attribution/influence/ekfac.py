@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, Float, Int, PyTree
 
 from bayes_simfluence.attribution.gradients.checkpoints import check_finite
@@ -120,7 +119,8 @@ def _covered(problem: Problem) -> Layers:
             do="take InGram(), Arnoldi or ConjugateGradient",
         )
     example = jax.tree.map(lambda leaf: leaf[0], task.train)
-    closed, leaves = _trace(task, params, task.frozen, example)
+    closed = traced(task, task.outputs, params, task.frozen, example)  # type: ignore[arg-type]
+    leaves = len(jax.tree.leaves(params))
     layers = {
         leaf: layer
         for leaf, layer in layers_of(closed, leaves).items()
@@ -134,12 +134,6 @@ def _covered(problem: Problem) -> Layers:
             do="take InGram(), Arnoldi or ConjugateGradient",
         )
     return layers
-
-
-def _trace(task: Task, params: PyTree, frozen: PyTree, example: PyTree) -> tuple[ClosedJaxpr, int]:
-    """The trace of one example's outputs, and the number of its parameters."""
-    outputs: Any = task.outputs
-    return traced(task, outputs, params, frozen, example), len(jax.tree.leaves(params))
 
 
 def _names(params: PyTree) -> list[str]:
@@ -188,7 +182,8 @@ class _Passes:
     def _passed(
         self, params: PyTree, frozen: PyTree, example: PyTree
     ) -> tuple[Array, Any, Entered]:
-        closed, leaves = _trace(self.task, params, frozen, example)
+        closed = traced(self.task, self.task.outputs, params, frozen, example)  # type: ignore[arg-type]
+        leaves = len(jax.tree.leaves(params))
         args = jax.tree.leaves((params, frozen, example))
 
         def outputs(probes: dict[int, list[Array]]) -> tuple[Array, dict[int, list[Array]]]:
@@ -267,18 +262,13 @@ def _bases(problem: Problem, passes: _Passes) -> Bases:
     names = _names(problem.params)
     for leaf, matrix in (*sums[0].items(), *sums[1].items()):
         if not np.isfinite(matrix).all():
-            problem.blame(f"The covariance of layer {_layer_name(names[leaf])}")
+            problem.blame(f"The covariance of layer {names[leaf].removesuffix('.weight')}")
     return Bases(
         *(
             jax.tree.map(lambda matrix: jnp.asarray(np.linalg.eigh(matrix)[1]), some)
             for some in sums
         )
     )
-
-
-def _layer_name(name: str) -> str:
-    """A layer's name from that of its matrix."""
-    return name.removesuffix(".weight")
 
 
 def _rotated(
@@ -316,7 +306,7 @@ def _inverses(problem: Problem, values: Blocks, names: list[str]) -> tuple[Block
     """One over the damped eigenvalues, and the damping: a number, or one for each layer."""
     inverses, dampings = {}, []
     for leaf, block in values.items():
-        name, damping = _layer_name(names[leaf]), problem.damping
+        name, damping = names[leaf].removesuffix(".weight"), problem.damping
         if damping is None:
             damping = SHARE_OF_MEAN * float(block.mean())
         smallest, largest = float(block.min()) + damping, float(block.max()) + damping

@@ -140,7 +140,15 @@ def gram_of(
             (its example is named).
     """
     params = task.params if params is None else params
-    _check_size(task, params)
+    check_curvature(task, params, "ggn", None)
+    if not fits_gram(task, params):
+        outputs, count = output_size(task, params), len(task.train_ids)
+        raise Misuse(
+            "solver",
+            got=f"Gram coordinates of {count} training examples of {outputs} outputs",
+            expected=f"at most {MOST_OUTPUTS} outputs, and {MOST_ROWS} in all",
+            do="take EKFAC, Arnoldi or ConjugateGradient",
+        )
     train, query = (_slopes(task, params, some) for some in (task.train, task.query))
     where = "the given weights"
     sums = {"train": train.slope.sum(axis=1), "query": query.slope.sum(axis=1)}
@@ -170,18 +178,6 @@ class _Slopes(NamedTuple):
     factor: Float[np.ndarray, "example output output"]
     slope: Float[np.ndarray, "example output"]
     shape: tuple[int, ...]
-
-
-def _check_size(task: Task, params: PyTree) -> None:
-    check_curvature(task, params, "ggn", None)
-    if not fits_gram(task, params):
-        outputs, count = output_size(task, params), len(task.train_ids)
-        raise Misuse(
-            "solver",
-            got=f"Gram coordinates of {count} training examples of {outputs} outputs",
-            expected=f"at most {MOST_OUTPUTS} outputs, and {MOST_ROWS} in all",
-            do="take EKFAC, Arnoldi or ConjugateGradient",
-        )
 
 
 def _slopes(task: Task, params: PyTree, examples: PyTree) -> _Slopes:

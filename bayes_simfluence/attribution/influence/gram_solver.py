@@ -1,6 +1,6 @@
 """Any solver in Gram coordinates: for few examples of few outputs, of any network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +36,14 @@ class InGram:
             Misuse: the Hessian, no damping, coordinates of another task, too many outputs or
                 examples.
         """
-        _check(problem)
+        problem.check_ggn("InGram")
+        if problem.damping == 0:
+            raise Misuse(
+                "damping",
+                got="0 with InGram",
+                expected="a number > 0",
+                do="pass damping=None for .1 of the mean eigenvalue, or a number",
+            )
         task = problem.task
         gram = self.gram or gram_of(task, problem.params, memory=problem.memory)
         if (len(gram.rows), len(gram.queries)) != (len(task.train_ids), len(task.query_ids)):
@@ -54,15 +61,7 @@ class InGram:
             problem.meter.advance(len(task.query_ids))
             attributes = {"solver": "exact, in Gram coordinates", "damping": damping}
             return _solved(gram, damping), {**attributes, "dimensions": axes}
-        inside = Problem(
-            task=gram.task(task),
-            params=jnp.zeros(axes),
-            curvature="ggn",
-            damping=damping,
-            key=problem.key,
-            memory=problem.memory,
-            meter=problem.meter,
-        )
+        inside = replace(problem, task=gram.task(task), params=jnp.zeros(axes), damping=damping)
         values, attributes = self.solver.solve(inside)
         name = f"{attributes['solver']} in Gram coordinates"
         return values, {**attributes, "solver": name, "dimensions": axes}
@@ -77,14 +76,3 @@ def _solved(gram: Gram, damping: float) -> np.ndarray:
     values, vectors = np.linalg.eigh(curvature)
     trains = np.einsum("nk,nka->na", gram.slope, rows) @ vectors
     return trains / (np.maximum(values, 0.0) + damping) @ (queries @ vectors).T
-
-
-def _check(problem: Problem) -> None:
-    problem.check_ggn("InGram")
-    if problem.damping == 0:
-        raise Misuse(
-            "damping",
-            got="0 with InGram",
-            expected="a number > 0",
-            do="pass damping=None for .1 of the mean eigenvalue, or a number",
-        )
