@@ -12,10 +12,12 @@ __all__ = [
     "Misuse",
     "RunsWarning",
     "WorkFailed",
+    "at_most",
     "choice_of",
     "count_of",
     "keyed",
     "named",
+    "of_shape",
     "positive_integer",
     "positive_number",
     "shorten",
@@ -71,6 +73,20 @@ def count_of(what: str, value: object, *, do: str = "pass a whole number") -> in
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
         raise Misuse(what, got=repr(value), expected="an integer >= 0", do=do)
     return int(value)
+
+
+def at_most(what: str, value: int, most: int, items: str, *, do: str) -> int:
+    """``value`` when it does not exceed ``most``, the number of some ``items``."""
+    if value > most:
+        raise Misuse(what, got=value, expected=f"at most the {most} {items}", do=do)
+    return value
+
+
+def of_shape(what: str, array: Any, shape: tuple[int, ...], meaning: str, *, do: str) -> Any:
+    """``array`` when it has ``shape``; ``meaning`` says in the error what that is."""
+    if array.shape != shape:
+        raise Misuse(what, got=f"shape {array.shape}", expected=f"{shape}, {meaning}", do=do)
+    return array
 
 
 def positive_number(what: str, value: object, *, do: str = "pass a number above zero") -> float:

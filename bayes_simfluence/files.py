@@ -8,7 +8,15 @@ from pathlib import Path
 
 from bayes_simfluence.checks import Misuse, WorkFailed
 
-__all__ = ["PathLike", "atomically", "first_line", "new_path", "old_path"]
+__all__ = [
+    "PathLike",
+    "atomically",
+    "existing_file",
+    "first_line",
+    "new_path",
+    "old_path",
+    "readable",
+]
 
 PathLike = str | os.PathLike[str]
 
@@ -61,6 +69,25 @@ def old_path(path: PathLike) -> Path:
     """Where the folder at ``path`` is kept while another takes its place."""
     path = Path(path).absolute()
     return path.with_name(f".{path.name}.old")
+
+
+def existing_file(path: PathLike, *, expected: str, do: str = "check the path") -> Path:
+    """``path`` when a file is there."""
+    if not Path(path).is_file():
+        raise Misuse(str(path), got="no such file", expected=expected, do=do)
+    return Path(path)
+
+
+@contextmanager
+def readable(
+    path: PathLike, *errors: type[BaseException], got: str = "a file", expected: str, do: str
+) -> Iterator[None]:
+    """A block that reads ``path``; ``errors`` in it become a ``Misuse`` with their first line."""
+    try:
+        yield
+    except errors as error:
+        got = f"{got} that cannot be read ({first_line(error)})"
+        raise Misuse(str(path), got=got, expected=expected, do=do) from error
 
 
 def first_line(error: BaseException) -> str:

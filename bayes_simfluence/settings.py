@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from bayes_simfluence.checks import Misuse, choice_of, shorten
-from bayes_simfluence.files import PathLike, atomically
+from bayes_simfluence.files import PathLike, atomically, existing_file
 
 __all__ = [
     "check_choices",
@@ -102,10 +102,9 @@ def config_from_yaml(path: PathLike) -> dict[str, Any]:
     """
     import yaml
 
-    if not Path(path).is_file():
-        raise Misuse(str(path), got="no such file", expected="a YAML file", do="check --config")
+    path = existing_file(path, expected="a YAML file", do="check --config")
     try:
-        settings = yaml.safe_load(Path(path).read_text("utf-8")) or {}
+        settings = yaml.safe_load(path.read_text("utf-8")) or {}
     except yaml.YAMLError as error:
         settings = str(error).splitlines()[0]
     if not isinstance(settings, dict):

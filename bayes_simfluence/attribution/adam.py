@@ -17,7 +17,7 @@ from bayes_simfluence.attribution.gradients.per_example import (
     flat_gradients,
     gradient_maker,
 )
-from bayes_simfluence.checks import Misuse, positive_integer, positive_number
+from bayes_simfluence.checks import Misuse, at_most, positive_integer, positive_number
 from bayes_simfluence.recording.checkpoints import named_tensors
 from bayes_simfluence.tasks.task import Task
 
@@ -51,13 +51,8 @@ class AdamDiagonal:
         """
         size = positive_integer("batch_size", self.batch_size)
         positive_number("epsilon", self.epsilon)
-        if size > len(task.train_ids):
-            raise Misuse(
-                "batch_size",
-                got=size,
-                expected=f"at most the {len(task.train_ids)} training examples",
-                do="pass the size of the batches of the recorded runs",
-            )
+        do = "pass the size of the batches of the recorded runs"
+        at_most("batch_size", size, len(task.train_ids), "training examples", do=do)
         if self.moments is not None:
             _check_moments(task, self.moments, checkpoints)
         return self

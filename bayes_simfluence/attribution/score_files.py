@@ -7,7 +7,7 @@ import xarray as xr
 from bayes_simfluence.attribution.scores import check_scores
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.data.netcdf import read_group, write_groups
-from bayes_simfluence.files import PathLike, atomically, first_line, new_path
+from bayes_simfluence.files import PathLike, atomically, existing_file, new_path, readable
 
 __all__ = ["load_scores", "save_scores"]
 
@@ -36,18 +36,9 @@ def load_scores(path: PathLike) -> xr.DataArray:
     Raises:
         Misuse: no such file, one that cannot be read, other variables, scores that are not finite.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise Misuse(str(path), got="no such file", expected="saved scores", do="check the path")
-    try:
+    path = existing_file(path, expected="saved scores")
+    with readable(path, Exception, expected="a netCDF file", do="save the scores again"):
         dataset = read_group(path)
-    except Exception as error:
-        raise Misuse(
-            str(path),
-            got=f"a file that cannot be read ({first_line(error)})",
-            expected="a netCDF file",
-            do="save the scores again",
-        ) from error
     held = [str(name) for name in dataset.data_vars]
     unnamed = sorted({"train", "query"} - set(dataset.coords))
     if len(held) != 1 or unnamed:

@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from bayes_simfluence.checks import Misuse, choice_of, positive_integer
+from bayes_simfluence.checks import Misuse, choice_of, of_shape, positive_integer
 from bayes_simfluence.conventions import EFFECT_SIGN
 
 __all__ = ["check_scores", "opponents", "proponents", "score_array"]
@@ -39,16 +39,9 @@ def score_array(
     Raises:
         Misuse: values that are not finite, or another number of them than of ids.
     """
-    expected = (len(train_ids), len(query_ids))
-    if values.shape != expected:
-        raise Misuse(
-            f"{method} scores",
-            got=f"shape {values.shape}",
-            expected=f"{expected}, one for each training example and query",
-            do="pass ids in the order of the scores",
-        )
+    shape, each = (len(train_ids), len(query_ids)), "one for each training example and query"
     scores = xr.DataArray(
-        values,
+        of_shape(f"{method} scores", values, shape, each, do="pass ids in the order of the scores"),
         dims=DIMS,
         coords={"train": list(train_ids), "query": list(query_ids)},
         name="score",

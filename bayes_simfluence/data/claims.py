@@ -43,9 +43,11 @@ class Claims:
             if path.exists() and not _forsaken(path):
                 raise _refused(path, run)
             path.unlink(missing_ok=True)
+            mine = os.getpid()
+            owner = {"host": socket.gethostname(), "pid": mine, "born": _born(mine)}
             try:
                 with path.open("x", encoding="utf-8") as file:
-                    json.dump(_self(), file)
+                    json.dump(owner, file)
             except FileExistsError:
                 raise _refused(path, run) from None
         self._held.add(run)
@@ -117,10 +119,6 @@ def _locked(folder: Path) -> int:
         os.close(handle)
 
 
-def _self() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
-
-
 def _forsaken(path: Path) -> bool:
     """Whether the claim's owner is gone, as far as this host can tell."""
     owner = _owner(path)
@@ -144,10 +142,8 @@ def _lives(process: int) -> bool:
         return False
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from bayes_simfluence.checks import Misuse, keyed, positive_integer
+from bayes_simfluence.checks import Misuse, at_most, keyed, positive_integer
 from bayes_simfluence.conventions import EMPTY_SLOT, Curriculum
 
 __all__ = [
@@ -40,7 +40,9 @@ def shuffled_epochs(
     keyed(key)
     keys = jax.random.split(key, positive_integer("epochs", epochs))
     orders = [np.asarray(jax.random.permutation(order_key, chosen)) for order_key in keys]
-    return np.concatenate([_batches(order, size) for order in orders])
+    padded = np.full((len(keys), -(-len(chosen) // size) * size), EMPTY_SLOT, dtype=np.int32)
+    padded[:, : len(chosen)] = orders
+    return padded.reshape(-1, size)
 
 
 def random_subset_epochs(
@@ -57,14 +59,8 @@ def random_subset_epochs(
     >>> random_subset_epochs(200, per_run=128, batch_size=4, epochs=3, key=jax.random.key(0)).shape
     (96, 4)
     """
-    chosen = example_indices(examples)
-    if positive_integer("per_run", per_run) > len(chosen):
-        raise Misuse(
-            "per_run",
-            got=per_run,
-            expected=f"at most the {len(chosen)} examples",
-            do="lower per_run or add examples",
-        )
+    chosen, size = example_indices(examples), positive_integer("per_run", per_run)
+    at_most("per_run", size, len(chosen), "examples", do="lower per_run or add examples")
     keyed(key)
     pick, order = jax.random.split(key)
     subset = np.asarray(jax.random.choice(pick, chosen, (per_run,), replace=False))
@@ -119,9 +115,3 @@ def example_indices(examples: int | Sequence[int] | Examples) -> Examples:
             "examples", got=int(chosen.min()), expected="indices >= 0", do="leave -1 to empty slots"
         )
     return chosen
-
-
-def _batches(order: Examples, size: int) -> Curriculum:
-    padded = np.full(-(-len(order) // size) * size, EMPTY_SLOT, dtype=np.int32)
-    padded[: len(order)] = order
-    return padded.reshape(-1, size)

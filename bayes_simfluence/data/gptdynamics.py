@@ -23,7 +23,7 @@ from bayes_simfluence.conventions import COMPLETE, DIVERGED, EMPTY_SLOT, Curricu
 from bayes_simfluence.data.columns import sorted_ids, typed_ids
 from bayes_simfluence.data.runs import Ids, runs_from_arrays
 from bayes_simfluence.data.tabular import utf8_text
-from bayes_simfluence.files import first_line
+from bayes_simfluence.files import existing_file, first_line
 
 __all__ = ["is_gptdynamics", "read_gptdynamics"]
 
@@ -130,13 +130,11 @@ def _folders(path: Path) -> list[Path]:
 
 def _read(folder: Path, *, keep_diverged: bool) -> _Run:
     for name in (BATCHES, LOSSES):
-        if not (folder / name).is_file():
-            raise Misuse(
-                str(folder / name),
-                got="no such file",
-                expected=f"{BATCHES} and {LOSSES} in each run's folder",
-                do="restore it, or move the folder of this run away",
-            )
+        existing_file(
+            folder / name,
+            expected=f"{BATCHES} and {LOSSES} in each run's folder",
+            do="restore it, or move the folder of this run away",
+        )
     config = _config(folder)
     in_name = re.search(r"(?:^|[_-])bs-(\d+)(?:_|$)", folder.absolute().name)
     size = config.get("batch_size", int(in_name[1]) if in_name else None)

@@ -16,7 +16,7 @@ from bayes_simfluence.data.runs import Ids, runs_from_arrays
 from bayes_simfluence.data.tables import about_path, read_about, write_table
 from bayes_simfluence.data.tabular import read_csv, read_parquet
 from bayes_simfluence.data.validation import validate_runs
-from bayes_simfluence.files import PathLike, atomically, first_line, new_path
+from bayes_simfluence.files import PathLike, atomically, new_path, readable
 
 __all__ = ["FORMATS", "export_runs", "import_runs"]
 
@@ -133,16 +133,13 @@ def _format(path: Path, wanted: str | None) -> str:
 
 
 def _from_npz(path: Path, *, train_ids: Ids | None, keep_diverged: bool) -> xr.Dataset:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except Exception as error:
-        raise Misuse(
-            str(path),
-            got=f"a file that cannot be read ({first_line(error)})",
-            expected="arrays saved by numpy.savez, no Python objects",
-            do="save numbers and fixed-width text alone",
-        ) from error
+    expected = "arrays saved by numpy.savez, no Python objects"
+    do = "save numbers and fixed-width text alone"
+    with (
+        readable(path, Exception, expected=expected, do=do),
+        np.load(path, allow_pickle=False) as file,
+    ):
+        arrays = {name: file[name] for name in file.files}
     unknown = [name for name in arrays if name not in ARRAYS]
     missing = [name for name in ("batch", "loss") if name not in arrays]
     if unknown or missing:

@@ -102,51 +102,38 @@ def runs_of(
     if statuses is None:
         statuses = run_statuses(loss, missing=True) if keep_diverged else None
     _initial(table, runs, queries, loss, statuses)
-    train = _train_ids(batches) if train_ids is None else np.asarray(train_ids)
+    seen = {name for ids in batches.values() for name in ids if name is not None}
+    train = sorted_ids(seen) if train_ids is None else np.asarray(train_ids)
     batch = _batch(table, batches, train, len(runs), last)
     weight = None
     if "weight" in columns:
         weights = step_values(table, columns, "weight", run_at, steps, batch_weights)
         weight = _weight(table, weights, batches, batch)
-    run_order = _order(table, "run", runs, run_ids)
-    query_order = _order(table, "query", queries, query_ids)
+    run, run_order = _arranged(table, "run", runs, run_ids)
+    query, query_order = _arranged(table, "query", queries, query_ids)
     return runs_from_arrays(
         batch=batch[run_order],
         loss=loss[run_order][:, :, query_order].astype(dtype),
         weight=None if weight is None else weight[run_order],
         step_size=None if sizes is None else sizes[run_order],
         train_ids=train,
-        query_ids=_ordered(queries, query_order, query_ids),
-        run_ids=_ordered(runs, run_order, run_ids),
+        query_ids=query,
+        run_ids=run,
         missing=True,
         status=None if statuses is None else statuses[run_order],
         **about,
     )
 
 
-def _order(
+def _arranged(
     table: Table, what: str, ids: Sequence[str], wanted: Ids | None
-) -> Int[np.ndarray, " item"]:
-    """Places of the table's ids in the order of the wanted ids."""
+) -> tuple[np.ndarray, Int[np.ndarray, " item"]]:
+    """The table's ids in the order of the wanted ids, and their places in the table."""
     if wanted is None:
-        return np.arange(len(ids))
-    return np.argsort(named(f"{table.path}, ids of {what}", ids, wanted))
-
-
-def _ordered(ids: Sequence[str], order: Int[np.ndarray, " item"], wanted: Ids | None) -> np.ndarray:
-    names = [ids[place] for place in order]
-    if wanted is None:
-        return typed_ids(names)
-    originals = {str(name): name for name in np.asarray(wanted).tolist()}
-    return np.array([originals[name] for name in names])
-
-
-def _train_ids(batches: Batches) -> np.ndarray:
-    return sorted_ids({name for batch in batches.values() for name in batch if name is not None})
-
-
-def _steps(last: int) -> range:
-    return range(1, last + 1)
+        return typed_ids(ids), np.arange(len(ids))
+    places = np.array(named(f"{table.path}, ids of {what}", ids, wanted))
+    order = np.argsort(places)
+    return np.asarray(wanted)[places[order]], order
 
 
 def _length(table: Table, runs: Sequence[str], batches: Batches) -> int:
@@ -179,7 +166,7 @@ def _every_step(
 ) -> None:
     """Raise unless the column has a value at each step of each run."""
     for at, run in enumerate(runs):
-        gaps = [step for step in _steps(last) if (at, step) not in values]
+        gaps = [step for step in range(1, last + 1) if (at, step) not in values]
         if gaps:
             raise Misuse(
                 f"{table.path}, column {column!r}",
@@ -205,7 +192,7 @@ def _step_sizes(
 
     sizes = step_values(table, columns, "step_size", run_at, steps, read)
     _every_step(table, "step_size", runs, sizes, last)
-    return np.array([[sizes[at, step] for step in _steps(last)] for at in range(len(runs))])
+    return np.array([[sizes[at, step] for step in range(1, last + 1)] for at in range(len(runs))])
 
 
 def _losses(

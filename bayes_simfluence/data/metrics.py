@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from bayes_simfluence.checks import Misuse
+from bayes_simfluence.checks import Misuse, of_shape
 from bayes_simfluence.conventions import METRIC, METRIC_DIMS, VARIABLES
 
 __all__ = [
@@ -53,14 +53,13 @@ def with_metric(runs: xr.Dataset, name: str, values: Any) -> xr.Dataset:
     Raises:
         Misuse: a name that means something else, values of another shape.
     """
-    array = np.asarray(values, np.float32)
-    if array.shape != runs["loss"].shape:
-        raise Misuse(
-            f"metric {name!r}",
-            got=f"shape {array.shape}",
-            expected=f"{METRIC_DIMS} = {runs['loss'].shape}, as the loss",
-            do="fill what was not recorded with NaN",
-        )
+    array = of_shape(
+        f"metric {name!r}",
+        np.asarray(values, np.float32),
+        runs["loss"].shape,
+        f"as the loss {METRIC_DIMS}",
+        do="fill what was not recorded with NaN",
+    )
     dims, _, attrs = metric_variable(check_metric_name(name), array)
     return runs.assign({name: (dims, array, attrs)})
 

@@ -19,9 +19,12 @@ from bayes_simfluence.data.validation import check_later_losses, refuse_losses, 
 from bayes_simfluence.data.weights import checked_weights
 
 __all__ = [
+    "ids_of",
     "planned_runs",
     "run_statuses",
+    "runs_dataset",
     "runs_from_arrays",
+    "same_ids",
     "usable_runs",
 ]
 
@@ -95,18 +98,17 @@ def runs_from_arrays(
         "loss": loss,
         "status": _statuses(loss, status, keep_diverged=keep_diverged, missing=missing),
     }
-    if weight is not None:
-        variables["weight"] = checked_weights(weight, batch)
     for name, feature in (("train_feature", train_feature), ("query_feature", query_feature)):
         if feature is not None:
             variables[name] = np.asarray(feature, dtype=np.float32)
-    dataset = _dataset(
+    dataset = runs_dataset(
         variables,
+        weight=weight,
         step_size=step_size,
         ids={
-            "run": _ids(run_ids, runs),
-            "train": _ids(train_ids, len(train_ids)),
-            "query": _ids(query_ids, loss.shape[2]),
+            "run": ids_of("run_ids", run_ids, runs),
+            "train": np.asarray(train_ids),
+            "query": ids_of("query_ids", query_ids, loss.shape[2]),
         },
         attrs=dict(attrs or {}),
     )
@@ -154,13 +156,12 @@ def planned_runs(
     if step_size is None and "step_size" in like and like.sizes["step"] == steps:
         step_size = like["step_size"].values[0]
     variables = {"batch": batch, "loss": loss, "status": np.full(runs, UNRECORDED, np.int8)}
-    if weight is not None:
-        variables["weight"] = checked_weights(weight, batch)
-    planned = _dataset(
+    planned = runs_dataset(
         variables,
+        weight=weight,
         step_size=step_size,
         ids={
-            "run": _ids(run_ids, runs),
+            "run": ids_of("run_ids", run_ids, runs),
             "train": like["train"].values,
             "query": like["query"].values,
         },
@@ -203,14 +204,18 @@ def usable_runs(runs: xr.Dataset) -> xr.Dataset:
     return usable
 
 
-def _dataset(
-    variables: dict[str, np.ndarray],
+def runs_dataset(
+    variables: Mapping[str, np.ndarray],
     *,
-    step_size: Any,
-    ids: dict[str, np.ndarray],
-    attrs: dict[str, Any],
+    weight: Any = None,
+    step_size: Any = None,
+    ids: Mapping[str, np.ndarray],
+    attrs: Mapping[str, Any],
 ) -> xr.Dataset:
+    """Runs in the schema of ``conventions``, not validated; ``step_size`` is broadcast to them."""
     runs, steps, _ = variables["batch"].shape
+    if weight is not None:
+        variables = {**variables, "weight": checked_weights(weight, variables["batch"])}
     if step_size is not None:
         sizes = np.asarray(step_size, dtype=np.float32)
         if sizes.shape not in ((), (steps,), (runs, steps)):
@@ -271,9 +276,14 @@ def _rectangular(name: str, value: Any, ndim: int, dtype: Any) -> np.ndarray:
     return array.astype(dtype) if dtype is not None else array
 
 
-def _ids(ids: Ids | None, size: int) -> np.ndarray:
-    if ids is None:
-        return np.arange(size)
-    if len(ids) != size:
-        raise Misuse("ids", got=f"{len(ids)} ids", expected=f"{size}", do="name every item once")
-    return np.asarray(ids)
+def ids_of(what: str, ids: Ids | None, size: int) -> np.ndarray:
+    """``ids`` as an array of ``size`` items, numbers from 0 when omitted."""
+    array = np.arange(size) if ids is None else np.asarray(ids)
+    if len(array) != size:
+        raise Misuse(what, got=f"{len(array)} ids", expected=f"{size}", do="name every item once")
+    return array
+
+
+def same_ids(ids: Any, others: Any) -> bool:
+    """Whether two lists of ids are the same, compared as text."""
+    return np.array_equal(np.asarray(ids).astype(str), np.asarray(others).astype(str))

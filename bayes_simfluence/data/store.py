@@ -19,18 +19,16 @@ from jaxtyping import Float, Int8
 from bayes_simfluence.checks import Misuse, WorkFailed, choice_of
 from bayes_simfluence.conventions import (
     OPTIONAL,
-    SCHEMA_VERSION,
     UNRECORDED,
-    VARIABLES,
     Curricula,
     Trajectory,
 )
 from bayes_simfluence.data.metrics import metric_names, metric_variable
 from bayes_simfluence.data.netcdf import plain, read_group, write_groups
-from bayes_simfluence.data.runs import Ids, run_statuses
+from bayes_simfluence.data.runs import Ids, run_statuses, runs_dataset, same_ids
 from bayes_simfluence.data.validation import validate_runs
-from bayes_simfluence.data.weights import checked_weights, with_weights
-from bayes_simfluence.files import PathLike, atomically, first_line, new_path, old_path
+from bayes_simfluence.data.weights import with_weights
+from bayes_simfluence.files import PathLike, atomically, first_line, new_path, old_path, readable
 
 __all__ = [
     "CHECKPOINTS",
@@ -83,7 +81,8 @@ def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
     """
     stored, runs = open_store(path), validate_runs(runs)
     for name in ("train", "query", "step", "slot"):
-        if not _same(stored, runs, name):
+        same = stored.sizes[name] == runs.sizes[name]
+        if not same or (name != "slot" and not same_ids(stored[name], runs[name])):
             raise Misuse(
                 f"runs['{name}']",
                 got="other values than the store's",
@@ -148,15 +147,14 @@ def open_store(path: PathLike) -> xr.Dataset:
             if aside.exists()
             else "check the path, or record runs into it",
         )
-    try:
+    with readable(
+        path,
+        Exception,
+        got="a file or folder",
+        expected="a Zarr v3 store or netCDF file of recorded runs",
+        do="record again or restore the store from a copy",
+    ):
         runs = _read(path)
-    except Exception as error:
-        raise Misuse(
-            str(path),
-            got=f"a file or folder that cannot be read ({first_line(error)})",
-            expected="a Zarr v3 store or netCDF file of recorded runs",
-            do="record again or restore the store from a copy",
-        ) from error
     return validate_runs(runs)
 
 
@@ -217,24 +215,9 @@ def create_store(
         "status": np.full(runs, UNRECORDED, np.int8),
         **dict(features or {}),
     }
-    if weights is not None:
-        values["weight"] = checked_weights(weights, values["batch"])
-    dataset = xr.Dataset(
-        {
-            **{
-                name: (VARIABLES[name][0], array, VARIABLES[name][1])
-                for name, array in values.items()
-            },
-            **{name: metric_variable(name, values["loss"]) for name in metrics},
-        },
-        coords={
-            "run": np.arange(runs),
-            "step": np.arange(1, steps + 1),
-            "time": np.arange(steps + 1),
-            "train": np.asarray(train_ids),
-            "query": np.asarray(query_ids),
-        },
-        attrs={"schema_version": SCHEMA_VERSION, **attrs},
+    ids = {"run": np.arange(runs), "train": np.asarray(train_ids), "query": np.asarray(query_ids)}
+    dataset = runs_dataset(values, weight=weights, ids=ids, attrs=attrs).assign(
+        {name: metric_variable(name, values["loss"]) for name in metrics}
     )
     return _write_store(validate_runs(dataset), new_path(path, overwrite=overwrite))
 
@@ -254,7 +237,10 @@ def write_run(
         metrics: what was recorded beside the loss, as named to ``create_store``.
         times: when the loss was recorded; it is NaN at all others.
     """
-    _sweep(Path(path), run)
+    # What a killed writer of this run left behind.
+    for pattern in (f"*/c/{run}/**/*.partial", f"*/c/{run}.*.partial"):
+        for partial in Path(path).glob(pattern):
+            partial.unlink()
     try:
         group: Any = zarr.open_group(str(path), mode="r+", use_consolidated=False)
         for name, values in {"loss": loss, "step_size": step_size, **dict(metrics or {})}.items():
@@ -297,17 +283,3 @@ def _write_store(runs: xr.Dataset, path: Path, *, like: Path | None = None) -> P
         if like is not None and (like / CHECKPOINTS).is_dir():
             shutil.copytree(like / CHECKPOINTS, partial / CHECKPOINTS)
     return path
-
-
-def _sweep(path: Path, run: int) -> None:
-    """Remove what a killed writer of this run left behind."""
-    for partial in (*path.glob(f"*/c/{run}/**/*.partial"), *path.glob(f"*/c/{run}.*.partial")):
-        partial.unlink()
-
-
-def _same(stored: xr.Dataset, runs: xr.Dataset, name: str) -> bool:
-    if stored.sizes[name] != runs.sizes[name]:
-        return False
-    return name == "slot" or bool(
-        (stored[name].values.astype(str) == runs[name].values.astype(str)).all()
-    )

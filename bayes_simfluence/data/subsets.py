@@ -13,7 +13,7 @@ import xarray as xr
 from bayes_simfluence.checks import Misuse, keyed
 from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.data.curriculum import shuffled_epochs
-from bayes_simfluence.data.runs import Ids, planned_runs, usable_runs
+from bayes_simfluence.data.runs import Ids, ids_of, planned_runs, usable_runs
 from bayes_simfluence.data.weights import weights_of
 
 __all__ = ["planned_subsets", "subsets_from_arrays", "subsets_of_runs"]
@@ -64,19 +64,6 @@ def subsets_from_arrays(
             expected="finite numbers",
             do="leave out subsets whose training failed",
         )
-    coords = {"subset": np.arange(len(mask))}
-    for name, ids, size in (
-        ("train", train_ids, mask.shape[1]),
-        ("query", query_ids, outcome.shape[1]),
-    ):
-        coords[name] = np.arange(size) if ids is None else np.asarray(ids)
-        if len(coords[name]) != size:
-            raise Misuse(
-                f"{name}_ids",
-                got=f"{len(coords[name])} ids",
-                expected=f"{size}, one for each column",
-                do="pass ids in the order of the columns",
-            )
     return xr.Dataset(
         {
             "mask": (("subset", "train"), mask.astype(bool), {"long_name": "trained on"}),
@@ -86,7 +73,11 @@ def subsets_from_arrays(
                 {"long_name": "measured after training", "units": units},
             ),
         },
-        coords=coords,
+        coords={
+            "subset": np.arange(len(mask)),
+            "train": ids_of("train_ids", train_ids, mask.shape[1]),
+            "query": ids_of("query_ids", query_ids, outcome.shape[1]),
+        },
     )
 
 
@@ -99,13 +90,12 @@ def subsets_of_runs(runs: xr.Dataset) -> xr.Dataset:
         Misuse: runs whose last losses were not recorded.
     """
     runs = usable_runs(runs)
-    batch, size = (
-        np.where(weights_of(runs) > 0, runs["batch"].values, EMPTY_SLOT),
-        runs.sizes["train"],
-    )
+    size = runs.sizes["train"]
+    # A further column takes the empty slots and those of no weight.
+    counted = (weights_of(runs) > 0) & (runs["batch"].values != EMPTY_SLOT)
+    batch = np.where(counted, runs["batch"].values, size)
     mask = np.zeros((len(batch), size + 1), bool)
-    # The last column takes the empty slots.
-    mask[np.arange(len(batch))[:, None, None], np.where(batch == EMPTY_SLOT, size, batch)] = True
+    mask[np.arange(len(batch))[:, None, None], batch] = True
     subsets = subsets_from_arrays(
         mask[:, :-1],
         runs["loss"].values[:, -1],

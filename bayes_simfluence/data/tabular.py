@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bayes_simfluence.checks import Misuse, shorten
-from bayes_simfluence.files import first_line
+from bayes_simfluence.files import first_line, readable
 
 __all__ = ["Table", "pyarrow_for", "read_csv", "read_parquet", "utf8_text"]
 
@@ -104,15 +104,9 @@ def read_parquet(path: Path) -> Table:
         Misuse: a file that cannot be read, or pyarrow is not installed.
     """
     pyarrow = pyarrow_for(path)
-    try:
+    errors = (pyarrow.ArrowException, OSError)
+    with readable(path, *errors, expected="a Parquet file", do="write it again"):
         table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise Misuse(
-            str(path),
-            got=f"a file that cannot be read ({first_line(error)})",
-            expected="a Parquet file",
-            do="write it again",
-        ) from error
     return Table(path, table.to_pydict(), range(1, table.num_rows + 1), "row")
 
 

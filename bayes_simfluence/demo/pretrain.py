@@ -54,7 +54,8 @@ def _write_tokenizer(texts: Sequence[str], folder: Path) -> None:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = sorted({word for text in texts for word in _words(text)})
+    split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+    words = sorted({word for text in texts for word, _ in split(text.lower())})
     letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
     vocabulary = list(dict.fromkeys([*SPECIAL, *words, *letters]))
     codes = {word: code for code, word in enumerate(vocabulary)}
@@ -69,12 +70,6 @@ def _write_tokenizer(texts: Sequence[str], folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, **{f"{name}_token": token for name, token in special}
     ).save_pretrained(folder)
-
-
-def _words(text: str) -> list[str]:
-    from tokenizers import pre_tokenizers
-
-    return [word for word, _ in pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text.lower())]
 
 
 def _write_config(folder: Path) -> dict[str, int]:

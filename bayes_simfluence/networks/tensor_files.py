@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bayes_simfluence.checks import Misuse, WorkFailed, shorten
-from bayes_simfluence.files import atomically, first_line, new_path
+from bayes_simfluence.files import atomically, first_line, new_path, readable
 
 __all__ = ["SINGLE", "Tensors", "read_tensors", "save_tensors", "write_tensors"]
 
@@ -126,17 +126,15 @@ def _malformed(got: str, expected: str, folder: Path) -> Misuse:
 
 
 def _read_file(file: Path) -> dict[str, np.ndarray]:
-    try:
+    errors = (SafetensorError, OSError, ValueError)
+    with (
+        readable(
+            file, *errors, expected="a whole safetensors file", do="copy or download it again"
+        ),
         # The reader of the format's own library holds the header against the file's length.
-        with safe_open(os.fspath(file), framework="np"):
-            content = np.memmap(file, mode="r", dtype=np.uint8)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise Misuse(
-            str(file),
-            got=f"a file that cannot be read ({first_line(error)})",
-            expected="a whole safetensors file",
-            do="copy or download it again",
-        ) from error
+        safe_open(os.fspath(file), framework="np"),
+    ):
+        content = np.memmap(file, mode="r", dtype=np.uint8)
     start = HEADER + int.from_bytes(content[:HEADER].tobytes(), "little")
     header = json.loads(content[HEADER:start].tobytes())
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}

@@ -15,7 +15,7 @@ from bayes_simfluence.checks import Misuse, keyed, positive_integer
 from bayes_simfluence.conventions import EFFECT_SIGN
 from bayes_simfluence.data.netcdf import read_group, write_groups
 from bayes_simfluence.data.validation import validate_runs
-from bayes_simfluence.files import PathLike, atomically, first_line, new_path
+from bayes_simfluence.files import PathLike, atomically, existing_file, new_path, readable
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.posterior.arrays import recorded_arrays
 from bayes_simfluence.posterior.arviz import (
@@ -267,12 +267,10 @@ def load_posterior(path: PathLike) -> Posterior:
     Raises:
         Misuse: no such file, or one that is no posterior of this version.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise Misuse(
-            str(path), got="no such file", expected="a saved posterior", do="check the path"
-        )
-    try:
+    path = existing_file(path, expected="a saved posterior")
+    expected = f"a posterior saved by version {VERSION} of the format"
+    do = "fit again, or restore the file from a copy"
+    with readable(path, Exception, expected=expected, do=do):
         about = read_group(path).attrs
         arrays = {str(name): array.values for name, array in read_group(path, "simulator").items()}
         runs = read_group(path, "runs")
@@ -286,13 +284,6 @@ def load_posterior(path: PathLike) -> Posterior:
         simulator = SIMULATORS[FORMER_NAMES.get(about["simulator"], about["simulator"])].restore(
             arrays, about["simulator_settings"]
         )
-    except Exception as error:
-        raise Misuse(
-            str(path),
-            got=f"a file that cannot be read ({first_line(error)})",
-            expected=f"a posterior saved by version {VERSION} of the format",
-            do="fit again, or restore the file from a copy",
-        ) from error
     return Posterior(
         simulator=simulator,
         verdict=Verdict.from_dict(about["verdict"]),

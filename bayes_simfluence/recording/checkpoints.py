@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save
 
 from bayes_simfluence.checks import Misuse, choice_of, shorten
 from bayes_simfluence.data.store import CHECKPOINTS, open_store
-from bayes_simfluence.files import PathLike, atomically, first_line
+from bayes_simfluence.files import PathLike, atomically, readable
 
 __all__ = [
     "SavedWeights",
@@ -166,12 +166,6 @@ def _folder_of(store: PathLike, run: object) -> Path:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
+    do = "record the run again or restore the store from a copy"
+    with readable(path, SafetensorError, OSError, expected="a whole safetensors file", do=do):
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise Misuse(
-            str(path),
-            got=f"a file that cannot be read ({first_line(error)})",
-            expected="a whole safetensors file",
-            do="record the run again or restore the store from a copy",
-        ) from error

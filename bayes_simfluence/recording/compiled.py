@@ -163,13 +163,8 @@ class CompiledSteps:
             Shaped((steps,), jnp.bool_, sharding=everywhere),
             Shaped((), jnp.int32, sharding=everywhere),
         )
-        return cls(
-            runs,
-            steps,
-            begin,
-            lambda fixed: jax.device_put(fixed, everywhere),
-            advance.compile(),
-        )
+        place = partial(jax.device_put, device=everywhere)
+        return cls(runs, steps, begin, place, advance.compile())
 
 
 def training_loss(training: Training) -> Callable[[PyTree, PyTree], Float[Array, ""]]:
@@ -189,15 +184,9 @@ def _stretch(training: Training, parallel: int, steps: int) -> Callable[..., Any
     if parallel > 1:
         return jax.vmap(one_run, in_axes=(0, None, 0, None, None))
 
-    def alone(
-        carry: Carry,
-        fixed: Fixed,
-        batches: Batches,
-        looks: Bool[Array, " step"],
-        count: Int[Array, ""],
-    ) -> tuple[Carry, Measured]:
+    def alone(carry: Carry, fixed: Fixed, batches: Batches, *when: Array) -> tuple[Carry, Measured]:
         carry, batches = jax.tree.map(lambda leaf: leaf[0], (carry, batches))
-        ended = one_run(carry, fixed, batches, looks, count)
+        ended = one_run(carry, fixed, batches, *when)
         return jax.tree.map(lambda leaf: leaf[None], ended)
 
     return alone

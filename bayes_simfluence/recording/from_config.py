@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from bayes_simfluence.checks import Misuse, shorten
+from bayes_simfluence.checks import Misuse, at_most, shorten
 from bayes_simfluence.conventions import Curricula
 from bayes_simfluence.data.curriculum import random_subset_epochs
 from bayes_simfluence.networks.checkpoint import Pretrained, load_checkpoint, pretrained
@@ -179,13 +179,7 @@ def _listed(words: str) -> Sequence[str]:
 
 
 def _drawn(name: str, rows: Rows, count: int, seed: int, *, stream: int) -> Rows:
-    if count > len(rows.ids):
-        raise Misuse(
-            name,
-            got=count,
-            expected=f"at most the {len(rows.ids)} rows of the file",
-            do=f"lower --{name}",
-        )
+    at_most(name, count, len(rows.ids), "rows of the file", do=f"lower --{name}")
     key = jax.random.fold_in(jax.random.key(seed), stream)
     chosen = jax.random.choice(key, len(rows.ids), (count,), replace=False)
     return rows.take(sorted(np.asarray(chosen).tolist()))

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 from bayes_simfluence.recording.compiled import CompiledSteps
 from bayes_simfluence.recording.settings import Parallel
 
-__all__ = ["devices_for", "fitting_runs", "host_memory", "parallel_of"]
+__all__ = ["fitting_runs", "host_memory", "parallel_of"]
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +82,6 @@ def fitting_runs(runs: int, devices: Sequence[Any], *, needed: int, shared: int)
         "unknown" if free is None else f"{free / 2**20:.0f} MiB",
     )
     return chosen
-
-
-def devices_for(units: int) -> list[jax.Device]:
-    """The devices of this process that get work when ``units`` groups of runs are recorded."""
-    return jax.local_devices()[: max(units, 1)]
 
 
 def run_bytes(compiled: CompiledSteps, shared: int) -> int:

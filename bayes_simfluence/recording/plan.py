@@ -7,7 +7,7 @@ from operator import index
 import numpy as np
 from jaxtyping import Bool
 
-from bayes_simfluence.checks import Misuse
+from bayes_simfluence.checks import Misuse, at_most
 from bayes_simfluence.recording.checkpoints import checkpoint_steps
 from bayes_simfluence.recording.settings import Choice, Evaluation
 
@@ -35,13 +35,8 @@ class Plan:
         Raises:
             Misuse: the first number that is not.
         """
-        if self.evaluation.validate().checkpoints > self.steps:
-            raise Misuse(
-                "checkpoints",
-                got=self.evaluation.checkpoints,
-                expected=f"at most the {self.steps} steps of a run",
-                do="ask for fewer",
-            )
+        checkpoints = self.evaluation.validate().checkpoints
+        at_most("checkpoints", checkpoints, self.steps, "steps of a run", do="ask for fewer")
         return self
 
     @property

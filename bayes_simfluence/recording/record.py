@@ -11,7 +11,7 @@ import optax
 import xarray as xr
 from jaxtyping import Bool
 
-from bayes_simfluence.checks import Misuse
+from bayes_simfluence.checks import Misuse, at_most
 from bayes_simfluence.conventions import EMPTY_SLOT, Curricula
 from bayes_simfluence.data.claims import claimed
 from bayes_simfluence.data.store import open_runs
@@ -89,11 +89,13 @@ def record(
     evaluation, placement = evaluation or Evaluation(), placement or Placement()
     total, steps, slots = curricula.shape
     plan = Plan(steps, evaluation).validate()
+    accumulate, do = placement.validate().accumulate, "split a batch into fewer parts"
+    at_most("accumulate", accumulate, slots, "slots of a batch", do=do)
     training = Training(
         task,
         optimizer,
         step_size_reader(optimizer, task.params, step_size, steps),
-        _fitting(placement.validate(), slots),
+        placement,
         weighted=weights is not None,
         always=bool(plan.looks.all()),
     )
@@ -166,15 +168,3 @@ def _checked_curricula(task: Task, curricula: Curricula) -> Curricula:
             do="make smaller batches, or give the task more examples",
         )
     return curricula.astype(np.int32)
-
-
-def _fitting(placement: Placement, slots: int) -> Placement:
-    """``placement`` if its batches can be split so."""
-    if placement.accumulate > slots:
-        raise Misuse(
-            "accumulate",
-            got=placement.accumulate,
-            expected=f"at most the {slots} slots of a batch",
-            do="split a batch into fewer parts",
-        )
-    return placement

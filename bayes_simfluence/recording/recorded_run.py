@@ -1,14 +1,14 @@
 """One run of any training loop while it goes on: its batches, losses and step sizes, checked."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
-from bayes_simfluence.checks import Misuse, shorten
+from bayes_simfluence.checks import Misuse, of_shape, shorten
 from bayes_simfluence.conventions import COMPLETE, DIVERGED, EMPTY_SLOT
 from bayes_simfluence.data.runs import runs_from_arrays
 
@@ -34,6 +34,11 @@ class Frame:
     steps: int | None = None
     slots: int | None = None
     sized: bool | None = None
+
+    def like(self, runs: xr.Dataset) -> "Frame":
+        """With the length, the batches and the step sizes of recorded runs."""
+        steps, slots = runs.sizes["step"], runs.sizes["slot"]
+        return replace(self, steps=steps, slots=slots, sized="step_size" in runs)
 
 
 class RecordedRun:
@@ -226,15 +231,8 @@ def loss_row(what: str, losses: Any, frame: Frame) -> Float[np.ndarray, " query"
     """Losses as an array over queries; NaN where they were not measured."""
     if losses is None:
         return np.full(len(frame.query), np.nan, np.float32)
-    row = _array(what, losses)
-    if row.shape != (len(frame.query),):
-        raise Misuse(
-            what,
-            got=f"shape {row.shape}",
-            expected=f"({len(frame.query)},), one loss per query",
-            do="pass the losses in the order of query_ids, or None where they were not measured",
-        )
-    return row
+    do = "pass the losses in the order of query_ids, or None where they were not measured"
+    return of_shape(what, _array(what, losses), (len(frame.query),), "one loss per query", do=do)
 
 
 def _array(what: str, value: Any) -> Float[np.ndarray, "..."]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +10,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse, positive_integer, shorten
-from bayes_simfluence.data.runs import Ids
+from bayes_simfluence.data.runs import Ids, same_ids
 from bayes_simfluence.data.store import append_runs, open_store, save_runs
 from bayes_simfluence.files import PathLike, new_path, old_path
 from bayes_simfluence.recording.recorded_run import Frame, RecordedRun, loss_row
@@ -153,7 +152,7 @@ class Recorder:
     def _go_on(self, stored: xr.Dataset) -> None:
         """Take the frame of a store that holds runs already."""
         for name, ids in (("train", self._frame.train), ("query", self._frame.query)):
-            if not np.array_equal(stored[name].values.astype(str), ids.astype(str)):
+            if not same_ids(stored[name], ids):
                 raise Misuse(
                     f"{name}_ids",
                     got="other ids than the store's",
@@ -168,12 +167,7 @@ class Recorder:
                     expected=f"{stored.sizes[name]}, as in {self._path}",
                     do="leave it out, or record these runs into a store of their own",
                 )
-        self._frame = replace(
-            self._frame,
-            steps=stored.sizes["step"],
-            slots=stored.sizes["slot"],
-            sized="step_size" in stored,
-        )
+        self._frame = self._frame.like(stored)
         self._run_ids = stored["run"].values.tolist()
 
     def _begin(self, initial_loss: Any, run_id: str | int | None) -> RecordedRun:
@@ -233,12 +227,7 @@ class Recorder:
         else:
             save_runs(recorded, self._path, overwrite=self._overwrite)
         self._run_ids.append(run.run_id)
-        self._frame = replace(
-            self._frame,
-            steps=recorded.sizes["step"],
-            slots=recorded.sizes["slot"],
-            sized="step_size" in recorded,
-        )
+        self._frame = self._frame.like(recorded)
 
 
 def _ids(what: str, ids: Ids | int) -> np.ndarray:

@@ -14,6 +14,7 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import UNRECORDED
 from bayes_simfluence.data.claims import alone_in
 from bayes_simfluence.data.metrics import check_metric_name
+from bayes_simfluence.data.runs import same_ids
 from bayes_simfluence.data.store import create_store, open_store, stored_statuses
 from bayes_simfluence.files import PathLike, new_path
 from bayes_simfluence.recording.compiled import Batches
@@ -21,6 +22,8 @@ from bayes_simfluence.recording.features import Features
 from bayes_simfluence.tasks.task import Task
 
 __all__ = ["StoredRecording"]
+
+PACKAGES = ("bayes-simfluence", "jax", "optax", "numpy")
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class StoredRecording:
         with alone_in(path.absolute().parent):
             stored = open_store(path) if resume and path.exists() else None
             at_once = parallel(None if stored is None else stored.attrs.get("parallel"))
-            attrs = {**self.attrs, "versions": _versions(), "parallel": at_once}
+            versions = {name: version(name) for name in PACKAGES}
+            attrs = {**self.attrs, "versions": versions, "parallel": at_once}
             if stored is None:
                 self._create(attrs, overwrite=overwrite)
             else:
@@ -98,8 +102,8 @@ class StoredRecording:
         same = {
             "curricula": np.array_equal(stored["batch"].values, self.batches.members),
             "weights": np.array_equal(weights, mine),
-            "train ids": _same_ids(stored["train"], self.task.train_ids),
-            "query ids": _same_ids(stored["query"], self.task.query_ids),
+            "train ids": same_ids(stored["train"], self.task.train_ids),
+            "query ids": same_ids(stored["query"], self.task.query_ids),
             **{f"metric {name}": name in stored for name in self._metrics},
             **{name: stored.attrs.get(name) == value for name, value in attrs.items()},
         }
@@ -111,11 +115,3 @@ class StoredRecording:
                 expected="the recording that is to be resumed",
                 do="repeat the settings it was started with, or record to a new path",
             )
-
-
-def _same_ids(stored: xr.DataArray, ids: Any) -> bool:
-    return stored.values.astype(str).tolist() == [str(name) for name in ids]
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("bayes-simfluence", "jax", "optax", "numpy")}

@@ -9,14 +9,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from bayes_simfluence.checks import Misuse
+from bayes_simfluence.checks import of_shape
 from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.data.store import write_run
 from bayes_simfluence.progress import Meter, Progress
 from bayes_simfluence.recording.checkpoints import new_checkpoints, write_weights
 from bayes_simfluence.recording.compiled import Batches, CompiledSteps, Measured, Training
 from bayes_simfluence.recording.measure import Fixed, fixed_of, measure_of
-from bayes_simfluence.recording.parallel import devices_for
 from bayes_simfluence.recording.plan import Plan
 from bayes_simfluence.recording.stored import StoredRecording
 from bayes_simfluence.tasks.task import Task
@@ -64,7 +63,7 @@ def record_together(
     measured = jax.jit(measure_of(task, training.placement.query_chunk))(task.params, fixed)
     initial = {name: np.asarray(row) for name, row in measured.items()}
     initial |= _scores(task, task.params)
-    compiled = recording.compiled(len(groups[0]), devices_for(len(groups)))
+    compiled = recording.compiled(len(groups[0]), jax.local_devices()[: len(groups)])
     fixed = compiled.place(fixed)
     label = "record" if compiled.runs == 1 else f"record, {compiled.runs} at once"
     total, done = int(wanted.sum()), 0
@@ -189,16 +188,17 @@ def _scores(task: Task, params: PyTree) -> Queries:
     if not task.scores:
         return {}
     weights = task.weights(params, task.frozen)
-    rows = {name: np.asarray(score(weights), np.float32) for name, score in task.scores.items()}
-    for name, row in rows.items():
-        if row.shape != (len(task.query_ids),):
-            raise Misuse(
-                f"task.scores[{name!r}]",
-                got=f"shape {row.shape}",
-                expected=f"one number for each of the {len(task.query_ids)} queries",
-                do="return an array in the order of task.query_ids",
-            )
-    return rows
+    shape, do = (len(task.query_ids),), "return an array in the order of task.query_ids"
+    return {
+        name: of_shape(
+            f"task.scores[{name!r}]",
+            np.asarray(score(weights), np.float32),
+            shape,
+            "one number for each query",
+            do=do,
+        )
+        for name, score in task.scores.items()
+    }
 
 
 def _loads(groups: list[list[int]], runs: int) -> Iterator[list[int]]:

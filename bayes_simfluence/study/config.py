@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from bayes_simfluence.checks import Misuse, choice_of, count_of, positive_integer, shorten
+from bayes_simfluence.checks import Misuse, at_most, choice_of, count_of, positive_integer, shorten
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.settings import layered, say
 
@@ -170,13 +170,9 @@ class StudyConfig:
                 expected=f"a run among 0..{cell.record.runs - 1}",
                 do="choose a fitted run",
             )
-        if protocol.checkpoints != ALL and int(protocol.checkpoints) > cell.record.steps:
-            raise Misuse(
-                "checkpoints",
-                got=protocol.checkpoints,
-                expected=f"at most the {cell.record.steps} steps of a run of {what}",
-                do=f"ask for fewer, or for {ALL}",
-            )
+        if protocol.checkpoints != ALL:
+            items, do = f"steps of a run of {what}", f"ask for fewer, or for {ALL}"
+            at_most("checkpoints", int(protocol.checkpoints), cell.record.steps, items, do=do)
 
 
 def study_of(settings: Mapping[str, Any]) -> StudyConfig:

@@ -9,6 +9,7 @@ from typing import Any
 
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.data.tabular import read_csv, read_parquet, utf8_text
+from bayes_simfluence.files import existing_file
 
 __all__ = ["Rows", "read_rows"]
 
@@ -92,14 +93,7 @@ def read_rows(source: Any, *, id_field: str = "id") -> Rows:
         split = getattr(source, "split", None)
         name = f"dataset {split}" if split else "dataset"
         return _rows(name, "row", _dataset(source), id_field)
-    path = Path(source)
-    if not path.is_file():
-        raise Misuse(
-            str(path),
-            got="no such file",
-            expected="a file of JSON lines, CSV or Parquet",
-            do="check the path",
-        )
+    path = existing_file(source, expected="a file of JSON lines, CSV or Parquet")
     kind = path.suffix.lower()
     if kind == ".parquet":
         return _rows(str(path), "row", list(read_parquet(path).rows()), id_field)

@@ -14,8 +14,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from bayes_simfluence.checks import Misuse, shorten
-from bayes_simfluence.files import PathLike, atomically, first_line, new_path
+from bayes_simfluence.checks import Misuse, of_shape, shorten
+from bayes_simfluence.files import PathLike, atomically, new_path, readable
 from bayes_simfluence.networks.families import family_of
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tuning.base import Adapting, Tuned
@@ -181,15 +181,10 @@ def with_adapter(tensors: Tensors, adapter: Adapter, *, family: str) -> Tuned:
         layer = adapter.tuning.layer_of(name)
         params[names.get(layer, layer) + name.removeprefix(layer)] = value
     tuning = adapter.tuning.renamed(names)
+    do = "load the checkpoint that the adapter was trained on"
     for layer in names.values():
         for name, shape in tuning.shapes(layer, *fans(tensors, layer, family_of(family))).items():
-            if params[name].shape != shape:
-                raise Misuse(
-                    f"adapter tensor {name}",
-                    got=f"shape {params[name].shape}",
-                    expected=f"shape {shape}, which fits the network",
-                    do="load the checkpoint that the adapter was trained on",
-                )
+            of_shape(f"adapter tensor {name}", params[name], shape, "which fits the network", do=do)
     return tuning.beside(tensors, params, family)
 
 
@@ -223,15 +218,14 @@ def _config_of(tuned: Tuned, tuning: Adapting, base_name: str, prefix: str) -> d
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
+    with readable(
+        file,
+        OSError,
+        ValueError,
+        expected="the settings of an adapter, JSON",
+        do="point at the folder that save_adapter or peft's save_pretrained wrote",
+    ):
         config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise Misuse(
-            str(file),
-            got=f"a file that cannot be read ({first_line(error)})",
-            expected="the settings of an adapter, JSON",
-            do="point at the folder that save_adapter or peft's save_pretrained wrote",
-        ) from error
     method = config.get("peft_type") if isinstance(config, dict) else None
     if method not in METHODS:
         raise Misuse(
@@ -255,12 +249,6 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _read_tensors(file: Path) -> Tensors:
-    try:
+    do = "copy it again; pickled adapters (adapter_model.bin) are not read"
+    with readable(file, SafetensorError, OSError, expected="a whole safetensors file", do=do):
         return {name: jnp.asarray(x, jnp.float32) for name, x in load_file(file).items()}
-    except (SafetensorError, OSError) as error:
-        raise Misuse(
-            str(file),
-            got=f"a file that cannot be read ({first_line(error)})",
-            expected="a whole safetensors file",
-            do="copy it again; pickled adapters (adapter_model.bin) are not read",
-        ) from error

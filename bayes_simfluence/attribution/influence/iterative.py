@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bayes_simfluence.attribution.influence.curvature import Operands, Product
 from bayes_simfluence.attribution.influence.problem import Problem, Solved, Vectors
-from bayes_simfluence.checks import Misuse, WorkFailed, positive_integer, positive_number
+from bayes_simfluence.checks import WorkFailed, at_most, positive_integer, positive_number
 
 __all__ = ["ConjugateGradient", "LiSSA"]
 
@@ -178,10 +178,9 @@ class LiSSA:
             positive_integer(name, getattr(self, name))
         positive_number("scale", self.scale)
         count = len(problem.task.train_ids)
-        if self.batch is not None and positive_integer("batch", self.batch) > count:
-            raise Misuse(
-                "batch", got=self.batch, expected=f"at most {count} examples", do="lower it"
-            )
+        if self.batch is not None:
+            size = positive_integer("batch", self.batch)
+            at_most("batch", size, count, "examples", do="lower it")
         series = jax.jit(partial(self._series, problem.product, count))
         changes: list[float] = []
 

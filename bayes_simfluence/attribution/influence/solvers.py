@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from bayes_simfluence.attribution.influence.curvature import dense_curvature
 from bayes_simfluence.attribution.influence.problem import Problem, Solved, Vectors, regular
-from bayes_simfluence.checks import Misuse, count_of, positive_integer
+from bayes_simfluence.checks import Misuse, at_most, count_of, positive_integer
 
 __all__ = ["Arnoldi", "Dense"]
 
@@ -63,8 +63,7 @@ class Arnoldi:
         """As in ``Solver``."""
         rank, asked = positive_integer("rank", self.rank), count_of("iterations", self.iterations)
         steps = min(asked or 2 * rank, problem.width)
-        if rank > steps:
-            raise Misuse("rank", got=rank, expected=f"at most {steps} iterations", do="lower it")
+        at_most("rank", rank, steps, "iterations", do="lower it")
         needed = 4 * problem.width * (steps + 4)
         if needed > problem.memory:
             raise Misuse(
