@@ -27,7 +27,7 @@ def test_claims_are_held_released_and_leave_nothing(tmp_path):
 
 
 def test_a_run_that_a_living_process_records_is_refused(tmp_path):
-    message = rf"run 3: got recorded right now by process {os.getpid()} of .*runs="
+    message = rf"run 3: got recorded right now by process {os.getpid()} of .*only="
     with claimed(tmp_path, [3]) as claims:
         with pytest.raises(Misuse, match=message), claimed(tmp_path, [2, 3]):
             pass
