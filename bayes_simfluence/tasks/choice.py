@@ -81,9 +81,7 @@ def choice_task(
     def one_by_one(weights: Tensors, example: Examples) -> Float[Array, " option"]:
         # Whoever watches the network's layers sees arrays of a single option, no ``vmap``.
         several = scorer.several(example)
-        singles = [
-            jax.tree.map(lambda leaf, at=at: leaf[at], several) for at in range(len(options))
-        ]
+        singles = [{name: leaf[at] for name, leaf in several.items()} for at in range(len(options))]
         return jnp.stack([scorer.score(weights, example, option) for option in singles])
 
     return label_task(prepared, scores, one_by_one)

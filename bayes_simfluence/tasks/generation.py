@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 from bayes_simfluence.checks import Misuse, positive_integer
 from bayes_simfluence.networks import network as networks
 from bayes_simfluence.networks.checkpoint import Pretrained
-from bayes_simfluence.networks.network import Network
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tasks.measures import Measure, chosen
 from bayes_simfluence.tasks.tokens import bucket, padded
@@ -72,7 +71,7 @@ def continuations(model: Pretrained, prompts: Sequence[Sequence[int]], new_token
 def answers(model: Pretrained, sources: networks.Sequence, new_tokens: int) -> Write:
     """What an encoder-decoder writes for each source, as a function of the weights."""
     end, count = _end(model), positive_integer("new_tokens", new_tokens)
-    network: Network = model.network
+    network = model.network
     blank = jnp.full(count + 1, max(end, 0)).at[0].set(network.start_token or 0)
 
     def answered(tensors: Tensors, source: networks.Sequence) -> Int[Array, " new"]:

@@ -2,13 +2,14 @@
 
 Losses of texts are means over target tokens, so that long answers do not weigh more; ranking
 answers by them is the length-normalised ranking of Brown et al. 2020 (2.4) and T-Few (Liu et al.
-2022, eq. 3).
+2022, eq. 3). Sums over a vocabulary need more digits than bfloat16 has, so they are in float32.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from bayes_simfluence.networks.layers import wide
 from bayes_simfluence.networks.network import Network, Sequence
 from bayes_simfluence.networks.tensor_files import Tensors
 
@@ -40,7 +41,7 @@ def mean_nats(
     counted: Bool[Array, " target"],
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the counted target tokens, nats."""
-    log_shares = jax.nn.log_softmax(_exact(logits))[jnp.arange(len(target)), target]
+    log_shares = jax.nn.log_softmax(wide(logits))[jnp.arange(len(target)), target]
     return -jnp.where(counted, log_shares, 0.0).sum() / counted.sum()
 
 
@@ -54,7 +55,7 @@ def drawn_slopes(
     Each counted token's block of the Hessian, ``(diag(p) - p p^T) / count``, is the covariance of
     the slope at a token drawn from the network's own distribution (Martens 2020, section 9.2).
     """
-    logits = _exact(logits)
+    logits = wide(logits)
     tokens = jax.random.categorical(key, logits)
     slopes = jax.nn.softmax(logits) - jax.nn.one_hot(tokens, logits.shape[1])
     return jnp.where(counted[:, None], slopes, 0.0) / jnp.sqrt(counted.sum())
@@ -69,12 +70,7 @@ def smallest_margin(
 
     Above 0 exactly when greedy decoding would write the target.
     """
-    logits = _exact(logits)
+    logits = wide(logits)
     places = jnp.arange(len(target))
     others = logits.at[places, target].set(-jnp.inf).max(axis=-1)
     return jnp.where(counted, logits[places, target] - others, jnp.inf).min()
-
-
-def _exact(logits: Float[Array, "target vocabulary"]) -> Float[Array, "target vocabulary"]:
-    # Sums over a vocabulary need more digits than bfloat16 has.
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
