@@ -114,7 +114,7 @@ def test_baselines_page(tmp_path, monkeypatch):
     assert names["table"].loc["bayes", "mse"] < names["table"].loc["mean", "mse"]
     assert names["table"]["failed"].tolist()[:3] == ["", "", ""]
     assert "failed" not in (tmp_path / "table.tex").read_text()
-    detections = names["found"].values()
+    detections = names["curves"].values()
     assert all(curve["average_precision"] > curve.attrs["share"] for curve in detections)
     ((_, settings),) = blocks("docs/baselines.md", ("yaml",))
     study = study_of(yaml.safe_load(settings))
