@@ -53,8 +53,8 @@ def exposures(
     This is the weight of an example's gradient when the training loss is the batch's weighted mean.
 
     >>> batch = jnp.array([[0, 0, 1, -1], [-1, -1, -1, -1]])
-    >>> exposures(batch, jnp.ones((2, 4)), 2).round(2).tolist()
-    [[0.67..., 0.33...], [0.0, 0.0]]
+    >>> (3 * exposures(batch, jnp.ones((2, 4)), 2)).round().tolist()  # in thirds
+    [[2.0, 1.0], [0.0, 0.0]]
     """
     weights = example_weights(batch, weight, train)
     total = weights.sum(axis=1, keepdims=True)

@@ -297,7 +297,7 @@ def test_a_sampled_fit_is_diagnosed_by_its_chains(command, tmp_path):
         "diagnose", tmp_path / "p.nc", "--figure", tmp_path / "d.png", "--quiet"
     )
     assert code == 0, errors
-    assert "R-hat" in out and "scale[" in out and "draws where the sampler" in out
+    assert "R-hat" in out and "scale[" in out and "draws at which the sampler" in out
     assert (tmp_path / "d.png").is_file()
 
 
