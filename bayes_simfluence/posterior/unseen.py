@@ -33,7 +33,7 @@ DFS = (1.0, 200.0)
 def simulated_runs(
     simulator: Simulator, fitted: xr.Dataset, runs: xr.Dataset, *, key: jax.Array, draws: int
 ) -> Simulated:
-    """Losses along ``runs``, whose examples and queries may be new where features say what of them.
+    """Losses along ``runs``; examples and queries may be new if they have features.
 
     Raises:
         Misuse: ids that are not among the fitted ones and have no features to go by.
