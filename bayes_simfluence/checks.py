@@ -6,24 +6,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-__all__ = [
-    "FitFailed",
-    "FitWarning",
-    "Misuse",
-    "RunsWarning",
-    "WorkFailed",
-    "at_most",
-    "choice_of",
-    "count_of",
-    "keyed",
-    "named",
-    "of_shape",
-    "positive_integer",
-    "positive_number",
-    "shorten",
-    "unit_interval",
-]
-
 Value = TypeVar("Value")
 
 

@@ -27,8 +27,6 @@ from bayes_simfluence.commands.simulate import simulate
 from bayes_simfluence.commands.study import study
 from bayes_simfluence.files import first_line
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     name="bayes-simfluence",
     help="A posterior over simulated training runs: what would the loss have been, and how sure?",

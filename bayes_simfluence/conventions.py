@@ -32,23 +32,6 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from jaxtyping import Float, Int
 
-__all__ = [
-    "COMPLETE",
-    "DIVERGED",
-    "EFFECT_SIGN",
-    "EMPTY_SLOT",
-    "METRIC",
-    "METRIC_DIMS",
-    "OPTIONAL",
-    "SCHEMA_VERSION",
-    "UNRECORDED",
-    "VARIABLES",
-    "Curricula",
-    "Curriculum",
-    "Trajectory",
-    "Weights",
-]
-
 SCHEMA_VERSION: Final = 1
 """Version of the run schema below; a store of another version is refused."""
 

@@ -8,16 +8,6 @@ from pathlib import Path
 
 from bayes_simfluence.checks import Misuse, WorkFailed
 
-__all__ = [
-    "PathLike",
-    "atomically",
-    "existing_file",
-    "first_line",
-    "new_path",
-    "old_path",
-    "readable",
-]
-
 PathLike = str | os.PathLike[str]
 
 

@@ -16,8 +16,6 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
-__all__ = ["cholesky", "double_precision", "solve_lower", "spd_inverse", "symmetric_eigen"]
-
 
 def double_precision() -> AbstractContextManager[Any]:
     """A context in which JAX computes in float64; outside of it nothing changes."""

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Bars", "Meter", "Progress", "Silent"]
-
 
 @runtime_checkable
 class Meter(Protocol):

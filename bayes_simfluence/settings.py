@@ -13,16 +13,6 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from bayes_simfluence.checks import Misuse, choice_of, shorten
 from bayes_simfluence.files import PathLike, atomically, existing_file
 
-__all__ = [
-    "check_choices",
-    "config_from_yaml",
-    "config_path",
-    "kinds_of",
-    "layered",
-    "save_config",
-    "say",
-]
-
 Config = TypeVar("Config")
 WORDS = {
     int: "a whole number",

@@ -21,8 +21,6 @@ from bayes_simfluence.checks import Misuse, at_most, positive_integer, positive_
 from bayes_simfluence.recording.checkpoints import named_tensors
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["AdamDiagonal", "second_moments"]
-
 
 @dataclass(frozen=True)
 class AdamDiagonal:

@@ -21,8 +21,6 @@ from scipy.stats import t as student_t
 from bayes_simfluence.attribution.scores import score_array
 from bayes_simfluence.checks import Misuse, named, unit_interval
 
-__all__ = ["Datamodel", "fit_datamodel"]
-
 FEWEST = 4
 """Subsets from which a scale and a constant can be estimated."""
 LOG_RATIOS = (-12.0, 12.0)

@@ -9,8 +9,6 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.data.netcdf import read_group, write_groups
 from bayes_simfluence.files import PathLike, atomically, existing_file, new_path, readable
 
-__all__ = ["load_scores", "save_scores"]
-
 NAME = "score"
 
 

@@ -10,8 +10,6 @@ from jaxtyping import Float
 from bayes_simfluence.checks import Misuse, choice_of, of_shape, positive_integer
 from bayes_simfluence.conventions import EFFECT_SIGN
 
-__all__ = ["check_scores", "opponents", "proponents", "score_array"]
-
 DIMS = ("train", "query")
 
 

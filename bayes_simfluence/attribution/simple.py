@@ -11,8 +11,6 @@ from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.simulators.affine import AffineSimulator
 from bayes_simfluence.simulators.mean import MeanSimulator
 
-__all__ = ["mean_trajectory", "persistence"]
-
 
 def persistence(runs: xr.Dataset) -> Posterior:
     """Every loss stays what it was before training, without spread.

@@ -23,8 +23,6 @@ from bayes_simfluence.posterior.arrays import recorded_arrays
 from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.simulators.affine import AffineSimulator
 
-__all__ = ["additive_simulator"]
-
 
 def additive_simulator(scores: xr.DataArray, runs: xr.Dataset, *, band: bool = True) -> Posterior:
     """The simulator of a method's scores, its scale fitted to recorded runs.

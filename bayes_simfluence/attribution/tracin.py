@@ -30,8 +30,6 @@ from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.recording.checkpoints import SavedWeights
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["grad_cos", "grad_dot", "self_influence", "tracin"]
-
 
 def tracin(
     task: Task,

@@ -27,8 +27,6 @@ from bayes_simfluence.recording.checkpoints import SavedWeights
 from bayes_simfluence.recording.sketch import random_signs, sketched
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["newton_effects", "trak"]
-
 BATCH = 25
 """Examples between two reports of progress."""
 

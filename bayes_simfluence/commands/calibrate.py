@@ -24,8 +24,6 @@ from bayes_simfluence.commands.options import (
     table_saved,
 )
 
-__all__ = ["calibrate"]
-
 
 def calibrate(
     runs: RunsFile,

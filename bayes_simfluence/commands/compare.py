@@ -26,8 +26,6 @@ from bayes_simfluence.commands.options import (
 )
 from bayes_simfluence.files import new_path
 
-__all__ = ["compare", "show_metrics"]
-
 
 def compare(
     runs: RunsFile,

@@ -8,8 +8,6 @@ import typer
 from bayes_simfluence.commands.compare import show_metrics
 from bayes_simfluence.commands.options import Quiet, Seed, progress_of
 
-__all__ = ["demo"]
-
 
 def demo(
     out: Annotated[Path, typer.Option(help="New folder for everything.")] = Path("demo"),

@@ -18,8 +18,6 @@ from bayes_simfluence.commands.options import (
     progress_of,
 )
 
-__all__ = ["diagnose"]
-
 SHORT = {"ess_bulk": "ESS", "ess_tail": "tail ESS", "r_hat": "R-hat"}
 
 

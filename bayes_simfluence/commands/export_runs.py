@@ -8,8 +8,6 @@ import typer
 from bayes_simfluence.commands.options import Overwrite, RunsFile, Select, opened, selected
 from bayes_simfluence.files import new_path
 
-__all__ = ["export_runs"]
-
 
 def export_runs(
     runs: RunsFile,

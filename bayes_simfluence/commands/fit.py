@@ -20,8 +20,6 @@ from bayes_simfluence.commands.options import (
 from bayes_simfluence.posterior.config import FitConfig
 from bayes_simfluence.settings import config_path, save_config
 
-__all__ = ["fit"]
-
 
 def _fit(
     runs: RunsFile,

@@ -9,8 +9,6 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.commands.options import Overwrite
 from bayes_simfluence.files import new_path
 
-__all__ = ["import_runs"]
-
 
 def import_runs(
     path: Annotated[

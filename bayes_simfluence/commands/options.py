@@ -13,32 +13,6 @@ from bayes_simfluence.files import atomically, new_path
 from bayes_simfluence.progress import Bars, Progress, Silent
 from bayes_simfluence.settings import config_from_yaml, kinds_of, layered
 
-__all__ = [
-    "Config",
-    "Draws",
-    "Figure",
-    "Overwrite",
-    "Posteriors",
-    "Quiet",
-    "RunsFile",
-    "Seed",
-    "Select",
-    "TableFile",
-    "apart",
-    "config_of",
-    "figure_saved",
-    "named_files",
-    "new_files",
-    "opened",
-    "positions",
-    "posteriors_of",
-    "printed",
-    "progress_of",
-    "selected",
-    "table_saved",
-    "with_settings",
-]
-
 WIDE = 120
 """Columns of a table that goes to a file or another program."""
 Seed = Annotated[int, typer.Option(help="Decides everything random.")]

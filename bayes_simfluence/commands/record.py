@@ -17,8 +17,6 @@ from bayes_simfluence.commands.options import (
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.settings import config_path
 
-__all__ = ["record"]
-
 
 def _record(
     out: Annotated[Path, typer.Option(help="New store for the runs (.zarr).")],

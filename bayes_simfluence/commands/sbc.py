@@ -23,8 +23,6 @@ from bayes_simfluence.commands.options import (
 )
 from bayes_simfluence.posterior.config import FitConfig
 
-__all__ = ["sbc"]
-
 FEWEST = 20
 """Simulations below which the ranks say nothing."""
 

@@ -22,8 +22,6 @@ from bayes_simfluence.commands.options import (
 )
 from bayes_simfluence.files import atomically
 
-__all__ = ["simulate"]
-
 BANDS = ("credible", "conformal")
 
 

@@ -7,8 +7,6 @@ import typer
 
 from bayes_simfluence.commands.options import Quiet, progress_of
 
-__all__ = ["study"]
-
 
 def study(
     config: Annotated[Path, typer.Option(help="YAML with the study's settings.")],

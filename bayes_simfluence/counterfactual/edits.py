@@ -19,20 +19,6 @@ from bayes_simfluence.data.curriculum import Examples, example_indices
 from bayes_simfluence.data.runs import planned_runs
 from bayes_simfluence.data.weights import ones_of
 
-__all__ = [
-    "Edit",
-    "drop",
-    "edit_runs",
-    "insert",
-    "keep",
-    "reorder",
-    "repeat",
-    "replace",
-    "reverse",
-    "swap",
-    "upweight",
-]
-
 Edited: TypeAlias = tuple[
     Int[np.ndarray, "edited slot"], Float[np.ndarray, "edited slot"] | None
 ]  # fmt: skip

@@ -21,8 +21,6 @@ try:
 except ImportError:  # Not a POSIX system: only O_EXCL stands between two processes.
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Claims", "alone_in", "claimed"]
-
 FOLDER = "claims"
 
 

@@ -10,20 +10,6 @@ from jaxtyping import Int
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.data.tabular import Table
 
-__all__ = [
-    "COLUMNS",
-    "Columns",
-    "batch_ids",
-    "batch_weights",
-    "id_places",
-    "known_columns",
-    "number",
-    "sorted_ids",
-    "step_number",
-    "step_values",
-    "typed_ids",
-]
-
 COLUMNS: Final = ("run", "step", "examples", "query", "loss", "step_size", "status", "weight")
 """Columns of the table; the last three may be absent."""
 NEEDED: Final = COLUMNS[:5]

@@ -13,14 +13,6 @@ from jaxtyping import Int
 from bayes_simfluence.checks import Misuse, at_most, keyed, positive_integer
 from bayes_simfluence.conventions import EMPTY_SLOT, Curriculum
 
-__all__ = [
-    "blocks",
-    "example_indices",
-    "random_subset_epochs",
-    "shuffled_epochs",
-    "with_replacement",
-]
-
 Examples = Int[np.ndarray, " example"]
 
 

@@ -25,8 +25,6 @@ from bayes_simfluence.data.runs import Ids, runs_from_arrays
 from bayes_simfluence.data.tabular import utf8_text
 from bayes_simfluence.files import existing_file, first_line
 
-__all__ = ["is_gptdynamics", "read_gptdynamics"]
-
 BATCHES: Final = "train_samples_id.json"
 LOSSES: Final = "all_loss_trajectory.out"
 CONFIG: Final = "config.json"

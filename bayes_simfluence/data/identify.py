@@ -11,8 +11,6 @@ from bayes_simfluence.checks import shorten
 from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.data.weights import weights_of
 
-__all__ = ["Identifiability", "identifiability"]
-
 
 @dataclass(frozen=True)
 class Identifiability:

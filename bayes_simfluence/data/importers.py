@@ -18,8 +18,6 @@ from bayes_simfluence.data.tabular import read_csv, read_parquet
 from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.files import PathLike, atomically, new_path, readable
 
-__all__ = ["FORMATS", "export_runs", "import_runs"]
-
 FORMATS: Final = ("csv", "parquet", "npz", "gptdynamics")
 SUFFIXES: Final = {".csv": "csv", ".parquet": "parquet", ".pq": "parquet", ".npz": "npz"}
 ARRAYS: Final = (

@@ -25,8 +25,6 @@ from bayes_simfluence.data.columns import (
 from bayes_simfluence.data.runs import Ids, run_statuses, runs_from_arrays
 from bayes_simfluence.data.tabular import Table
 
-__all__ = ["rows_of", "runs_of"]
-
 STATUSES = {"unrecorded": UNRECORDED, "complete": COMPLETE, "diverged": DIVERGED}
 
 Batches: TypeAlias = Mapping[tuple[int, int], tuple[str | None, ...]]

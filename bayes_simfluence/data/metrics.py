@@ -14,14 +14,6 @@ import xarray as xr
 from bayes_simfluence.checks import Misuse, of_shape
 from bayes_simfluence.conventions import METRIC, METRIC_DIMS, VARIABLES
 
-__all__ = [
-    "check_metric_name",
-    "metric_names",
-    "metric_variable",
-    "validate_metrics",
-    "with_metric",
-]
-
 WORD = re.compile(r"[A-Za-z][\w.-]*")
 COORDINATES = ("run", "step", "time", "train", "query", "slot", "feature")
 

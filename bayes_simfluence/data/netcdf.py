@@ -7,8 +7,6 @@ from typing import Any, Final, Literal
 import numpy as np
 import xarray as xr
 
-__all__ = ["plain", "read_group", "write_groups"]
-
 ENGINE: Final = "h5netcdf"
 AS_JSON = "json_attributes"
 """Names of the attributes that netCDF cannot hold and that are kept as JSON text."""

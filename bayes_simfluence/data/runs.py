@@ -18,16 +18,6 @@ from bayes_simfluence.conventions import (
 from bayes_simfluence.data.validation import check_later_losses, refuse_losses, validate_runs
 from bayes_simfluence.data.weights import checked_weights
 
-__all__ = [
-    "ids_of",
-    "planned_runs",
-    "run_statuses",
-    "runs_dataset",
-    "runs_from_arrays",
-    "same_ids",
-    "usable_runs",
-]
-
 Ids = Sequence[Any] | np.ndarray
 
 

@@ -30,19 +30,6 @@ from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.data.weights import with_weights
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path, old_path, readable
 
-__all__ = [
-    "CHECKPOINTS",
-    "append_runs",
-    "create_store",
-    "example_runs",
-    "export_netcdf",
-    "open_runs",
-    "open_store",
-    "save_runs",
-    "stored_statuses",
-    "write_run",
-]
-
 CHECKPOINTS = "checkpoints"
 """Folder of a store that holds the weights saved on the way, one folder a run."""
 

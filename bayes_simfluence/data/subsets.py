@@ -16,8 +16,6 @@ from bayes_simfluence.data.curriculum import shuffled_epochs
 from bayes_simfluence.data.runs import Ids, ids_of, planned_runs, usable_runs
 from bayes_simfluence.data.weights import weights_of
 
-__all__ = ["planned_subsets", "subsets_from_arrays", "subsets_of_runs"]
-
 
 def subsets_from_arrays(
     masks: Any,

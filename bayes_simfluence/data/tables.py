@@ -17,8 +17,6 @@ from bayes_simfluence.data.tabular import pyarrow_for
 from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.files import atomically, first_line
 
-__all__ = ["about_path", "read_about", "write_table"]
-
 IDS = ("train_ids", "query_ids", "run_ids")
 FEATURES = ("train_feature", "query_feature")
 

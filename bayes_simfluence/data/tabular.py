@@ -10,8 +10,6 @@ from typing import Any
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.files import first_line, readable
 
-__all__ = ["Table", "pyarrow_for", "read_csv", "read_parquet", "utf8_text"]
-
 
 @dataclass(frozen=True)
 class Table:

@@ -9,8 +9,6 @@ from bayes_simfluence.conventions import COMPLETE, EMPTY_SLOT, OPTIONAL, SCHEMA_
 from bayes_simfluence.data.metrics import validate_metrics
 from bayes_simfluence.data.weights import validate_weights
 
-__all__ = ["check_later_losses", "refuse_losses", "validate_runs"]
-
 
 def validate_runs(runs: xr.Dataset) -> xr.Dataset:
     """``runs`` itself when it follows the schema of ``conventions``; checked once, at the door.

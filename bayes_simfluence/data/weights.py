@@ -9,14 +9,6 @@ from jaxtyping import Float
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import EMPTY_SLOT, VARIABLES, Curricula, Curriculum, Weights
 
-__all__ = [
-    "checked_weights",
-    "ones_of",
-    "validate_weights",
-    "weights_of",
-    "with_weights",
-]
-
 
 def weights_of(runs: xr.Dataset) -> Float[np.ndarray, "run step slot"]:
     """The weight of every slot; 1 where none was recorded, 0 in empty slots.

@@ -34,8 +34,6 @@ from bayes_simfluence.report.plots import (
 from bayes_simfluence.report.tables import markdown
 from bayes_simfluence.tasks.rows import read_rows
 
-__all__ = ["Demo", "run_demo"]
-
 FITTED, VALIDATED, HELD_OUT = 16, 2, 6
 DROPPED = 10
 """Training examples that the counterfactual leaves out."""

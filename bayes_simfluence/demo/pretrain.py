@@ -20,8 +20,6 @@ from bayes_simfluence.networks.network import Sequence as Tokens
 from bayes_simfluence.networks.tensor_files import Tensors, save_tensors
 from bayes_simfluence.progress import Progress
 
-__all__ = ["pretrained_checkpoint"]
-
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LAYERS, HIDDEN, INNER, HEADS, LONGEST = 2, 64, 128, 4, 24
 STEPS, SEGMENT, BATCH, RATE, MASKED = 200, 50, 32, 1e-3, 0.2

@@ -22,8 +22,6 @@ from bayes_simfluence.posterior.fit import fit
 from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.progress import Progress, Silent
 
-__all__ = ["PriorDraw", "Quantity", "by_horizon", "horizon_table", "sbc", "summaries_of"]
-
 PriorDraw: TypeAlias = Callable[[jax.Array], tuple[xr.Dataset, xr.Dataset]]
 """PRNG key -> recorded runs drawn from the model's prior, and the true values that made them, with
 the variables and dimensions of ``Posterior.samples`` less ``chain`` and ``draw``."""

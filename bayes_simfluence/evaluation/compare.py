@@ -23,18 +23,6 @@ from bayes_simfluence.files import first_line
 from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.progress import Progress, Silent
 
-__all__ = [
-    "ENDS",
-    "FAILED",
-    "METRICS",
-    "RATIO",
-    "Compared",
-    "Failed",
-    "compare",
-    "scores_by_run",
-    "table_of",
-]
-
 LOG = logging.getLogger(__name__)
 
 METRICS = (

@@ -21,8 +21,6 @@ from bayes_simfluence.evaluation.metrics import (
 )
 from bayes_simfluence.posterior.posterior import Posterior
 
-__all__ = ["linear_datamodeling_score", "predicted_outcomes", "simulated_outcomes"]
-
 DIMS = ("subset", "query")
 
 

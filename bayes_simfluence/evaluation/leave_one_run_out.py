@@ -17,8 +17,6 @@ from bayes_simfluence.posterior.arviz import over_runs, pointwise_loo
 from bayes_simfluence.posterior.fit import fit
 from bayes_simfluence.progress import Progress, Silent
 
-__all__ = ["elpd_over_runs", "loo_over_runs"]
-
 
 def elpd_over_runs(
     runs: xr.Dataset,

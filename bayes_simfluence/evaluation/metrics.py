@@ -11,23 +11,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import norm, rankdata
 
-__all__ = [
-    "COVERAGES",
-    "INTERVAL",
-    "bootstrap_interval",
-    "coverage",
-    "crps",
-    "last_known",
-    "log_density",
-    "pit",
-    "resamples_of",
-    "run_scores",
-    "spearman",
-    "spearman_across_runs",
-    "spearman_resampled",
-    "tails",
-]
-
 AT_ONCE = 5_000_000
 """Numbers that are ranked at once."""
 

@@ -16,8 +16,6 @@ from bayes_simfluence.checks import Misuse, keyed, positive_integer, unit_interv
 from bayes_simfluence.evaluation.metrics import INTERVAL, resamples_of, tails
 from bayes_simfluence.posterior.posterior import Posterior
 
-__all__ = ["Flipped", "average_precision", "detection", "flip_labels", "probability_of_harm"]
-
 Label = TypeVar("Label", bound=Hashable)
 
 

@@ -14,8 +14,6 @@ from scipy.stats import chi2
 
 from bayes_simfluence.checks import Misuse, shorten, unit_interval
 
-__all__ = ["RankTest", "even_bins", "rank_among", "rank_counts", "rank_histogram_test"]
-
 FEWEST = 20
 """Simulations below which a histogram of ranks is not tested."""
 

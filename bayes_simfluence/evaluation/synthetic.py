@@ -10,8 +10,6 @@ from bayes_simfluence.data.runs import runs_from_arrays
 from bayes_simfluence.posterior.arrays import planned_arrays
 from bayes_simfluence.simulators.affine import AffineSimulator
 
-__all__ = ["linear_runs"]
-
 
 def linear_runs(
     *,

@@ -10,8 +10,6 @@ from scipy.stats import multivariate_normal
 
 from bayes_simfluence.gaussian.linear_gaussian import LinearGaussian
 
-__all__ = ["posterior_of_weights", "predictions_of_left_out", "score_of_evidence"]
-
 
 def posterior_of_weights(
     gaussian: LinearGaussian, change: Float[Array | np.ndarray, "run row query"]

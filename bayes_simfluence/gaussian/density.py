@@ -13,8 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bayes_simfluence.linalg import cholesky, solve_lower
 
-__all__ = ["correlated_log_density", "whitening"]
-
 
 def _normal(deviation: Array, variance: Array) -> Array:
     return -0.5 * (jnp.log(2.0 * jnp.pi * variance) + jnp.square(deviation) / variance)

@@ -13,15 +13,6 @@ from bayes_simfluence.model.hyper import Values
 from bayes_simfluence.model.link import link_of
 from bayes_simfluence.model.simfluence import Simfluence, design, prior_mean
 
-__all__ = [
-    "Assembled",
-    "assembled",
-    "designs_and_means",
-    "error_covariance",
-    "linked_change",
-    "mean_size",
-]
-
 JITTER = 1e-8
 """Variance of a white error, relative to the effects': keeps the covariance invertible."""
 

@@ -13,8 +13,6 @@ from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.gaussian.linear_gaussian import Conditioned
 
-__all__ = ["DrawnWeights", "drawn_trajectories", "drawn_weights"]
-
 
 class DrawnWeights(NamedTuple):
     """Draws of one query.

@@ -19,8 +19,6 @@ from jaxtyping import Array, Bool, Float
 
 from bayes_simfluence.linalg import cholesky, solve_lower, spd_inverse
 
-__all__ = ["Conditioned", "LeftOut", "LinearGaussian"]
-
 FLOOR = 1e-12
 """Smallest scale squared, so that a query whose loss never moves has a finite score."""
 

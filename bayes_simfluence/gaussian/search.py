@@ -20,18 +20,6 @@ from bayes_simfluence.model.link import link_of, loss_of
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 from bayes_simfluence.progress import Progress
 
-__all__ = [
-    "CRITERIA",
-    "Band",
-    "Criterion",
-    "Searched",
-    "band_of",
-    "even_rows",
-    "interpolated_inflation",
-    "recorded_rows",
-    "search",
-]
-
 Criterion = Literal["leave-one-run-out", "evidence", "nuts"]
 CRITERIA: tuple[Criterion, ...] = ("leave-one-run-out", "evidence", "nuts")
 COARSE, COARSE_STEPS, FINE_STEPS = 12, 60, 8

@@ -30,8 +30,6 @@ from bayes_simfluence.model.numpyro_model import NOISE, SCALE, WIDE_SCALE, Sites
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 from bayes_simfluence.progress import Progress
 
-__all__ = ["collapsed_gaussian", "collapsed_regression"]
-
 
 class Regression(NamedTuple):
     """The regression of one step on its batch, in the eigenbasis of each query's gram."""

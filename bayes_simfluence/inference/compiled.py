@@ -15,8 +15,6 @@ from bayes_simfluence.model.numpyro_model import Gaps, Units, numpyro_model
 from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.model.sites import kept
 
-__all__ = ["CompiledModel"]
-
 Data = tuple[RunArrays, Units]
 
 

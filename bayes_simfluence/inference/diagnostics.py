@@ -9,8 +9,6 @@ from jaxtyping import Bool, Float, Int
 
 from bayes_simfluence.inference.verdict import Verdict
 
-__all__ = ["SampleStats", "convergence", "sampler_verdict"]
-
 WORST_R_HAT, LEAST_ESS = 1.01, 100
 """Vehtari et al. 2021 ask for R-hat below 1.01 and an ESS of 100 per chain and quantile."""
 BAD_R_HAT = 1.05

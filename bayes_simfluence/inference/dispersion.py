@@ -13,8 +13,6 @@ from numpyro.infer.util import potential_energy, unconstrain_fn
 from bayes_simfluence.inference.compiled import CompiledModel, Data
 from bayes_simfluence.model.sites import is_coefficient, is_sampled
 
-__all__ = ["dispersion"]
-
 MEASURED = 16
 """Coefficients measured; each costs a solve by conjugate gradients."""
 ITERATIONS = 500

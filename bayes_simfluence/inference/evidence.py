@@ -10,8 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["Scales", "log_evidence", "scales_of"]
-
 RATIOS = 10.0 ** np.linspace(-10.0, 6.0, 321)
 """Ratios tried, relative to the mean eigenvalue; the best is refined between its neighbours."""
 SMALLEST = 1e-14

@@ -28,8 +28,6 @@ from bayes_simfluence.progress import Progress
 from bayes_simfluence.simulators.affine import AffineSimulator
 from bayes_simfluence.simulators.gaussian import GaussianSimulator
 
-__all__ = ["Exact"]
-
 MARGIN = 0.95
 """Left-out runs must be predicted better than their mean by more than luck."""
 

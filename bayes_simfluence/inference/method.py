@@ -14,8 +14,6 @@ from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.progress import Progress
 from bayes_simfluence.simulators.base import Simulator
 
-__all__ = ["FitContext", "Fitted", "LeftOutRuns", "Method"]
-
 
 class LeftOutRuns(NamedTuple):
     """Simulations of fitted runs by fits without them, nats; NaN where they were not recorded.

@@ -17,8 +17,6 @@ from bayes_simfluence.model.numpyro_model import Gaps, Units, filterable, gaps_o
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 from bayes_simfluence.simulators.sampled import SampledSimulator
 
-__all__ = ["LIMIT", "NumpyroRuns", "in_numpyro"]
-
 SPREAD_ROWS = 12
 """Times of a run at which the size of effects is measured."""
 LIMIT = 1 << 30

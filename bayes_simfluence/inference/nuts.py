@@ -24,8 +24,6 @@ from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.model.sites import kept
 from bayes_simfluence.progress import Meter, Progress
 
-__all__ = ["NUTS", "Sampled", "sample"]
-
 Chains = Literal["vectorized", "parallel", "sequential"]
 CHUNK = 25
 """Iterations between two reports of progress, and between two moves of draws to the host."""

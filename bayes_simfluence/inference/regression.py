@@ -19,9 +19,6 @@ from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.linalg import double_precision, symmetric_eigen
 from bayes_simfluence.model.arrays import RunArrays
 
-__all__ = ["Eigen", "Form", "Moments", "coefficients", "eigen", "moments", "ridge_weights"]
-
-
 SMALLEST_REFERENCE = 1e-3
 """Nats that initial losses count as at least, where they are a unit."""
 

@@ -15,8 +15,6 @@ from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.simfluence import KINDS, Simfluence
 from bayes_simfluence.simulators.affine import AffineSimulator
 
-__all__ = ["PENALTIES", "Ridge"]
-
 PENALTIES = tuple(10.0 ** np.arange(-8.0, 3.01, 0.5))
 """Penalties tried when none is given."""
 

@@ -24,8 +24,6 @@ from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.progress import Progress
 
-__all__ = ["GUIDES", "SVI"]
-
 GUIDES: dict[str, Callable[..., Any]] = {
     "normal": autoguide.AutoNormal,
     "low-rank": autoguide.AutoLowRankMultivariateNormal,

@@ -11,8 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import EMPTY_SLOT
 
-__all__ = ["ExampleFeatures", "RunArrays", "example_weights", "exposures", "no_features"]
-
 
 class ExampleFeatures(NamedTuple):
     """Gradient features of training examples and queries; without columns when there are none."""

@@ -9,8 +9,6 @@ from bayes_simfluence.checks import positive_integer
 from bayes_simfluence.linalg import cholesky
 from bayes_simfluence.model.hyper import Hyper, Values
 
-__all__ = ["Varying"]
-
 JITTER = 1e-6
 
 

@@ -18,8 +18,6 @@ from bayes_simfluence.model.arrays import ExampleFeatures
 from bayes_simfluence.model.hyper import Hyper, Values
 from bayes_simfluence.model.sites import latent
 
-__all__ = ["Prior", "Shape", "standard"]
-
 Shape = tuple[int, int, int]
 """Queries, examples, knots."""
 

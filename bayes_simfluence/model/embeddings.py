@@ -13,8 +13,6 @@ from bayes_simfluence.model.arrays import ExampleFeatures
 from bayes_simfluence.model.effects import Prior, Shape, standard
 from bayes_simfluence.model.hyper import Values
 
-__all__ = ["Features"]
-
 
 @dataclass(frozen=True, eq=False)
 class Features(Prior):

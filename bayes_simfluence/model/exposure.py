@@ -9,8 +9,6 @@ from jaxtyping import Array, Float
 from bayes_simfluence.checks import Misuse, positive_integer, unit_interval
 from bayes_simfluence.model.hyper import Hyper, Values
 
-__all__ = ["Exposure"]
-
 FLOOR = 0.01
 """Added to relative step sizes: a schedule that ends at zero keeps a finite logarithm."""
 

@@ -10,8 +10,6 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpyro import distributions as dist
 
-__all__ = ["Hyper", "Values", "log_prior", "natural_values", "start"]
-
 Values = Mapping[str, Float[Array, "..."]]
 """Hyperparameters by name, on their natural scale: scalars.
 

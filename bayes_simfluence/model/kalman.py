@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-__all__ = ["log_density"]
-
 
 class _Element(NamedTuple):
     """What losses seen between steps ``s`` and ``t`` say of ``L_t`` given ``L_s``, and of ``L_s``.

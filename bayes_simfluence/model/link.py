@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-__all__ = ["LINKS", "Link", "link_of", "log_slope", "loss_of"]
-
 Link = Literal["log-odds", "log", "identity"]
 LINKS: tuple[Link, ...] = ("log-odds", "log", "identity")
 SMALLEST_LOSS = 1e-6

@@ -14,8 +14,6 @@ from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.hyper import Values
 from bayes_simfluence.model.simfluence import Simfluence, gather
 
-__all__ = ["Coefficients", "batch_effects", "mean_function", "multipliers"]
-
 
 class Coefficients(NamedTuple):
     """Coefficients of all queries, in units of the link.

@@ -35,18 +35,6 @@ from bayes_simfluence.model.simfluence import (
 )
 from bayes_simfluence.model.sites import latent
 
-__all__ = [
-    "Gaps",
-    "Sites",
-    "Units",
-    "coefficients_of",
-    "density_of",
-    "filterable",
-    "gaps_of",
-    "noise_of",
-    "numpyro_model",
-]
-
 SCALE = Hyper(0.05, 1.5, "positive", "sd of the effect of a step on one example, units of the link")
 WIDE_SCALE = Hyper(
     0.5, 1.5, "positive", "sd of a run's change by its curriculum, units of the link"

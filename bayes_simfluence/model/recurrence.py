@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-__all__ = ["accumulation", "affine_trajectory"]
-
 
 def affine_trajectory(
     alpha: Float[Array, " step"], beta: Float[Array, " step"], initial: Float[Array, ""]

@@ -47,25 +47,6 @@ from bayes_simfluence.model.priors import (
 from bayes_simfluence.model.recurrence import accumulation
 from bayes_simfluence.settings import layered
 
-__all__ = [
-    "KINDS",
-    "LINKS",
-    "MULTIPLICATIVE",
-    "TIMESCALES",
-    "TIME_EFFECTS",
-    "Kind",
-    "Simfluence",
-    "curves",
-    "design",
-    "gather",
-    "hypers_of",
-    "mean_effect",
-    "part_scale",
-    "prior_mean",
-    "rate_of",
-    "time_curve",
-]
-
 Kind = Literal["two-timescale", "linear", "additive", "multiplicative"]
 TERMS = ("additive", "multiplicative", "both")
 TIMESCALES = {"both": ("staying", "fading"), "staying": ("staying",), "fading": ("fading",)}

@@ -12,8 +12,6 @@ import numpyro
 from jaxtyping import Array
 from numpyro import distributions as dist
 
-__all__ = ["is_coefficient", "is_sampled", "kept", "latent"]
-
 INGREDIENT = "bayes_simfluence_ingredient"
 COEFFICIENT = "bayes_simfluence_coefficient"
 

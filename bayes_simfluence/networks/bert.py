@@ -39,17 +39,6 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = [
-    "DISTILBERT",
-    "FAMILY",
-    "ROBERTA",
-    "BertSettings",
-    "encode",
-    "network",
-    "settings_of",
-    "shapes_of",
-]
-
 DISTILBERT_EPSILON = 1e-12
 """Added to the variance in DistilBERT's layer norm; no option of its configuration."""
 

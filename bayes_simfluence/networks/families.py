@@ -10,8 +10,6 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["FAMILIES", "family_of"]
-
 FAMILIES = {
     "bert": bert.FAMILY,
     "roberta": bert.ROBERTA,

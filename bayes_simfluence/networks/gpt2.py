@@ -34,8 +34,6 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["FAMILY", "GPT2Settings", "hidden_states", "network", "settings_of", "shapes_of"]
-
 UNUSED = (
     r"(.*\.)?attn\.(masked_)?bias",
     r"lm_head\.weight",

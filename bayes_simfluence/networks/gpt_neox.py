@@ -37,8 +37,6 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["FAMILY", "GPTNeoXSettings", "hidden_states", "network", "settings_of", "shapes_of"]
-
 UNUSED = (
     r"(.*\.)?attention\.(masked_)?bias",
     r"(.*\.)?rotary_emb\..*",

@@ -11,8 +11,6 @@ from bayes_simfluence.networks.layers import dense, wide
 from bayes_simfluence.networks.network import Network, Sequence
 from bayes_simfluence.networks.tensor_files import Tensors
 
-__all__ = ["HEAD", "Pooling", "check_pooling", "head_logits", "pool", "with_head"]
-
 Pooling = Literal["mean", "cls", "last", "pooler"]
 
 HEAD = ("classifier.weight", "classifier.bias")

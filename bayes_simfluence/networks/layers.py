@@ -14,23 +14,6 @@ from jaxtyping import Array, Bool, Float, Int
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.networks.tensor_files import Tensors
 
-__all__ = [
-    "ACTIVATIONS",
-    "attend",
-    "causal",
-    "dense",
-    "embed",
-    "everywhere",
-    "fits",
-    "layer_norm",
-    "places",
-    "rms_norm",
-    "rotate",
-    "split_heads",
-    "vocabulary_logits",
-    "wide",
-]
-
 
 def _tanh_gelu(value: Array) -> Array:
     return jax.nn.gelu(value, approximate=True)

@@ -37,16 +37,6 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = [
-    "FAMILY",
-    "QWEN2",
-    "LlamaSettings",
-    "hidden_states",
-    "network",
-    "settings_of",
-    "shapes_of",
-]
-
 UNUSED = (
     r"(.*\.)?rotary_emb\..*",
     r"lm_head\.weight",

@@ -13,8 +13,6 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["Family", "Hidden", "Kind", "Network", "Sequence", "Settings", "decoder", "encoder"]
-
 Kind = Literal["encoder", "decoder", "encoder-decoder"]
 
 

@@ -12,16 +12,6 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = [
-    "Shapes",
-    "check_option",
-    "check_tensors",
-    "head_name",
-    "prefix_of",
-    "quotient",
-    "weight_and_bias",
-]
-
 Shapes = dict[str, tuple[int, ...]]
 
 

@@ -12,8 +12,6 @@ from bayes_simfluence.checks import Misuse, choice_of, positive_number
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["frequencies_of"]
-
 
 def frequencies_of(config: "PretrainedConfig", size: int) -> Float[np.ndarray, " pair"]:
     """Radians per token of each pair of coordinates of a head (Su et al. 2021, arXiv 2104.09864).

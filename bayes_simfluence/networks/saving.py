@@ -13,8 +13,6 @@ from bayes_simfluence.networks.families import family_of
 from bayes_simfluence.networks.heads import HEAD
 from bayes_simfluence.networks.tensor_files import SINGLE, Tensors, write_tensors
 
-__all__ = ["save_checkpoint"]
-
 COPIED = (
     "tokenizer*",
     "vocab.*",

@@ -37,17 +37,6 @@ from bayes_simfluence.networks.tensor_files import Tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = [
-    "FAMILY",
-    "T5Settings",
-    "buckets",
-    "encode",
-    "network",
-    "seq2seq_logits",
-    "settings_of",
-    "shapes_of",
-]
-
 EMBEDDINGS = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
 """Names of the one embedding table; which of them a file holds depends on who wrote it."""
 

@@ -18,8 +18,6 @@ from safetensors.numpy import save_file
 from bayes_simfluence.checks import Misuse, WorkFailed, shorten
 from bayes_simfluence.files import atomically, first_line, new_path, readable
 
-__all__ = ["SINGLE", "Tensors", "read_tensors", "save_tensors", "write_tensors"]
-
 Tensors = dict[str, jax.Array]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -7,8 +7,6 @@ from bayes_simfluence.checks import named
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
 from bayes_simfluence.model.priors import Prior
 
-__all__ = ["planned_arrays", "recorded_arrays"]
-
 
 def recorded_arrays(runs: xr.Dataset, prior: Prior | None = None) -> RunArrays:
     """The arrays of valid, usable runs; with the embeddings of a prior that brings its own."""

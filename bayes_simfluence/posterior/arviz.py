@@ -12,26 +12,6 @@ from jaxtyping import Bool, Float
 
 from bayes_simfluence.checks import Misuse, shorten
 
-__all__ = [
-    "GROUPS",
-    "LIKELIHOOD",
-    "LIMIT_BYTES",
-    "PRIOR",
-    "RUN_LOG_LIKELIHOOD",
-    "Prior",
-    "PriorDraws",
-    "affordable",
-    "chosen_groups",
-    "container",
-    "data_groups",
-    "likelihood_groups",
-    "over_runs",
-    "pointwise_loo",
-    "prior_groups",
-    "times_masked",
-    "untrusted_runs",
-]
-
 RUN_LOG_LIKELIHOOD: Final = "run_log_likelihood"
 """Group of the log densities of whole runs; a group of its own, so that ``log_likelihood`` holds
 the one variable that ``az.loo`` takes without being told a name."""

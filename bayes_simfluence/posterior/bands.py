@@ -15,20 +15,6 @@ from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse
 
-__all__ = [
-    "FLOOR",
-    "Band",
-    "Credible",
-    "Shape",
-    "Simulates",
-    "banded",
-    "open_unit_interval",
-    "shape_of",
-    "stacked",
-    "stretch",
-    "unit_shape",
-]
-
 FLOOR = 1e-6
 """Smallest distance from the median to an edge, nats: a loss that never moves can be scored."""
 

@@ -12,8 +12,6 @@ from typing import Any
 from bayes_simfluence.checks import Misuse, count_of, positive_number
 from bayes_simfluence.settings import check_choices, say
 
-__all__ = ["FitConfig"]
-
 INFERRED = "inferred"
 SAMPLER = ("chains", "warmup", "draws", "target_accept", "max_tree_depth", "chain_method")
 OWN: dict[str, tuple[str, ...]] = {

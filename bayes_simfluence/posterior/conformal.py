@@ -23,8 +23,6 @@ from bayes_simfluence.posterior.bands import (
     unit_shape,
 )
 
-__all__ = ["Conformal", "conformal_quantile", "runs_needed"]
-
 BASE = 0.90
 """Probability of the interval that a conformal band stretches: that of ``Posterior.left_out``."""
 

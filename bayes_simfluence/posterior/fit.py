@@ -22,8 +22,6 @@ from bayes_simfluence.posterior.prior import PriorOf
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.simulators.base import Simulator
 
-__all__ = ["fit"]
-
 FEWEST_DRAWS, MOST_DRAWS, MOST_QUERIES = 100, 400, 20
 """Draws and queries that Pareto k is measured on."""
 

@@ -40,8 +40,6 @@ from bayes_simfluence.simulators.gaussian import GaussianSimulator
 from bayes_simfluence.simulators.mean import MeanSimulator
 from bayes_simfluence.simulators.sampled import SampledSimulator
 
-__all__ = ["Posterior", "load_posterior"]
-
 VERSION = 1
 """Of the file format."""
 

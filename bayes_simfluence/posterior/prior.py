@@ -17,8 +17,6 @@ from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.posterior.arrays import recorded_arrays
 from bayes_simfluence.posterior.arviz import Prior
 
-__all__ = ["PriorOf", "prior_draw", "prior_from_settings"]
-
 
 @dataclass(frozen=True)
 class PriorOf:

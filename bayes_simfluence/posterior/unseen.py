@@ -24,8 +24,6 @@ from bayes_simfluence.posterior.arrays import planned_arrays
 from bayes_simfluence.simulators.base import Simulated, Simulator
 from bayes_simfluence.simulators.gaussian import GaussianSimulator
 
-__all__ = ["simulated_runs"]
-
 DFS = (1.0, 200.0)
 """Fewest and most degrees of freedom of a scale that is only known from other queries'."""
 

@@ -7,8 +7,6 @@ from jaxtyping import PyTree
 
 from bayes_simfluence.progress import Meter
 
-__all__ = ["batches_of", "over_batches"]
-
 
 def batches_of(examples: PyTree, size: int) -> Iterator[tuple[slice, PyTree]]:
     """Batches of a single size, so that one compiled function serves all: the last one overlaps.

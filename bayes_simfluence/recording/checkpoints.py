@@ -25,17 +25,6 @@ from bayes_simfluence.checks import Misuse, choice_of, shorten
 from bayes_simfluence.data.store import CHECKPOINTS, open_store
 from bayes_simfluence.files import PathLike, atomically, readable
 
-__all__ = [
-    "SavedWeights",
-    "checkpoint_steps",
-    "final_weights",
-    "named_tensors",
-    "new_checkpoints",
-    "open_checkpoints",
-    "with_tensors",
-    "write_weights",
-]
-
 FINAL = "final"
 NAMED = re.compile(r"step-(\d+)\.safetensors")
 SEPARATOR = "/"

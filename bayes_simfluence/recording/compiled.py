@@ -22,16 +22,6 @@ from bayes_simfluence.recording.measure import Fixed, fixed_of, measure_of
 from bayes_simfluence.recording.settings import Placement
 from bayes_simfluence.tasks.task import Task
 
-__all__ = [
-    "Batches",
-    "Carry",
-    "CompiledSteps",
-    "Measured",
-    "StepSizeReader",
-    "Training",
-    "training_loss",
-]
-
 AXIS = "run"
 PartitionSpec: Any = jax.sharding.PartitionSpec
 Shaped: Any = jax.ShapeDtypeStruct

@@ -16,8 +16,6 @@ from bayes_simfluence.settings import check_choices, say
 if TYPE_CHECKING:
     from bayes_simfluence.tuning.base import Tuning
 
-__all__ = ["RecordConfig"]
-
 Group = TypeVar("Group")
 KINDS = ("classification", "choice", "causal", "seq2seq")
 POOLINGS = ("mean", "cls", "last", "pooler")

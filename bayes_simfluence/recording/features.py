@@ -20,8 +20,6 @@ from bayes_simfluence.recording.batches import over_batches
 from bayes_simfluence.recording.sketch import random_signs, sketched
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["Features", "gradient_features"]
-
 BATCH = 25
 """Examples between two reports of progress."""
 

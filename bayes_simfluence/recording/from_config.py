@@ -21,8 +21,6 @@ from bayes_simfluence.tasks.seq2seq import seq2seq_task
 from bayes_simfluence.tasks.task import Task
 from bayes_simfluence.tasks.templates import filled
 
-__all__ = ["curricula_of", "optimizer_of", "task_of"]
-
 
 def task_of(config: RecordConfig) -> Task:
     """The task that a recording's settings describe, from its files.

@@ -11,8 +11,6 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["Fixed", "fixed_of", "length_groups", "measure_of"]
-
 GROUPS = 3
 """Most groups, since each is compiled separately."""
 MULTIPLE = 8

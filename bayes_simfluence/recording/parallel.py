@@ -18,8 +18,6 @@ from jaxtyping import PyTree
 from bayes_simfluence.recording.compiled import CompiledSteps
 from bayes_simfluence.recording.settings import Parallel
 
-__all__ = ["fitting_runs", "host_memory", "parallel_of"]
-
 log = logging.getLogger(__name__)
 
 SHARE = 0.7

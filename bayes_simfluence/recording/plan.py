@@ -11,8 +11,6 @@ from bayes_simfluence.checks import Misuse, at_most
 from bayes_simfluence.recording.checkpoints import checkpoint_steps
 from bayes_simfluence.recording.settings import Choice, Evaluation
 
-__all__ = ["Plan", "chosen_runs", "units"]
-
 STRETCH = 16
 """Most steps in one call of the compiled steps: progress is reported between calls."""
 

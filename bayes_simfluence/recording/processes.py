@@ -13,8 +13,6 @@ import jax.numpy as jnp
 
 from bayes_simfluence.checks import Misuse, WorkFailed
 
-__all__ = ["Processes", "join_processes"]
-
 Item = TypeVar("Item")
 
 

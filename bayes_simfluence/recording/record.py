@@ -30,8 +30,6 @@ from bayes_simfluence.recording.stored import StoredRecording
 from bayes_simfluence.recording.train import Recording, record_together
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["record"]
-
 
 def record(
     task: Task,

@@ -12,8 +12,6 @@ from bayes_simfluence.checks import Misuse, of_shape, shorten
 from bayes_simfluence.conventions import COMPLETE, DIVERGED, EMPTY_SLOT
 from bayes_simfluence.data.runs import runs_from_arrays
 
-__all__ = ["Frame", "RecordedRun", "loss_row"]
-
 
 @dataclass(frozen=True)
 class Frame:

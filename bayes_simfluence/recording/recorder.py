@@ -15,8 +15,6 @@ from bayes_simfluence.data.store import append_runs, open_store, save_runs
 from bayes_simfluence.files import PathLike, new_path, old_path
 from bayes_simfluence.recording.recorded_run import Frame, RecordedRun, loss_row
 
-__all__ = ["Recorder"]
-
 
 class Recorder:
     """Writes the runs of any training loop, one by one, into a store that ``open_runs`` reads.

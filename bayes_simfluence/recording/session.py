@@ -20,8 +20,6 @@ from bayes_simfluence.recording.settings import Choice
 from bayes_simfluence.settings import config_path, layered, save_config
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["merged", "record_from_config"]
-
 
 def merged(*layers: Mapping[str, Any]) -> RecordConfig:
     """Validated settings from layers; of those that name a setting the last one decides.

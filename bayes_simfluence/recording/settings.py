@@ -9,8 +9,6 @@ from jaxtyping import Int
 
 from bayes_simfluence.checks import count_of, positive_integer
 
-__all__ = ["Choice", "Evaluation", "Parallel", "Placement"]
-
 Choice = slice | Sequence[int] | Int[np.ndarray, " some"] | None
 """Runs by number, all when ``None``."""
 

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, PyTree
 
-__all__ = ["random_signs", "sketched"]
-
 
 def random_signs(params: PyTree, key: jax.Array) -> list[Int8[Array, " weight"]]:
     """A sign for each coordinate of every array."""

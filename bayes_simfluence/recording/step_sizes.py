@@ -13,8 +13,6 @@ from jaxtyping import Array, Float, Int, PyTree
 from bayes_simfluence.checks import Misuse, positive_number
 from bayes_simfluence.recording.compiled import StepSizeReader
 
-__all__ = ["StepSize", "step_size_reader"]
-
 StepSize = float | Callable[[Any], Any]
 
 

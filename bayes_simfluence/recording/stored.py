@@ -21,8 +21,6 @@ from bayes_simfluence.recording.compiled import Batches
 from bayes_simfluence.recording.features import Features
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["StoredRecording"]
-
 PACKAGES = ("bayes-simfluence", "jax", "optax", "numpy")
 
 

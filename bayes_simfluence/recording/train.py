@@ -20,8 +20,6 @@ from bayes_simfluence.recording.plan import Plan
 from bayes_simfluence.recording.stored import StoredRecording
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["Recording", "record_together"]
-
 Queries = dict[str, Float[np.ndarray, " query"]]
 
 

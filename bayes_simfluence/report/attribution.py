@@ -12,8 +12,6 @@ from matplotlib.figure import Figure
 from bayes_simfluence.report.plots import COLOURS
 from bayes_simfluence.report.tables import SHORT
 
-__all__ = ["plot_by_runs", "plot_detection"]
-
 STYLES = ("-", "--", ":", "-.")
 
 

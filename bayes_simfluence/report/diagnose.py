@@ -15,15 +15,6 @@ from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.report.plots import COLOURS, TRUTH, label_coverage, legend_below
 
-__all__ = [
-    "hyper_summary",
-    "numbers_table",
-    "plot_diagnosis",
-    "plot_left_out",
-    "plot_search",
-    "plot_traces",
-]
-
 NUMBERS: dict[str, tuple[str, float, float]] = {
     "r_hat": ("worst R-hat over hyperparameters and some coefficients", -np.inf, 1.01),
     "ess_bulk": ("smallest number of effective draws, bulk", 400.0, np.inf),

@@ -17,17 +17,6 @@ from bayes_simfluence.evaluation.metrics import tails
 from bayes_simfluence.evaluation.ranks import rank_counts, rank_histogram_test
 from bayes_simfluence.files import PathLike, atomically, new_path
 
-__all__ = [
-    "label_coverage",
-    "legend_below",
-    "plot_coverage",
-    "plot_curves",
-    "plot_effects",
-    "plot_ranks",
-    "plot_two",
-    "save_figure",
-]
-
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 """Okabe and Ito's palette, distinguishable by colour-blind readers."""
 TRUTH = "black"

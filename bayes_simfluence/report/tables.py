@@ -13,17 +13,6 @@ from bayes_simfluence.evaluation.compare import ENDS, FAILED
 from bayes_simfluence.evaluation.metrics import COVERAGES, INTERVAL
 from bayes_simfluence.files import PathLike, atomically, new_path
 
-__all__ = [
-    "FORMATS",
-    "best_of",
-    "check_format",
-    "json_text",
-    "latex",
-    "markdown",
-    "save_table",
-    "with_interval",
-]
-
 NOMINAL = {f"coverage_{round(100 * p)}": p for p in COVERAGES} | {"final_coverage_90": 0.90}
 """Coverages are best where they are nearest to their nominal value."""
 HIGHER = {"spearman_query", "spearman_change", "spearman_run", "elpd"}

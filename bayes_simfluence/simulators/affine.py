@@ -16,8 +16,6 @@ from bayes_simfluence.model.arrays import RunArrays, example_weights, exposures
 from bayes_simfluence.model.recurrence import affine_trajectory
 from bayes_simfluence.simulators.base import CHUNK, Named, Simulated, resampled
 
-__all__ = ["AffineSimulator"]
-
 
 @dataclass(frozen=True)
 class AffineSimulator:

@@ -13,14 +13,6 @@ from jaxtyping import Float
 
 from bayes_simfluence.model.arrays import RunArrays
 
-__all__ = [
-    "CHUNK",
-    "Named",
-    "Simulated",
-    "Simulator",
-    "resampled",
-]
-
 Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
 """Arrays with the names of their dimensions."""
 

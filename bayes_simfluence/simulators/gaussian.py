@@ -27,8 +27,6 @@ from bayes_simfluence.model.link import link_of, log_slope, loss_of
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of, mean_effect
 from bayes_simfluence.simulators.base import CHUNK, Named, Simulated
 
-__all__ = ["GaussianSimulator"]
-
 
 @dataclass(frozen=True)
 class GaussianSimulator:

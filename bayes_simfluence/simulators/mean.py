@@ -12,8 +12,6 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.simulators.base import Named, Simulated, resampled
 
-__all__ = ["MeanSimulator"]
-
 
 @dataclass(frozen=True)
 class MeanSimulator:

@@ -26,8 +26,6 @@ from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.simulators.base import Named, Simulated
 from bayes_simfluence.simulators.unrolled import of_queries, simulated
 
-__all__ = ["SampledSimulator"]
-
 
 @dataclass(frozen=True)
 class SampledSimulator:

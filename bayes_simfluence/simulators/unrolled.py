@@ -14,8 +14,6 @@ from bayes_simfluence.model.mean_function import Coefficients, batch_effects, mu
 from bayes_simfluence.model.numpyro_model import Sites, Units, coefficients_of, noise_of
 from bayes_simfluence.model.simfluence import Simfluence, gather, rate_of
 
-__all__ = ["of_queries", "simulated"]
-
 AT_ONCE = 8
 """Draws rolled out together."""
 

@@ -18,8 +18,6 @@ from bayes_simfluence.evaluation.compare import FAILED
 from bayes_simfluence.study.config import EXAMPLE, CellConfig, StudyConfig
 from bayes_simfluence.study.methods import ATTRIBUTIONS, SIMULATORS
 
-__all__ = ["Cell", "Split"]
-
 
 @dataclass(frozen=True)
 class Split:

@@ -11,8 +11,6 @@ from bayes_simfluence.checks import Misuse, at_most, choice_of, count_of, positi
 from bayes_simfluence.recording.config import RecordConfig
 from bayes_simfluence.settings import layered, say
 
-__all__ = ["ALL", "EXAMPLE", "CellConfig", "StudyConfig", "StudyProtocol", "study_of"]
-
 EXAMPLE = "example:"
 """Before the name of a recording that ships with the package."""
 ALL = "all"

@@ -9,8 +9,6 @@ import pandas as pd
 from bayes_simfluence.evaluation.compare import ENDS, RATIO
 from bayes_simfluence.report.tables import with_interval
 
-__all__ = ["headline_of", "headline_rows"]
-
 Row = dict[str, Any]
 CHANGE = "spearman_change"
 COLUMNS = (

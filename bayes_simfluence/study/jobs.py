@@ -11,8 +11,6 @@ from typing import Any
 from bayes_simfluence.files import first_line
 from bayes_simfluence.settings import config_from_yaml, config_path, save_config
 
-__all__ = ["Outcome", "outcome_of", "run_job"]
-
 STATM = Path("/proc/self/statm")
 EVERY = 0.02
 """Seconds between two readings of the memory."""

@@ -44,9 +44,6 @@ from bayes_simfluence.recording.checkpoints import (
 )
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["ATTRIBUTIONS", "BAYES", "SIMULATORS", "Fitting", "Pilot"]
-
-
 BAYES = "bayes"
 """The reference that all others are compared with."""
 

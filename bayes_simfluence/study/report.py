@@ -17,8 +17,6 @@ from bayes_simfluence.study.headline import headline_rows
 from bayes_simfluence.study.jobs import outcome_of
 from bayes_simfluence.study.methods import BAYES
 
-__all__ = ["write_report"]
-
 BY_RUNS = ("mse", "spearman_change")
 """Metrics plotted against the number of runs."""
 SHOWN = [

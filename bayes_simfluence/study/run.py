@@ -15,8 +15,6 @@ from bayes_simfluence.study.methods import ATTRIBUTIONS, SIMULATORS
 from bayes_simfluence.study.report import write_report
 from bayes_simfluence.study.stages import STAGES
 
-__all__ = ["REPORT", "run_study"]
-
 REPORT = "report"
 SETTINGS = "study.yaml"
 

@@ -24,8 +24,6 @@ from bayes_simfluence.study.config import ALL
 from bayes_simfluence.study.jobs import outcome_of, run_job
 from bayes_simfluence.study.methods import ATTRIBUTIONS, BAYES, SIMULATORS, Fitting, Pilot
 
-__all__ = ["STAGES", "Stage"]
-
 Stage = Callable[[Cell, bool, Progress], None]
 """Takes a cell, whether to repeat failed jobs, and a progress."""
 

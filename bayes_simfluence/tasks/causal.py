@@ -20,8 +20,6 @@ from bayes_simfluence.tasks.tuned import Logits, Prepared, Target, target_task
 from bayes_simfluence.tuning.base import Tuning
 from bayes_simfluence.tuning.tunings import FULL
 
-__all__ = ["causal_task"]
-
 
 def causal_task(
     model: Pretrained,

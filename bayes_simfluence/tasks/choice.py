@@ -29,8 +29,6 @@ from bayes_simfluence.tasks.tuned import Prepared, label_task
 from bayes_simfluence.tuning.base import Tuning
 from bayes_simfluence.tuning.tunings import FULL
 
-__all__ = ["choice_task"]
-
 
 def choice_task(
     model: Pretrained,

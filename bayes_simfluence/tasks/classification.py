@@ -18,8 +18,6 @@ from bayes_simfluence.tasks.tuned import Prepared, label_task
 from bayes_simfluence.tuning.base import Tuning
 from bayes_simfluence.tuning.tunings import FULL
 
-__all__ = ["classification_task", "codes_of"]
-
 
 def classification_task(
     model: Pretrained,

@@ -25,8 +25,6 @@ from bayes_simfluence.tasks.tokens import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Completions", "completed", "prompt_tokens"]
-
 
 @dataclass(frozen=True)
 class Completions:

@@ -21,8 +21,6 @@ from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tasks.measures import Measure, chosen
 from bayes_simfluence.tasks.tokens import bucket, padded
 
-__all__ = ["SCORES", "answers", "continuations", "metrics_and_scores", "text_scores"]
-
 TOGETHER = 8
 """Queries decoded at once: logits of all tokens over a vocabulary are large."""
 

@@ -13,8 +13,6 @@ from bayes_simfluence.networks.layers import wide
 from bayes_simfluence.networks.network import Network, Sequence
 from bayes_simfluence.networks.tensor_files import Tensors
 
-__all__ = ["completion_logits", "drawn_slopes", "mean_nats", "smallest_margin", "target_logits"]
-
 
 def completion_logits(
     network: Network,

@@ -8,8 +8,6 @@ from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.checks import Misuse, shorten
 
-__all__ = ["Measure", "chosen", "margin", "measures"]
-
 Measure = Callable[[Any, Any], Float[Array, ""]]
 
 

@@ -11,8 +11,6 @@ from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.data.tabular import read_csv, read_parquet, utf8_text
 from bayes_simfluence.files import existing_file
 
-__all__ = ["Rows", "read_rows"]
-
 Numbered = list[tuple[int, Mapping[str, Any]]]
 
 

@@ -11,8 +11,6 @@ from jaxtyping import Array, Float
 
 from bayes_simfluence.checks import Misuse
 
-__all__ = ["Task"]
-
 Params = Any
 Example = Any
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.tasks.rows import Rows
 
-__all__ = ["fields_of", "filled"]
-
 TOKEN = re.compile(r"\{\{|\}\}|\{(?P<field>[^{}]*)\}|[{}]|[^{}]+")
 
 

@@ -23,24 +23,6 @@ from bayes_simfluence.networks.network import Sequence as Tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "Encoded",
-    "Examples",
-    "Texts",
-    "arrays_of",
-    "bucket",
-    "filled_lengths",
-    "known_tokens",
-    "limit_of",
-    "padded",
-    "padding_of",
-    "sequence_of",
-    "shortened",
-    "targets_of",
-    "tokenized",
-    "without_special",
-]
-
 log = logging.getLogger(__name__)
 
 Examples = dict[str, Shaped[Array, "..."]]

@@ -21,8 +21,6 @@ from bayes_simfluence.tasks.task import Task
 from bayes_simfluence.tasks.tokens import Examples, filled_lengths, shortened
 from bayes_simfluence.tuning.base import Tuning
 
-__all__ = ["Logits", "Prepared", "label_task", "target_task"]
-
 Logits = Float[Array, "target vocabulary"]
 Target = tuple[Int[Array, " target"], Bool[Array, " target"]]
 

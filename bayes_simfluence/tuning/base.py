@@ -18,8 +18,6 @@ from bayes_simfluence.networks.requirements import Shapes
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tuning.layers import in_head
 
-__all__ = ["Adapting", "Assemble", "Tuned", "Tuning"]
-
 Assemble = Callable[[Tensors, Tensors], Tensors]
 
 

@@ -23,8 +23,6 @@ from bayes_simfluence.tuning.layers import (
     matched,
 )
 
-__all__ = ["IA3"]
-
 VECTOR = ".ia3_l"
 
 

@@ -13,8 +13,6 @@ from bayes_simfluence.networks.families import FAMILIES
 from bayes_simfluence.networks.network import Family
 from bayes_simfluence.networks.tensor_files import Tensors
 
-__all__ = ["HEAD", "chosen_layers", "fans", "has_wildcards", "in_head", "linear_layers", "matched"]
-
 HEAD = "classifier"
 """The layer on top of a network, trained from scratch beside every adapter."""
 

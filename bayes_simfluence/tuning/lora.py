@@ -21,8 +21,6 @@ from bayes_simfluence.tuning.layers import (
     linear_layers,
 )
 
-__all__ = ["LoRA"]
-
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
 

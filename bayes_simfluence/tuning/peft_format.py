@@ -22,8 +22,6 @@ from bayes_simfluence.tuning.base import Adapting, Tuned
 from bayes_simfluence.tuning.layers import HEAD, fans, in_head
 from bayes_simfluence.tuning.tunings import IA3, LoRA
 
-__all__ = ["Adapter", "load_adapter", "save_adapter", "with_adapter"]
-
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."
 """What peft writes before every name."""

@@ -11,8 +11,6 @@ from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors, with_tensors
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["check_checkpoints", "check_finite", "step_sizes_of", "weights_along", "weights_at"]
-
 
 def weights_at(task: Task, saved: SavedWeights) -> PyTree:
     """A checkpoint's tensors in the place of the task's trained parameters.

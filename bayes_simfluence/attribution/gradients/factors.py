@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-__all__ = ["Factors", "Way", "written"]
-
 
 class Factors(NamedTuple):
     """Gradients of several examples in one matrix: ``left^T right``, and ``slopes`` added to rows.

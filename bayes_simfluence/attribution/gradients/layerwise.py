@@ -28,16 +28,6 @@ from bayes_simfluence.progress import Meter
 from bayes_simfluence.recording.batches import batches_of, over_batches
 from bayes_simfluence.tasks.task import Task
 
-__all__ = [
-    "GramMatrix",
-    "Partition",
-    "gram_matrix",
-    "layer_products",
-    "partition_of",
-    "squared_norms",
-]
-
-
 DIRECT = -1
 """Stands for all leaves without factors together, among the numbers of leaves."""
 

@@ -15,8 +15,6 @@ from jaxtyping import Array
 
 from bayes_simfluence.attribution.gradients.trace import Reader, Use
 
-__all__ = ["Layer", "layers_of", "probes_of", "with_probes"]
-
 Probes = Mapping[int, Sequence[Array]]
 """Number of a parameter -> an array (token x outward) for each of its uses."""
 

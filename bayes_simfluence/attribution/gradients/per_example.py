@@ -16,16 +16,6 @@ from jaxtyping import Array, Float, PyTree
 from bayes_simfluence.recording.batches import over_batches
 from bayes_simfluence.tasks.task import Task
 
-__all__ = [
-    "MEMORY",
-    "GradientMaker",
-    "Products",
-    "flat",
-    "flat_gradients",
-    "gradient_maker",
-    "gradient_products",
-]
-
 MEMORY = 2**30
 """Bytes of gradients held at once, unless the caller says otherwise."""
 

@@ -16,8 +16,6 @@ from jaxtyping import Array, PyTree
 
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["Reader", "Use", "Watch", "trace_bytes", "traced"]
-
 CALLS = ("jit", "pjit")
 """Primitives that run a trace of their own."""
 

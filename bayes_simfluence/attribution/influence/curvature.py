@@ -21,21 +21,6 @@ from bayes_simfluence.checks import Misuse, choice_of
 from bayes_simfluence.linalg import symmetric_eigen
 from bayes_simfluence.tasks.task import Task
 
-__all__ = [
-    "MOST_OUTPUTS",
-    "Curvature",
-    "Operands",
-    "Product",
-    "check_curvature",
-    "curvature_product",
-    "dense_curvature",
-    "mean_eigenvalue",
-    "output_factor",
-    "output_size",
-    "output_slopes",
-    "outputs_of_one",
-]
-
 Curvature = Literal["ggn", "hessian"]
 CURVATURES = ("ggn", "hessian")
 

@@ -35,8 +35,6 @@ from bayes_simfluence.networks.layers import wide
 from bayes_simfluence.recording.batches import batches_of
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["EKFAC"]
-
 BATCH = 8
 """Examples whose activations and gradients of one layer are held at once."""
 

@@ -31,8 +31,6 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.tasks.task import Task
 
-__all__ = ["Gram", "fits_gram", "gram_of"]
-
 MOST_ROWS = 8192
 """Vectors up to which their inner products are factored."""
 

@@ -9,8 +9,6 @@ from bayes_simfluence.attribution.influence.gram import Gram, gram_of
 from bayes_simfluence.attribution.influence.problem import SHARE_OF_MEAN, Problem, Solved, Solver
 from bayes_simfluence.checks import Misuse
 
-__all__ = ["InGram"]
-
 
 @dataclass(frozen=True)
 class InGram:

@@ -16,8 +16,6 @@ from bayes_simfluence.attribution.influence.curvature import Operands, Product
 from bayes_simfluence.attribution.influence.problem import Problem, Solved, Vectors
 from bayes_simfluence.checks import WorkFailed, at_most, positive_integer, positive_number
 
-__all__ = ["ConjugateGradient", "LiSSA"]
-
 
 def _dots(left: Vectors, right: Vectors) -> Float[Array, " vector"]:
     return jnp.einsum("vw,vw->v", left, right)

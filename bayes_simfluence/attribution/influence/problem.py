@@ -26,16 +26,6 @@ from bayes_simfluence.checks import Misuse, WorkFailed
 from bayes_simfluence.progress import Meter
 from bayes_simfluence.tasks.task import Task
 
-__all__ = [
-    "SHARE_OF_MEAN",
-    "Attributes",
-    "Problem",
-    "Solved",
-    "Solver",
-    "Vectors",
-    "regular",
-]
-
 Vectors = Float[Array, "vector weight"]
 Attributes = dict[str, Any]
 Solved = tuple[Float[np.ndarray, "train query"], Attributes]

@@ -19,8 +19,6 @@ from bayes_simfluence.attribution.influence.curvature import dense_curvature
 from bayes_simfluence.attribution.influence.problem import Problem, Solved, Vectors, regular
 from bayes_simfluence.checks import Misuse, at_most, count_of, positive_integer
 
-__all__ = ["Arnoldi", "Dense"]
-
 
 @dataclass(frozen=True)
 class Dense:
