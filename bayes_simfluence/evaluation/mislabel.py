@@ -88,7 +88,7 @@ def probability_of_harm(posterior: Posterior, *, key: jax.Array, draws: int = 10
     samples = posterior.samples(key=key, draws=draws)
     if "staying" in samples:
         effect = samples["staying"]
-    elif {"a", "b"} <= set(samples.data_vars) and getattr(posterior.simulator, "keep", True):
+    elif {"a", "b"} <= set(samples.data_vars) and posterior.simulator.has_effects:
         effect = samples["b"] + samples["a"] * posterior.runs["loss"].mean(("run", "time"))
     else:
         effect = xr.DataArray(np.zeros((1, 1)), dims=("chain", "draw"))

@@ -10,8 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+from scipy.optimize import brentq
+from scipy.special import polygamma
 
 from bayes_simfluence.gaussian.linear_gaussian import Conditioned
+
+DFS = (1.0, 200.0)
+"""Fewest and most degrees of freedom of a scale that is only known from other queries'."""
 
 
 class DrawnWeights(NamedTuple):
@@ -104,3 +109,14 @@ def drawn_trajectories(
 
     drawn: tuple[Array, Array] = jax.lax.map(of_query, (query, spread))
     return drawn
+
+
+def df_of_scales(variance: float) -> float:
+    """Degrees of freedom of a scaled inverse chi-square whose logarithm has this variance."""
+    fewest, most = DFS
+    if variance >= polygamma(1, 0.5 * fewest):
+        return fewest
+    if variance <= polygamma(1, 0.5 * most):
+        return most
+    df: float = brentq(lambda df: polygamma(1, 0.5 * df) - variance, fewest, most)
+    return df

@@ -14,11 +14,11 @@ from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model import kalman
 from bayes_simfluence.model.arrays import RunArrays, example_weights, exposures
 from bayes_simfluence.model.recurrence import affine_trajectory
-from bayes_simfluence.simulators.base import CHUNK, Named, Simulated, resampled
+from bayes_simfluence.simulators.base import CHUNK, Named, Simulated, Simulator, resampled
 
 
 @dataclass(frozen=True)
-class AffineSimulator:
+class AffineSimulator(Simulator):
     """``L_t = (keep + sum_i w_ti a_i) L_{t-1} + sum_i w_ti b_i + noise`` for each query.
 
     ``w`` are exposures (shares of the batch) with ``keep`` = 1 in our form, counts with ``keep`` =
@@ -49,6 +49,11 @@ class AffineSimulator:
         """One for a point without noise, else any number."""
         point = self.factor is None and self.noise is None and self.residual is None
         return 1 if point else None
+
+    @property
+    def has_effects(self) -> bool:
+        """Not in the published form, where what ``a`` leaves of the loss is all there is of it."""
+        return bool(self.keep)
 
     def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
         """Draws of coefficients, rolled out from the initial losses."""

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from bayes_simfluence.model.arrays import RunArrays
+from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
 
 Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
 """Arrays with the names of their dimensions."""
@@ -44,6 +44,16 @@ class Simulator(Protocol):
     def draws(self) -> int | None:
         """Draws that it holds; None = any number on request."""
 
+    @property
+    def has_effects(self) -> bool:
+        """Whether ``a`` and ``b`` among its samples are changes of the loss, 0 for no effect."""
+        return True
+
+    @property
+    def by_features(self) -> "FeatureSimulator | None":
+        """This simulator, where it can tell of examples and queries that were not fitted."""
+        return None
+
     def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
         """Trajectories; the same key gives the same draws of the coefficients to any runs."""
 
@@ -69,6 +79,20 @@ class Simulator(Protocol):
     @classmethod
     def restore(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> "Simulator":
         """The simulator of saved arrays and settings."""
+
+
+class FeatureSimulator(Simulator, Protocol):
+    """A simulator that knows examples and queries by their features, and so others than its own."""
+
+    @property
+    def features(self) -> ExampleFeatures:
+        """Of the fitted examples and queries; without columns where queries have none."""
+
+    def with_examples(self, train: Float[np.ndarray, "new feature"]) -> Simulator:
+        """The same posterior with further training examples after the fitted ones."""
+
+    def for_queries(self, query: Float[np.ndarray, "new feature"]) -> Simulator:
+        """The posterior of queries that were never recorded, in the order of their features."""
 
 
 def resampled(

@@ -6,7 +6,7 @@ scales and errors belong to the key alone: any curriculum meets the same ones.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.gaussian.density import correlated_log_density, whitening
 from bayes_simfluence.gaussian.designs import assembled, linked_change
-from bayes_simfluence.gaussian.draws import drawn_trajectories, drawn_weights
+from bayes_simfluence.gaussian.draws import df_of_scales, drawn_trajectories, drawn_weights
 from bayes_simfluence.gaussian.linear_gaussian import Conditioned
 from bayes_simfluence.gaussian.search import interpolated_inflation
 from bayes_simfluence.linalg import cholesky, double_precision
@@ -25,11 +25,11 @@ from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
 from bayes_simfluence.model.hyper import natural_values
 from bayes_simfluence.model.link import link_of, log_slope, loss_of
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of, mean_effect
-from bayes_simfluence.simulators.base import CHUNK, Named, Simulated
+from bayes_simfluence.simulators.base import CHUNK, Named, Simulated, Simulator
 
 
 @dataclass(frozen=True)
-class GaussianSimulator:
+class GaussianSimulator(Simulator):
     """Posterior of a Gaussian model: the fitted runs, hyperparameters and scales.
 
     Attributes:
@@ -71,6 +71,36 @@ class GaussianSimulator:
     def draws(self) -> None:
         """Any number."""
         return None
+
+    @property
+    def features(self) -> ExampleFeatures:
+        """Of the fitted examples and queries, or of the queries that it simulates instead."""
+        return self.unseen or self.fitted.features
+
+    @property
+    def by_features(self) -> "GaussianSimulator | None":
+        """Itself, where the prior goes by features of examples."""
+        return self if self.features.train.shape[1] else None
+
+    def with_examples(self, train: Float[np.ndarray, "new feature"]) -> "GaussianSimulator":
+        """The same posterior with further training examples after the fitted ones."""
+        features = self.fitted.features
+        with double_precision():
+            rows = jnp.concatenate([features.train, jnp.asarray(train, float)])
+        longer = ExampleFeatures(rows, features.query)
+        return replace(self, fitted=self.fitted._replace(features=longer))
+
+    def for_queries(self, query: Float[np.ndarray, "new feature"]) -> "GaussianSimulator":
+        """The posterior of queries that were never recorded, in the order of their features."""
+        variance = np.log(np.maximum(self.scale, np.finfo(float).tiny) ** 2)
+        with double_precision():
+            features = self.fitted.features._replace(query=jnp.asarray(query, float))
+        return replace(
+            self,
+            unseen=features,
+            scale=np.full(len(query), np.exp(0.5 * variance.mean())),
+            df=df_of_scales(float(variance.var(ddof=1)) if len(variance) > 1 else np.inf),
+        )
 
     def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
         """Draws of weights, scales and run errors, independent between queries."""
@@ -185,8 +215,8 @@ class GaussianSimulator:
         self, posterior: "_Posterior", runs: RunArrays, rows: Int[np.ndarray, " row"]
     ) -> "_Planned":
         """The runs after the steps ``rows``: where draws deviate from, and by how much."""
-        features = self.unseen or self.fitted.features
-        runs = runs.in_units(self.fitted.steps, self.largest_step_size)._replace(features=features)
+        runs = runs.in_units(self.fitted.steps, self.largest_step_size)
+        runs = runs._replace(features=self.features)
         with double_precision():
             return _plan(
                 self.model, jnp.asarray(self.free), posterior.conditioned.mean, posterior.size,

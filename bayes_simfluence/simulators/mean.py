@@ -10,11 +10,11 @@ from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.model.arrays import RunArrays
-from bayes_simfluence.simulators.base import Named, Simulated, resampled
+from bayes_simfluence.simulators.base import Named, Simulated, Simulator, resampled
 
 
 @dataclass(frozen=True)
-class MeanSimulator:
+class MeanSimulator(Simulator):
     """One trajectory for all runs, and whole residuals of left-out runs as its band.
 
     Attributes:

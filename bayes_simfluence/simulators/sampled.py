@@ -23,12 +23,12 @@ from bayes_simfluence.model.numpyro_model import (
     gaps_of,
 )
 from bayes_simfluence.model.simfluence import Simfluence
-from bayes_simfluence.simulators.base import Named, Simulated
+from bayes_simfluence.simulators.base import Named, Simulated, Simulator
 from bayes_simfluence.simulators.unrolled import of_queries, simulated
 
 
 @dataclass(frozen=True)
-class SampledSimulator:
+class SampledSimulator(Simulator):
     """Posterior draws of every site of the model's program.
 
     Attributes:

@@ -8,9 +8,9 @@ import pytest
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.gaussian.designs import designs_and_means
+from bayes_simfluence.gaussian.draws import df_of_scales
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.posterior.arrays import recorded_arrays
-from bayes_simfluence.posterior.unseen import _df
 
 pytestmark = pytest.mark.filterwarnings("ignore::bayes_simfluence.checks.FitWarning")
 KEY = jax.random.key(5)
@@ -127,8 +127,8 @@ def prior_mean_of(simulator, runs):
 def test_a_scale_known_from_others_has_the_spread_of_theirs(rng):
     for df in (4.0, 30.0):
         logs = -np.log(rng.chisquare(df, 200_000) / df)
-        np.testing.assert_allclose(_df(logs.var()), df, rtol=0.03)
-    assert _df(np.inf) == 1.0 and _df(0.0) == 200.0
+        np.testing.assert_allclose(df_of_scales(logs.var()), df, rtol=0.03)
+    assert df_of_scales(np.inf) == 1.0 and df_of_scales(0.0) == 200.0
 
 
 def test_features_are_asked_for_where_they_are_needed(fits):
