@@ -9,9 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bayes_simfluence.gaussian.linear_gaussian import LinearGaussian
 from bayes_simfluence.model.arrays import RunArrays
+from bayes_simfluence.model.design import design, prior_mean
 from bayes_simfluence.model.hyper import Values
 from bayes_simfluence.model.link import link_of
-from bayes_simfluence.model.simfluence import Simfluence, design, prior_mean
+from bayes_simfluence.model.simfluence import Simfluence
 
 JITTER = 1e-8
 """Variance of a white error, relative to the effects': keeps the covariance invertible."""

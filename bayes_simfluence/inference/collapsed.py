@@ -216,7 +216,7 @@ def _named_weights(
     sites: Sites,
     weights: Float[Array, "weight query"],
 ) -> dict[str, Float[Array, "..."]]:
-    """Weights in the order of ``simfluence.design`` as the sites of the model in NumPyro."""
+    """Weights in the order of ``design.design`` as the sites of the model in NumPyro."""
     train, width = features.train.shape
     timed = model.time_effect != "none"
     grid = weights.reshape(len(model.parts), -1, train + width + int(timed), weights.shape[1])

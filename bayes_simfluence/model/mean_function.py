@@ -1,6 +1,6 @@
 """The mean of a run's losses given coefficients: the model's parts for any prior's draws.
 
-``simfluence.design`` is the model as a matrix, for Gaussian priors; this is the model as a function
+``design.design`` is the model as a matrix, for Gaussian priors; this is the model as a function
 of coefficients, for samplers and for simulating with their draws.
 """
 
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bayes_simfluence.model.arrays import RunArrays
+from bayes_simfluence.model.design import gather
 from bayes_simfluence.model.hyper import Values
-from bayes_simfluence.model.simfluence import Simfluence, gather
+from bayes_simfluence.model.simfluence import Simfluence
 
 
 class Coefficients(NamedTuple):

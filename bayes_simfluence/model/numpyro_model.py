@@ -18,6 +18,7 @@ from numpyro import distributions as dist
 
 from bayes_simfluence.model import kalman
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
+from bayes_simfluence.model.design import part_scale, time_curve
 from bayes_simfluence.model.hyper import Hyper, Values
 from bayes_simfluence.model.link import link_of, loss_of
 from bayes_simfluence.model.mean_function import (
@@ -26,13 +27,7 @@ from bayes_simfluence.model.mean_function import (
     mean_function,
     multipliers,
 )
-from bayes_simfluence.model.simfluence import (
-    MULTIPLICATIVE,
-    Simfluence,
-    hypers_of,
-    part_scale,
-    time_curve,
-)
+from bayes_simfluence.model.simfluence import MULTIPLICATIVE, Simfluence, hypers_of
 from bayes_simfluence.model.sites import latent
 
 SCALE = Hyper(0.05, 1.5, "positive", "sd of the effect of a step on one example, units of the link")

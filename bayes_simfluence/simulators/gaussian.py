@@ -22,9 +22,10 @@ from bayes_simfluence.gaussian.linear_gaussian import Conditioned
 from bayes_simfluence.gaussian.search import interpolated_inflation
 from bayes_simfluence.linalg import cholesky, double_precision
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
+from bayes_simfluence.model.design import mean_effect
 from bayes_simfluence.model.hyper import natural_values
 from bayes_simfluence.model.link import link_of, log_slope, loss_of
-from bayes_simfluence.model.simfluence import Simfluence, hypers_of, mean_effect
+from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 from bayes_simfluence.simulators.base import CHUNK, Named, Simulated, Simulator
 
 

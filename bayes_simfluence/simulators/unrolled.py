@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bayes_simfluence.model.arrays import RunArrays
+from bayes_simfluence.model.design import gather, rate_of
 from bayes_simfluence.model.hyper import Values
 from bayes_simfluence.model.link import link_of, loss_of
 from bayes_simfluence.model.mean_function import Coefficients, batch_effects, multipliers
 from bayes_simfluence.model.numpyro_model import Sites, Units, coefficients_of, noise_of
-from bayes_simfluence.model.simfluence import Simfluence, gather, rate_of
+from bayes_simfluence.model.simfluence import Simfluence
 
 AT_ONCE = 8
 """Draws rolled out together."""

@@ -111,6 +111,7 @@ ROWS = {
         "embeddings",
         "priors",
         "simfluence",
+        "design",
         "mean_function",
         "numpyro_model",
     ],

@@ -14,19 +14,13 @@ from bayes_simfluence.inference.nuts import NUTS
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
 from bayes_simfluence.model.coefficients import Varying
+from bayes_simfluence.model.design import design, mean_effect, prior_mean
 from bayes_simfluence.model.exposure import FLOOR, Exposure
 from bayes_simfluence.model.hyper import natural_values, start
 from bayes_simfluence.model.link import link_of, log_slope, loss_of
 from bayes_simfluence.model.noise import AR1, Gaussian, StudentT
 from bayes_simfluence.model.priors import Laplace, Normal
-from bayes_simfluence.model.simfluence import (
-    KINDS,
-    Simfluence,
-    design,
-    hypers_of,
-    mean_effect,
-    prior_mean,
-)
+from bayes_simfluence.model.simfluence import KINDS, Simfluence, hypers_of
 from bayes_simfluence.posterior.fit import fit
 from bayes_simfluence.posterior.prior import PriorOf
 

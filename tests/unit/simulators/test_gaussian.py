@@ -12,12 +12,9 @@ from bayes_simfluence.gaussian.designs import JITTER, designs_and_means
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
 from bayes_simfluence.model.coefficients import Varying
+from bayes_simfluence.model.design import mean_effect
 from bayes_simfluence.model.hyper import natural_values, start
-from bayes_simfluence.model.simfluence import (
-    Simfluence,
-    hypers_of,
-    mean_effect,
-)
+from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 from bayes_simfluence.simulators.base import Simulator
 from bayes_simfluence.simulators.gaussian import GaussianSimulator
 
