@@ -65,10 +65,7 @@ VARIABLES: Final[dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
         ("run", "step", "slot"),
         {"long_name": "training example in the batch", "empty_slot": EMPTY_SLOT},
     ),
-    "loss": (
-        ("run", "time", "query"),
-        {"long_name": "loss of the query", "units": "nat"},
-    ),
+    "loss": (("run", "time", "query"), {"long_name": "loss of the query", "units": "nat"}),
     "weight": (
         ("run", "step", "slot"),
         {"long_name": "weight of the example in its batch's mean loss", "units": "1"},

@@ -60,9 +60,7 @@ def _solve_transposed(
 
 
 @_in_turn_on_cpus
-def symmetric_eigen(
-    matrix: Float[Array, "n n"],
-) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
+def symmetric_eigen(matrix: Float[Array, "n n"]) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
     """Eigenvalues in rising order, and eigenvectors as columns, of a symmetric matrix."""
     values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
     return values, vectors
@@ -124,9 +122,7 @@ cholesky.defvjp(_cholesky_forward, _cholesky_backward)
 
 
 @jax.custom_vjp
-def spd_inverse(
-    matrix: Float[Array, "n n"],
-) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+def spd_inverse(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
     """Inverse and log determinant of a symmetric positive definite matrix, differentiable.
 
     The derivative needs two products of matrices, not the derivative of a factorization:

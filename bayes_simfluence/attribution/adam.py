@@ -73,12 +73,7 @@ class AdamDiagonal:
             squares = flat(jax.tree.map(jnp.asarray, self.moments[place]))
         else:
             squares = second_moments(
-                task,
-                params,
-                batch_size=self.batch_size,
-                maker=maker,
-                memory=memory,
-                where=where,
+                task, params, batch_size=self.batch_size, maker=maker, memory=memory, where=where
             )
         return 1.0 / (jnp.sqrt(squares) + self.epsilon)
 

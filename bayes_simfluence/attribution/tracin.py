@@ -171,12 +171,7 @@ def self_influence(
 
 
 def _similarity(
-    task: Task,
-    params: PyTree | None,
-    memory: int,
-    progress: Progress | None,
-    *,
-    cosine: bool,
+    task: Task, params: PyTree | None, memory: int, progress: Progress | None, *, cosine: bool
 ) -> xr.DataArray:
     method = "Grad-Cos" if cosine else "Grad-Dot"
     where = "the initial weights" if params is None else "the given weights"

@@ -28,8 +28,7 @@ from bayes_simfluence.commands.options import (
 def calibrate(
     runs: RunsFile,
     posterior: Annotated[
-        list[str],
-        typer.Option(help="NAME=FILE of a saved posterior; as often as wanted."),
+        list[str], typer.Option(help="NAME=FILE of a saved posterior; as often as wanted.")
     ],
     select: Select = "",
     out: TableFile = None,

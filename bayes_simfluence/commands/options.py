@@ -29,8 +29,7 @@ Config = Annotated[
 Figure = Annotated[Path | None, typer.Option(help="New file for a picture (.png).")]
 TableFile = Annotated[Path | None, typer.Option(help="New file for the table (.csv or .md).")]
 Posteriors = Annotated[
-    list[str] | None,
-    typer.Option(help="NAME=FILE of a saved posterior; as often as wanted."),
+    list[str] | None, typer.Option(help="NAME=FILE of a saved posterior; as often as wanted.")
 ]
 
 

@@ -20,16 +20,7 @@ from bayes_simfluence.files import PathLike, atomically, new_path, readable
 
 FORMATS: Final = ("csv", "parquet", "npz", "gptdynamics")
 SUFFIXES: Final = {".csv": "csv", ".parquet": "parquet", ".pq": "parquet", ".npz": "npz"}
-ARRAYS: Final = (
-    "batch",
-    "loss",
-    *OPTIONAL,
-    "train_ids",
-    "query_ids",
-    "run_ids",
-    "status",
-    "attrs",
-)
+ARRAYS: Final = ("batch", "loss", *OPTIONAL, "train_ids", "query_ids", "run_ids", "status", "attrs")
 """Arrays of an ``.npz`` file, named as arguments of ``runs_from_arrays``; attrs as JSON text."""
 
 

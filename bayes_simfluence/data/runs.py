@@ -8,13 +8,7 @@ import numpy as np
 import xarray as xr
 
 from bayes_simfluence.checks import Misuse, RunsWarning, shorten
-from bayes_simfluence.conventions import (
-    COMPLETE,
-    DIVERGED,
-    SCHEMA_VERSION,
-    UNRECORDED,
-    VARIABLES,
-)
+from bayes_simfluence.conventions import COMPLETE, DIVERGED, SCHEMA_VERSION, UNRECORDED, VARIABLES
 from bayes_simfluence.data.validation import check_later_losses, refuse_losses, validate_runs
 from bayes_simfluence.data.weights import checked_weights
 

@@ -17,12 +17,7 @@ import zarr
 from jaxtyping import Float, Int8
 
 from bayes_simfluence.checks import Misuse, WorkFailed, choice_of
-from bayes_simfluence.conventions import (
-    OPTIONAL,
-    UNRECORDED,
-    Curricula,
-    Trajectory,
-)
+from bayes_simfluence.conventions import OPTIONAL, UNRECORDED, Curricula, Trajectory
 from bayes_simfluence.data.metrics import metric_names, metric_variable
 from bayes_simfluence.data.netcdf import plain, read_group, write_groups
 from bayes_simfluence.data.runs import Ids, run_statuses, runs_dataset, same_ids

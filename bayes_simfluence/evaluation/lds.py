@@ -66,11 +66,7 @@ def simulated_outcomes(
 
 
 def linear_datamodeling_score(
-    predicted: xr.DataArray,
-    outcomes: xr.DataArray,
-    *,
-    key: jax.Array,
-    resamples: int = 200,
+    predicted: xr.DataArray, outcomes: xr.DataArray, *, key: jax.Array, resamples: int = 200
 ) -> xr.Dataset:
     """Rank correlation of predicted with measured outcomes over subsets, averaged over queries.
 

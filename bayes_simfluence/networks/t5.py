@@ -26,12 +26,7 @@ from bayes_simfluence.networks.layers import (
     vocabulary_logits,
 )
 from bayes_simfluence.networks.network import Family, Network, Sequence, Settings
-from bayes_simfluence.networks.requirements import (
-    Shapes,
-    check_option,
-    check_tensors,
-    prefix_of,
-)
+from bayes_simfluence.networks.requirements import Shapes, check_option, check_tensors, prefix_of
 from bayes_simfluence.networks.tensor_files import Tensors
 
 if TYPE_CHECKING:

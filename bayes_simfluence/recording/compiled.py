@@ -119,13 +119,7 @@ class CompiledSteps:
 
     @classmethod
     def of(
-        cls,
-        training: Training,
-        slots: int,
-        *,
-        steps: int,
-        parallel: int,
-        devices: list[jax.Device],
+        cls, training: Training, slots: int, *, steps: int, parallel: int, devices: list[jax.Device]
     ) -> "CompiledSteps":
         """Compile for ``parallel`` runs at once on each of ``devices``."""
         runs = parallel * len(devices)
@@ -260,6 +254,5 @@ def _begin(optimizer: optax.GradientTransformation, runs: int, params: PyTree) -
 
 def _shaped(tree: PyTree, sharding: NamedSharding) -> PyTree:
     return jax.tree.map(
-        lambda leaf: Shaped(jnp.shape(leaf), jnp.result_type(leaf), sharding=sharding),
-        tree,
+        lambda leaf: Shaped(jnp.shape(leaf), jnp.result_type(leaf), sharding=sharding), tree
     )

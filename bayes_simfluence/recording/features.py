@@ -40,12 +40,7 @@ class Features:
 
 
 def gradient_features(
-    task: Task,
-    *,
-    rank: int = 64,
-    sketch: int = 2048,
-    key: jax.Array,
-    meter: Meter | None = None,
+    task: Task, *, rank: int = 64, sketch: int = 2048, key: jax.Array, meter: Meter | None = None
 ) -> Features:
     """The leading ``rank`` coordinates of the examples' loss gradients.
 

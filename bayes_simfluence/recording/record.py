@@ -116,10 +116,7 @@ def record(
 
 
 def _record_share(
-    recording: Recording,
-    chosen: Bool[np.ndarray, " run"],
-    processes: Processes,
-    progress: Progress,
+    recording: Recording, chosen: Bool[np.ndarray, " run"], processes: Processes, progress: Progress
 ) -> None:
     """Record this process's share of the ``chosen`` runs, unless they are recorded already."""
     stored, total = recording.stored, len(chosen)

@@ -17,10 +17,7 @@ StepSize = float | Callable[[Any], Any]
 
 
 def step_size_reader(
-    optimizer: optax.GradientTransformation,
-    params: PyTree,
-    step_size: StepSize | None,
-    steps: int,
+    optimizer: optax.GradientTransformation, params: PyTree, step_size: StepSize | None, steps: int
 ) -> StepSizeReader:
     """What reads the size of a step from the optimizer's state and the number of steps before it.
 

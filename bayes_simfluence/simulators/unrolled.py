@@ -21,13 +21,7 @@ AT_ONCE = 8
 
 @partial(jax.jit, static_argnames=("model", "knots"))
 def simulated(
-    model: Simfluence,
-    draws: Sites,
-    units: Units,
-    runs: RunArrays,
-    keys: Array,
-    *,
-    knots: int,
+    model: Simfluence, draws: Sites, units: Units, runs: RunArrays, keys: Array, *, knots: int
 ) -> tuple[Array, Array]:
     """Losses after each step, without and with error: (draw, run, step, query)."""
     start = link_of(model.link, jnp.asarray(runs.initial, float))

@@ -44,9 +44,7 @@ def mean_nats(
 
 
 def drawn_slopes(
-    logits: Float[Array, "target vocabulary"],
-    counted: Bool[Array, " target"],
-    key: jax.Array,
+    logits: Float[Array, "target vocabulary"], counted: Bool[Array, " target"], key: jax.Array
 ) -> Float[Array, "target vocabulary"]:
     """A random array of mean 0 whose covariance is the Hessian of ``mean_nats`` in the logits.
 

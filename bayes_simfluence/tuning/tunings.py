@@ -7,13 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from bayes_simfluence.checks import (
-    Misuse,
-    choice_of,
-    positive_integer,
-    positive_number,
-    shorten,
-)
+from bayes_simfluence.checks import Misuse, choice_of, positive_integer, positive_number, shorten
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tuning.base import Tuned, Tuning
 from bayes_simfluence.tuning.ia3 import IA3

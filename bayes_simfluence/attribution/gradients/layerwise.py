@@ -71,10 +71,7 @@ def partition_of(task: Task) -> Partition:
         traced_bytes = max(traced_bytes, trace_bytes(closed))
     train, query = layers
     tokens = {
-        at: (
-            max(train[at].multiplied, query[at].multiplied),
-            max(train[at].taken, query[at].taken),
-        )
+        at: (max(train[at].multiplied, query[at].multiplied), max(train[at].taken, query[at].taken))
         for at in sorted(train.keys() & query.keys())
     }
     # Factors larger than the gradient itself save nothing.
