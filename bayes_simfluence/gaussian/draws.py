@@ -1,11 +1,12 @@
 """Draws of a conditioned linear-Gaussian object, and of the trajectories that they make.
 
 A draw belongs to the key and the query alone, so that simulations of any curricula, effects of
-examples and densities of recorded runs meet the same coefficients.
+examples and densities of recorded runs meet the same coefficients. What queries have in common is
+drawn once (``gaussian.queries``).
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,35 @@ class DrawnWeights(NamedTuple):
     Attributes:
         deviation: of the weights from their posterior mean, in units of the query's scale.
         scale: factor on that scale; its uncertainty makes the band Student-t.
-        error_key: for the errors of new runs.
     """
 
     deviation: Float[Array, "draw weight"]
     scale: Float[Array, " draw"]
+
+
+class Dependence(NamedTuple):
+    """Some queries' shares in common factors (``gaussian.queries``), and which draws are theirs.
+
+    Attributes:
+        number: of each query, which decides its own draws.
+        loading: on the common factors.
+        own: sd of what is the query's own.
+    """
+
+    number: Int[Any, "*query"]
+    loading: Float[Any, "*query factor"]
+    own: Float[Any, "*query"]
+
+
+class Sources(NamedTuple):
+    """A key's draws of one source, which all of a query's deviations are made of.
+
+    Attributes:
+        deviation: of the weights.
+        error_key: for the errors of new runs.
+    """
+
+    deviation: Float[Array, "*source draw weight"]
     error_key: Array
 
 
@@ -48,10 +73,34 @@ def _normal_weights(
     return jnp.moveaxis(blocks, 2, 0).reshape(draws, -1)
 
 
+def _source(
+    conditioned: Conditioned, number: Int[Array, ""], key: jax.Array, *, draws: int, knots: int,
+    parts: int,
+) -> Sources:  # fmt: skip
+    points, weights = conditioned.designs.shape
+    rows = len(conditioned.error_factor)
+    weight_key, fitted_key, error_key = jax.random.split(jax.random.fold_in(key, number), 3)
+    prior = _normal_weights(weight_key, draws, parts, knots, weights // parts // knots)
+    errors = jax.random.normal(fitted_key, (draws, points // rows, rows))
+    return Sources(conditioned.deviations(prior, errors), error_key)
+
+
+@partial(jax.jit, static_argnames=("factors", "draws", "knots", "parts"))
+def common_sources(
+    conditioned: Conditioned, key: jax.Array, *, factors: int, draws: int, knots: int, parts: int
+) -> Sources:
+    """The key's draws of the common factors."""
+    factor_key = jax.random.split(key, 3)[1]
+    one = partial(_source, conditioned, key=factor_key, draws=draws, knots=knots, parts=parts)
+    made: Sources = jax.lax.map(lambda number: one(number), jnp.arange(factors))
+    return made
+
+
 @partial(jax.jit, static_argnames=("draws", "knots", "parts"))
 def drawn_weights(
     conditioned: Conditioned,
-    query: Int[Array, ""],
+    common: Sources,
+    query: Dependence,
     key: jax.Array,
     df: Float[Array, ""],
     *,
@@ -60,15 +109,15 @@ def drawn_weights(
     parts: int,
 ) -> DrawnWeights:
     """The key's draws for one query, whatever is made of them."""
-    points, weights = conditioned.designs.shape
-    rows = len(conditioned.error_factor)
-    own = jax.random.fold_in(key, query)
-    weight_key, fitted_key, error_key, scale_key = jax.random.split(own, 4)
-    prior = _normal_weights(weight_key, draws, parts, knots, weights // parts // knots)
-    errors = jax.random.normal(fitted_key, (draws, points // rows, rows))
-    # Scaled inverse chi-square scales.
-    chi_square = 2.0 * jax.random.gamma(scale_key, 0.5 * df, (draws,))
-    return DrawnWeights(conditioned.deviations(prior, errors), jnp.sqrt(df / chi_square), error_key)
+    own_key, _, scale_key = jax.random.split(key, 3)
+    own = _source(conditioned, query.number, own_key, draws=draws, knots=knots, parts=parts)
+    shared = jnp.tensordot(query.loading, common.deviation, axes=1)
+    return DrawnWeights(query.own * own.deviation + shared, _scales(scale_key, df, draws))
+
+
+def _scales(key: jax.Array, df: Float[Array, ""], draws: int) -> Float[Array, " draw"]:
+    """Scaled inverse chi-square scales, the same for all queries: they are jointly Student-t."""
+    return jnp.sqrt(df / (2.0 * jax.random.gamma(key, 0.5 * df, (draws,))))
 
 
 @partial(jax.jit, static_argnames=("draws", "knots", "parts"))
@@ -77,7 +126,7 @@ def drawn_trajectories(
     designs: Float[Array, "run step weight"],
     error_factor: Float[Array, "step step"],
     spread: Float[Array, "query step"],
-    query: Int[Array, " query"],
+    queries: Dependence,
     key: jax.Array,
     df: Float[Array, ""],
     *,
@@ -91,23 +140,36 @@ def drawn_trajectories(
         conditioned: the weights' posterior.
         designs, error_factor: of the runs to be drawn; factor of their errors' covariance.
         spread: sd of each query's effects at each step, link units.
-        query, key: decide the draws.
+        queries, key: decide the draws.
         df: degrees of freedom of the scales.
         draws, knots, parts: how many.
     """
     runs, steps, weights = designs.shape
     flat = designs.reshape(-1, weights)
+    sizes: Any = {"draws": draws, "knots": knots, "parts": parts}
+    common = common_sources(conditioned, key, factors=queries.loading.shape[1], **sizes)
+    own_key, _, scale_key = jax.random.split(key, 3)
+    scale = _scales(scale_key, df, draws)[:, None, None]
 
-    def of_query(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        number, sd = inputs
-        drawn = drawn_weights(conditioned, number, key, df, draws=draws, knots=knots, parts=parts)
-        scale = drawn.scale[:, None, None] * sd[None, None]
-        mean = (drawn.deviation @ flat.T).reshape(draws, runs, steps) * scale
-        run_keys = jax.vmap(lambda run: jax.random.fold_in(drawn.error_key, run))(jnp.arange(runs))
+    def of_source(source: Sources) -> tuple[Array, Array]:
+        mean = (source.deviation @ flat.T).reshape(draws, runs, steps)
+        run_keys = jax.vmap(lambda run: jax.random.fold_in(source.error_key, run))(jnp.arange(runs))
         white = jax.vmap(lambda run: jax.random.normal(run, (draws, steps)))(run_keys)
-        return mean, mean + jnp.moveaxis(white @ error_factor.T, 0, 1) * scale
+        return mean, jnp.moveaxis(white @ error_factor.T, 0, 1)
 
-    drawn: tuple[Array, Array] = jax.lax.map(of_query, (query, spread))
+    factors: tuple[Array, Array] = jax.vmap(of_source)(common)
+
+    def of_query(inputs: tuple[Dependence, Array]) -> tuple[Array, Array]:
+        query, sd = inputs
+        own = of_source(_source(conditioned, query.number, own_key, **sizes))
+        size = scale * sd[None, None]
+        mean, error = (
+            size * (query.own * mine + jnp.tensordot(query.loading, theirs, axes=1))
+            for mine, theirs in zip(own, factors, strict=True)
+        )
+        return mean, mean + error
+
+    drawn: tuple[Array, Array] = jax.lax.map(of_query, (queries, spread))
     return drawn
 
 

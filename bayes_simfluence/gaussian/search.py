@@ -13,6 +13,7 @@ from scipy.stats import t as student_t
 
 from bayes_simfluence.gaussian.designs import assembled, linked_change
 from bayes_simfluence.gaussian.linear_gaussian import LeftOut, LinearGaussian
+from bayes_simfluence.gaussian.queries import query_loadings
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.hyper import log_prior, natural_values, start
@@ -52,6 +53,7 @@ class Band(NamedTuple):
         log_inflation: log of the factor on the variance that left-out runs ask for, at knots
             spread evenly over training.
         df: degrees of freedom of the scales.
+        loadings: of queries on the factors that their errors have in common.
         predicted: medians of left-out runs, nats, at the fitted times; NaN where not recorded.
         low, high: their 90% band after variance inflation.
         raw_coverage: share of points in the 90% band without it.
@@ -60,6 +62,7 @@ class Band(NamedTuple):
     scale: Float[np.ndarray, " query"]
     log_inflation: Float[np.ndarray, " knot"]
     df: float
+    loadings: Float[np.ndarray, "query factor"]
     predicted: Float[np.ndarray, "run row query"]
     low: Float[np.ndarray, "run row query"]
     high: Float[np.ndarray, "run row query"]
@@ -225,6 +228,7 @@ def band_of(
         scale=scale,
         log_inflation=log_inflation,
         df=df,
+        loadings=query_loadings(z, known, np.asarray(runs.features.query)),
         predicted=nats(truth - error),
         low=nats(truth - error - quantile * sd),
         high=nats(truth - error + quantile * sd),

@@ -105,6 +105,7 @@ class Exact:
             scale=band.scale,
             log_inflation=band.log_inflation,
             df=band.df,
+            loadings=band.loadings,
         )
         left_out = LeftOutRuns(rows + 1, band.predicted, band.low, band.high)
         return Fitted(simulator, _verdict(runs, rows, searched, band, simulator), left_out)

@@ -46,8 +46,7 @@ def simulated_runs(
     for which, own_simulator, ids in cases:
         if which.any():
             planned = planned_arrays(runs.isel(query=which), train_ids, ids)
-            own = key if own_simulator is simulator else jax.random.fold_in(key, 1)
-            parts.append((which, own_simulator.simulate(planned, key=own, draws=draws)))
+            parts.append((which, own_simulator.simulate(planned, key=key, draws=draws)))
     return Simulated(*(_merged(parts, place) for place in range(2)))
 
 

@@ -17,8 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.gaussian.density import correlated_log_density, whitening
 from bayes_simfluence.gaussian.designs import assembled, linked_change
-from bayes_simfluence.gaussian.draws import df_of_scales, drawn_trajectories, drawn_weights
+from bayes_simfluence.gaussian.draws import (
+    Dependence,
+    common_sources,
+    df_of_scales,
+    drawn_trajectories,
+    drawn_weights,
+)
 from bayes_simfluence.gaussian.linear_gaussian import Conditioned
+from bayes_simfluence.gaussian.queries import carried_loadings, own_sd
 from bayes_simfluence.gaussian.search import interpolated_inflation
 from bayes_simfluence.linalg import cholesky, double_precision
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
@@ -44,6 +51,8 @@ class GaussianSimulator(Simulator):
         log_inflation: log of the factor on the variance that left-out runs asked for, at knots
             spread evenly over a recorded run, straight lines between them.
         df: degrees of freedom of the scales' posterior; the band is Student-t with them.
+        loadings: of the queries on common factors, by which their errors depend on one another
+            (``gaussian.queries``); without columns they are independent.
         unseen: features of queries that were never recorded, which this simulates then instead of
             the fitted ones (``posterior.unseen``).
     """
@@ -57,6 +66,7 @@ class GaussianSimulator(Simulator):
     scale: Float[np.ndarray, " query"]
     log_inflation: Float[np.ndarray, " knot"]
     df: float
+    loadings: Float[np.ndarray, "query factor"]
     unseen: ExampleFeatures | None = None
 
     @property
@@ -101,10 +111,11 @@ class GaussianSimulator(Simulator):
             unseen=features,
             scale=np.full(len(query), np.exp(0.5 * variance.mean())),
             df=df_of_scales(float(variance.var(ddof=1)) if len(variance) > 1 else np.inf),
+            loadings=carried_loadings(self.loadings, self.fitted.features.query, query),
         )
 
     def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
-        """Draws of weights, scales and run errors, independent between queries."""
+        """Draws of weights, scales and run errors, which queries partly have in common."""
         rows = np.arange(runs.steps)
         posterior = self._conditioned(runs.steps)
         planned = self._planned(posterior, runs, rows)
@@ -149,13 +160,14 @@ class GaussianSimulator(Simulator):
             slope = log_slope(self.model.link, seen)
             roots, pattern = whitening(planned.error, np.isfinite(np.asarray(change)))
             spread = jnp.asarray(self._spread(runs, rows))
-        single = posterior.conditioned.single()
-        for at, query in enumerate(runs.query):
+        single, dependence = posterior.conditioned.single(), self._dependence(runs.query)
+        sizes: Any = {"draws": draws, "knots": posterior.knots, "parts": len(self.model.parts)}
+        with jax.enable_x64(False):
+            common = common_sources(single, key, factors=self.loadings.shape[1], **sizes)
+        for at in range(len(runs.query)):
             with jax.enable_x64(False):
-                drawn = drawn_weights(
-                    single, jnp.int32(query), key, jnp.float32(self.df),
-                    draws=draws, knots=posterior.knots, parts=len(self.model.parts),
-                )  # fmt: skip
+                query = Dependence(*(array[at] for array in dependence))
+                drawn = drawn_weights(single, common, query, key, jnp.float32(self.df), **sizes)
             with double_precision():
                 sd = jnp.asarray(drawn.scale, float)[:, None] * spread[at][None]
                 mean = jnp.einsum(
@@ -237,6 +249,12 @@ class GaussianSimulator(Simulator):
         """Log factor on the variance; constant beyond the recorded length."""
         return interpolated_inflation(progress, self.log_inflation)
 
+    def _dependence(self, query: Int[np.ndarray, " query"]) -> Dependence:
+        loading = np.asarray(self.loadings[query], np.float32)
+        # Queries that were not recorded have draws of their own, and the common ones.
+        first = 0 if self.unseen is None else self.fitted.loss.shape[2]
+        return Dependence((query + first).astype(np.int32), loading, own_sd(loading))
+
     def _deviations(
         self,
         posterior: "_Posterior",
@@ -256,7 +274,7 @@ class GaussianSimulator(Simulator):
                 single(designs),
                 single(error_factor),
                 single(spread),
-                np.asarray(query, np.int32),
+                self._dependence(query),
                 key,
                 np.float32(self.df),
                 draws=draws,
@@ -273,6 +291,7 @@ class GaussianSimulator(Simulator):
             "rows": (("row",), self.rows),
             "scale": (("query",), self.scale),
             "log_inflation": (("knot",), self.log_inflation),
+            "loadings": (("query", "factor"), self.loadings),
             "batch": (("run", "step", "slot"), fitted.batch),
             "weight": (("run", "step", "slot"), fitted.weight),
             "step_size": (("run", "step"), np.asarray(fitted.step_size)),
@@ -310,6 +329,8 @@ class GaussianSimulator(Simulator):
             scale=arrays["scale"],
             log_inflation=arrays["log_inflation" if "log_inflation" in arrays else "widening"],
             df=settings["df" if "df" in settings else "freedom"],
+            # Until version 0.1 queries were independent.
+            loadings=arrays.get("loadings", np.zeros((len(arrays["scale"]), 0))),
         )
 
 

@@ -118,6 +118,7 @@ ROWS = {
     "gaussian": [
         "density",
         "linear_gaussian",
+        "queries",
         "draws",
         "designs",
         "search",

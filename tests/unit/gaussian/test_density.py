@@ -74,6 +74,7 @@ def gaussian(rng, *, link="identity", df=1e7, knots=3, **others):
         "scale": np.array([0.3, 0.5]),
         "log_inflation": np.log([1.0, 2.0, 3.0]),
         "df": df,
+        "loadings": np.array([[0.6, 0.0], [-0.5, 0.4]]),
         **others,
     }
     return GaussianSimulator(**settings)

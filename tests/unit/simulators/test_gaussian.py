@@ -55,6 +55,7 @@ def simulator(rng, *, knots=3, features=2, link="identity", df=1e6, **others):
         "scale": np.array([0.3, 0.5]),
         "log_inflation": np.zeros(3),
         "df": df,
+        "loadings": np.array([[0.6, 0.0], [-0.5, 0.4]]),
     }
     return GaussianSimulator(**{**settings, **others})
 

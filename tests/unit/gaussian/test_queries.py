@@ -1,0 +1,125 @@
+"""Dependence of queries: learned from left-out errors, carried to others, drawn as it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bayes_simfluence.gaussian.draws import Dependence, drawn_trajectories
+from bayes_simfluence.gaussian.linear_gaussian import LinearGaussian
+from bayes_simfluence.gaussian.queries import (
+    OWN,
+    RANK,
+    RIDGE,
+    _log_density,
+    carried_loadings,
+    own_sd,
+    query_loadings,
+)
+
+RUNS, ROWS, QUERIES = 30, 6, 12
+KNOWN = np.ones((RUNS, ROWS), bool)
+CLASS = np.repeat([1.0, -1.0], QUERIES // 2)
+
+
+def correlation(loadings):
+    return loadings @ loadings.T + np.diag(own_sd(loadings) ** 2)
+
+
+def by_class(rng, share):
+    """Standardized errors of which ``share`` is common to a class, against the other one."""
+    common = rng.normal(size=(RUNS, ROWS, 1)) * CLASS
+    own = rng.normal(size=(RUNS, ROWS, QUERIES))
+    return np.sqrt(share) * common + np.sqrt(1 - share) * own
+
+
+def test_what_queries_have_in_common_is_found(rng):
+    learned = correlation(query_loadings(by_class(rng, 0.6), KNOWN, np.zeros((QUERIES, 0))))
+    truth = 0.6 * np.outer(CLASS, CLASS) + 0.4 * np.eye(QUERIES)
+    # 180 points: a correlation of .6 is known to about .05; the worst of 66 pairs within 4 of it.
+    assert np.abs(learned - truth).max() < 0.2
+    assert np.abs(np.eye(QUERIES) - truth).max() > 0.2
+
+
+def test_independent_queries_stay_so(rng):
+    loadings = query_loadings(by_class(rng, 0.0), KNOWN, np.zeros((QUERIES, 0)))
+    assert np.abs(correlation(loadings) - np.eye(QUERIES)).max() < 0.15
+
+
+def test_few_runs_go_by_features(rng):
+    """Three runs of one row: nine numbers of twelve queries, whose features tell the class."""
+    features = CLASS[:, None] * np.array([[1.0, 0.5]])
+    z, known = by_class(rng, 0.9)[:3, :1], KNOWN[:3, :1]
+    with_features = correlation(query_loadings(z, known, features))
+    off = ~np.eye(QUERIES, dtype=bool)
+    truth = np.outer(CLASS, CLASS)
+    assert (with_features * truth)[off].min() > 0.2
+
+
+def test_missing_runs_and_few_queries(rng):
+    z = by_class(rng, 0.6)
+    half = np.where(np.arange(RUNS)[:, None] < 15, KNOWN, False)
+    z[15:] = np.nan
+    assert np.isfinite(query_loadings(z, half, np.zeros((QUERIES, 0)))).all()
+    assert query_loadings(z[:2], half[:2], np.zeros((QUERIES, 0))).shape == (QUERIES, 0)
+    assert query_loadings(z[:15, :, :1], half[:15], np.zeros((1, 0))).shape == (1, 0)
+
+
+def test_a_correlation_has_unit_variances_and_few_factors(rng):
+    many = rng.normal(size=(RUNS, ROWS, 40)) + rng.normal(size=(RUNS, ROWS, 1))
+    loadings = query_loadings(many, KNOWN, rng.normal(size=(40, 5)))
+    assert loadings.shape[1] <= RANK
+    assert own_sd(loadings).min() ** 2 >= OWN - 1e-12
+    np.testing.assert_allclose(np.diag(correlation(loadings)), 1.0)
+
+
+def test_the_density_is_that_of_the_whole_matrix(rng):
+    loadings = 0.5 * rng.uniform(-1, 1, (QUERIES, 3))
+    z, whole = rng.normal(size=(7, QUERIES)), correlation(loadings)
+    dense = -0.5 * np.trace(z @ np.linalg.solve(whole, z.T)) - 3.5 * np.linalg.slogdet(whole)[1]
+    assert _log_density(z, loadings) == pytest.approx(dense)
+
+
+def test_queries_that_were_not_recorded_follow_those_with_alike_features():
+    features = np.eye(QUERIES)
+    loadings = np.stack([0.8 * CLASS, np.zeros(QUERIES)], axis=1)
+    new = carried_loadings(
+        loadings, features, np.concatenate([2 * features, np.zeros((1, QUERIES))])
+    )
+    np.testing.assert_allclose(new[:-1], loadings / (1 + RIDGE))
+    assert (new[-1] == 0).all()
+    none = carried_loadings(loadings, features[:, :0], np.zeros((2, 0)))
+    assert (none == 0).all()
+
+
+@pytest.mark.optimized
+def test_draws_have_the_correlation_and_each_query_its_own_variance(rng):
+    designs = rng.normal(size=(3, 2, 4)).astype(np.float32)
+    gaussian = LinearGaussian(jnp.asarray(designs), 0.3 * jnp.eye(2), jnp.ones((3, 2), bool))
+    conditioned = gaussian.condition(jnp.zeros((3, 2, 3))).single()
+    loadings = np.array([[0.9, 0.0], [0.7, 0.5], [0.0, 0.0]], np.float32)
+    numbers = np.arange(3, dtype=np.int32)
+    draws = 40_000
+    mean, whole = drawn_trajectories(
+        conditioned,
+        designs,
+        np.sqrt(0.3) * np.eye(2, dtype=np.float32),
+        np.ones((3, 2), np.float32),
+        Dependence(numbers, loadings, own_sd(loadings)),
+        jax.random.key(0),
+        np.float32(1e6),
+        draws=draws,
+        knots=2,
+        parts=1,
+    )
+    precision = np.eye(4) + np.einsum("rtw,rtv->wv", designs, designs) / 0.3
+    flat = designs.reshape(-1, 4)
+    expected = flat @ np.linalg.solve(precision, flat.T)
+    for drawn, over_points in ((mean, expected), (whole, expected + 0.3 * np.eye(6))):
+        points = np.asarray(drawn).reshape(3, draws, 6)
+        sample = np.einsum("qdp,kdr->qpkr", points, points) / draws
+        truth = np.einsum("qk,pr->qpkr", correlation(loadings), over_points)
+        # Five sd of a product's mean: less than one false alarm in 10,000 runs of this test.
+        assert np.abs(sample - truth).max() < 5 * np.sqrt(2 / draws) * over_points.max()
+        independent = np.einsum("qk,pr->qpkr", np.eye(3), over_points)
+        assert np.abs(sample - independent).max() > 5 * np.sqrt(2 / draws) * over_points.max()
