@@ -128,9 +128,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="the folder of RegMix's CSV files")
     parser.add_argument("--out", type=Path, default=Path("mixtures"))
+    parser.add_argument("--runs", type=int, help="fit the first ones alone; all when left out")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    shares, losses = mixtures(options.data, "train", "1m")
+    shares, losses = (table[: options.runs] for table in mixtures(options.data, "train", "1m"))
     tests = {size: mixtures(options.data, "test", size) for size in SIZES}
     start, fit_key, draw_key = losses.mean(), *jax.random.split(jax.random.key(0))
     lines = [

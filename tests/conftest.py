@@ -1,6 +1,8 @@
 """Every test runs the package under a runtime checker of its annotated types and shapes."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,11 @@ from typing import Any
 # Before NumPy loads BLAS, and for the processes that pytest-xdist starts: several processes with
 # several BLAS threads each spend most of their time waiting for one another.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Likewise: what one process of these tests has compiled, the others and their commands need not.
+OWN_PROGRAMS = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if OWN_PROGRAMS:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="programs-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 from jaxtyping import install_import_hook
 
@@ -43,6 +50,12 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     """After each test: drop the compiled programs when they have become too many."""
     if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:
         jax.clear_caches()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """At the end of the process that started the others, which have found the folder made."""
+    if OWN_PROGRAMS:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture

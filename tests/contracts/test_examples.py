@@ -28,7 +28,7 @@ SMALL = {
     "05_recorder_trainer.py": [],
     "06_causal_recording.py": [],
     "07_wrong_labels.py": [],
-    "08_data_mixtures.py": [f"--data={SHARED / 'regmix'}"],
+    "08_data_mixtures.py": [f"--data={SHARED / 'regmix'}", "--runs=48"],
 }
 WRITTEN = {
     "01_record_fit_simulate.py": ["runs.zarr", "posterior.nc", "curves.png"],
