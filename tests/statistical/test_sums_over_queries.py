@@ -14,7 +14,7 @@ import bayes_simfluence as bs
 pytestmark = pytest.mark.statistical
 DRAWS, EVERY = 400, 6
 CASES = [("trec", 25, 0.85), ("sst2", 25, 0.85), ("copa", 25, 1.0), ("sst2", 8, 0.85)]
-"""Recording, fitted runs, what a mean over independent queries stays below (COPA's queries hold)."""
+"""Recording, fitted runs, the most that a mean over independent queries covers."""
 
 
 def covered(drawn, truth):
