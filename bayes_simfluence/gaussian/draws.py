@@ -45,6 +45,10 @@ class Dependence(NamedTuple):
     loading: Float[Any, "*query factor"]
     own: Float[Any, "*query"]
 
+    def of(self, own: Float[Array, "*drawn"], common: Float[Array, "factor *drawn"]) -> Array:
+        """One query's draws, of its own source's and of the common ones'."""
+        return self.own * own + jnp.tensordot(self.loading, common, axes=1)
+
 
 class Sources(NamedTuple):
     """A key's draws of one source, which all of a query's deviations are made of.
@@ -73,10 +77,27 @@ def _normal_weights(
     return jnp.moveaxis(blocks, 2, 0).reshape(draws, -1)
 
 
+class _Keys(NamedTuple):
+    """Of what is drawn under one key: each query's own source, the common ones, the scales."""
+
+    own: Array
+    common: Array
+    scale: Array
+
+    @classmethod
+    def of(cls, key: jax.Array) -> "_Keys":
+        return cls(*jax.random.split(key, 3))
+
+
 def _source(
-    conditioned: Conditioned, number: Int[Array, ""], key: jax.Array, *, draws: int, knots: int,
+    conditioned: Conditioned,
+    key: jax.Array,
+    number: Int[Array, ""],
+    *,
+    draws: int,
+    knots: int,
     parts: int,
-) -> Sources:  # fmt: skip
+) -> Sources:
     points, weights = conditioned.designs.shape
     rows = len(conditioned.error_factor)
     weight_key, fitted_key, error_key = jax.random.split(jax.random.fold_in(key, number), 3)
@@ -90,9 +111,9 @@ def common_sources(
     conditioned: Conditioned, key: jax.Array, *, factors: int, draws: int, knots: int, parts: int
 ) -> Sources:
     """The key's draws of the common factors."""
-    factor_key = jax.random.split(key, 3)[1]
-    one = partial(_source, conditioned, key=factor_key, draws=draws, knots=knots, parts=parts)
-    made: Sources = jax.lax.map(lambda number: one(number), jnp.arange(factors))
+    own = _Keys.of(key).common
+    source = partial(_source, conditioned, own, draws=draws, knots=knots, parts=parts)
+    made: Sources = jax.lax.map(source, jnp.arange(factors))
     return made
 
 
@@ -109,10 +130,9 @@ def drawn_weights(
     parts: int,
 ) -> DrawnWeights:
     """The key's draws for one query, whatever is made of them."""
-    own_key, _, scale_key = jax.random.split(key, 3)
-    own = _source(conditioned, query.number, own_key, draws=draws, knots=knots, parts=parts)
-    shared = jnp.tensordot(query.loading, common.deviation, axes=1)
-    return DrawnWeights(query.own * own.deviation + shared, _scales(scale_key, df, draws))
+    keys = _Keys.of(key)
+    own = _source(conditioned, keys.own, query.number, draws=draws, knots=knots, parts=parts)
+    return DrawnWeights(query.of(own.deviation, common.deviation), _scales(keys.scale, df, draws))
 
 
 def _scales(key: jax.Array, df: Float[Array, ""], draws: int) -> Float[Array, " draw"]:
@@ -148,8 +168,8 @@ def drawn_trajectories(
     flat = designs.reshape(-1, weights)
     sizes: Any = {"draws": draws, "knots": knots, "parts": parts}
     common = common_sources(conditioned, key, factors=queries.loading.shape[1], **sizes)
-    own_key, _, scale_key = jax.random.split(key, 3)
-    scale = _scales(scale_key, df, draws)[:, None, None]
+    keys = _Keys.of(key)
+    scale = _scales(keys.scale, df, draws)[:, None, None]
 
     def of_source(source: Sources) -> tuple[Array, Array]:
         mean = (source.deviation @ flat.T).reshape(draws, runs, steps)
@@ -161,12 +181,9 @@ def drawn_trajectories(
 
     def of_query(inputs: tuple[Dependence, Array]) -> tuple[Array, Array]:
         query, sd = inputs
-        own = of_source(_source(conditioned, query.number, own_key, **sizes))
+        own = of_source(_source(conditioned, keys.own, query.number, **sizes))
         size = scale * sd[None, None]
-        mean, error = (
-            size * (query.own * mine + jnp.tensordot(query.loading, theirs, axes=1))
-            for mine, theirs in zip(own, factors, strict=True)
-        )
+        mean, error = (size * query.of(*pair) for pair in zip(own, factors, strict=True))
         return mean, mean + error
 
     drawn: tuple[Array, Array] = jax.lax.map(of_query, (queries, spread))

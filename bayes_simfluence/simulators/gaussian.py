@@ -8,7 +8,7 @@ scales and errors belong to the key alone: any curriculum meets the same ones.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.gaussian.density import correlated_log_density, whitening
-from bayes_simfluence.gaussian.designs import assembled, linked_change
 from bayes_simfluence.gaussian.draws import (
     Dependence,
     common_sources,
@@ -24,12 +23,17 @@ from bayes_simfluence.gaussian.draws import (
     drawn_trajectories,
     drawn_weights,
 )
-from bayes_simfluence.gaussian.linear_gaussian import Conditioned
+from bayes_simfluence.gaussian.fitted import (
+    FittedWeights,
+    Planned,
+    conditioned_weights,
+    effects_alone,
+    plan,
+)
 from bayes_simfluence.gaussian.queries import carried_loadings, own_sd
 from bayes_simfluence.gaussian.search import interpolated_inflation
-from bayes_simfluence.linalg import cholesky, double_precision
+from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
-from bayes_simfluence.model.design import mean_effect
 from bayes_simfluence.model.hyper import natural_values
 from bayes_simfluence.model.link import link_of, log_slope, loss_of
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
@@ -192,7 +196,7 @@ class GaussianSimulator(Simulator):
         train = self.fitted.train
         for part in self.model.parts:
             with double_precision():
-                functional, centre = _effects(
+                functional, centre = effects_alone(
                     self.model, jnp.asarray(self.free), self.fitted.features, posterior, part=part
                 )
             deviation, _ = self._deviations(
@@ -208,11 +212,11 @@ class GaussianSimulator(Simulator):
             named[part] = (("chain", "draw", "query", "train"), np.moveaxis(effects, 0, 1)[None])
         return named
 
-    def _conditioned(self, steps: int) -> "_Posterior":
+    def _conditioned(self, steps: int) -> FittedWeights:
         """The weights' posterior, once for all queries, with knots for runs of this many steps."""
         knots = self.model.coefficients.count(max(1.0, steps / self.fitted.steps))
         with double_precision():
-            conditioned, size = _condition(
+            conditioned, size = conditioned_weights(
                 self.model, jnp.asarray(self.free), self.fitted, jnp.asarray(self.rows), knots=knots
             )
         if self.unseen is not None:
@@ -222,16 +226,16 @@ class GaussianSimulator(Simulator):
                 mean=np.broadcast_to(mean, (len(mean), len(self.scale))),
                 gain=np.zeros(conditioned.gain.shape),
             )
-        return _Posterior(conditioned, size, knots)
+        return FittedWeights(conditioned, size, knots)
 
     def _planned(
-        self, posterior: "_Posterior", runs: RunArrays, rows: Int[np.ndarray, " row"]
-    ) -> "_Planned":
+        self, posterior: FittedWeights, runs: RunArrays, rows: Int[np.ndarray, " row"]
+    ) -> Planned:
         """The runs after the steps ``rows``: where draws deviate from, and by how much."""
         runs = runs.in_units(self.fitted.steps, self.largest_step_size)
         runs = runs._replace(features=self.features)
         with double_precision():
-            return _plan(
+            return plan(
                 self.model, jnp.asarray(self.free), posterior.conditioned.mean, posterior.size,
                 runs, jnp.asarray(rows), knots=posterior.knots,
             )  # fmt: skip
@@ -257,7 +261,7 @@ class GaussianSimulator(Simulator):
 
     def _deviations(
         self,
-        posterior: "_Posterior",
+        posterior: FittedWeights,
         designs: Array,
         error_factor: Array | np.ndarray,
         spread: np.ndarray,
@@ -329,76 +333,9 @@ class GaussianSimulator(Simulator):
             scale=arrays["scale"],
             log_inflation=arrays["log_inflation" if "log_inflation" in arrays else "widening"],
             df=settings["df" if "df" in settings else "freedom"],
-            # Until version 0.1 queries were independent.
+            # Queries were independent in version 0.1.
             loadings=arrays.get("loadings", np.zeros((len(arrays["scale"]), 0))),
         )
-
-
-class _Posterior(NamedTuple):
-    """The weights given the fitted runs; unit of the designs; knots of coefficients."""
-
-    conditioned: Conditioned
-    size: Float[Array, ""]
-    knots: int
-
-
-class _Planned(NamedTuple):
-    """Runs to be simulated: designs, where draws deviate from, and the run's error."""
-
-    designs: Float[Array, "run row weight"]
-    centre: Float[Array, "run row query"]
-    error: Float[Array, "row row"]
-    error_factor: Float[Array, "row row"]
-
-
-@partial(jax.jit, static_argnames=("model", "knots"))
-def _condition(
-    model: Simfluence,
-    free: Float[Array, " hyper"],
-    fitted: RunArrays,
-    rows: Int[Array, " row"],
-    *,
-    knots: int,
-) -> tuple[Conditioned, Float[Array, ""]]:
-    values = natural_values(hypers_of(model, fitted.features), free)
-    made = assembled(model, values, fitted, rows, knots=knots)
-    return made.gaussian.condition(linked_change(model, fitted, rows) - made.mean), made.size
-
-
-@partial(jax.jit, static_argnames=("model", "knots"))
-def _plan(
-    model: Simfluence,
-    free: Float[Array, " hyper"],
-    weights: Float[Array, "weight query"],
-    size: Float[Array, ""],
-    runs: RunArrays,
-    rows: Int[Array, " row"],
-    *,
-    knots: int,
-) -> _Planned:
-    values = natural_values(hypers_of(model, runs.features), free)
-    made = assembled(model, values, runs, rows, knots=knots, size=size)
-    designs, error = made.gaussian.designs, made.gaussian.error
-    linked = link_of(model.link, jnp.asarray(runs.initial, float))
-    mean = jnp.einsum("rtw,wq->rtq", designs, weights[:, runs.query])
-    centre = linked[:, None] + made.mean[..., runs.query] + mean
-    return _Planned(designs, centre, error, cholesky(error))
-
-
-@partial(jax.jit, static_argnames=("model", "part"))
-def _effects(
-    model: Simfluence,
-    free: Float[Array, " hyper"],
-    features: ExampleFeatures,
-    posterior: _Posterior,
-    *,
-    part: str,
-) -> tuple[Float[Array, "train weight"], Float[Array, "train query"]]:
-    """A step on each example alone: as a map of the weights, and its posterior mean."""
-    values = natural_values(hypers_of(model, features), free)
-    functional = mean_effect(model, values, part, features) / posterior.size
-    prior = model.prior.mean(values, part, jnp.eye(len(features.train)), features)
-    return functional, functional @ posterior.conditioned.mean + prior
 
 
 @partial(jax.jit, static_argnums=0)

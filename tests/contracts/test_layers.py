@@ -121,6 +121,7 @@ ROWS = {
         "queries",
         "draws",
         "designs",
+        "fitted",
         "search",
         "dense",
     ],
