@@ -5,6 +5,8 @@
 | ``run`` | one recorded fine-tuning run; all runs of a recording start from the same weights |
 | ``step`` 1..T | one update; ``batch[run, step, slot]`` holds indices into ``train``, -1 = empty |
 | weight | ``weight[run, step, slot]`` >= 0 of the example in a slot; 1 where not recorded |
+| train loss | ``train_loss[run, step, slot]`` of the example in a slot just before the update |
+| residual | ``train_residual[run, step, slot]`` of that example, at the same weights |
 | ``time`` 0..T | a point between updates; ``loss[run, time, query]``, time 0 = before any update |
 | not recorded | NaN in ``loss`` of a complete run: not measured at that time; never at time 0 |
 | metric | measured of a query beside its loss (accuracy, margin); NaN where not measured |
@@ -15,6 +17,7 @@
 | quantity | unit and sign |
 |---|---|
 | loss | nats, mean over target tokens (classification: cross-entropy) |
+| residual | share of the target's probability that is missing, mean over target tokens; in [0, 1] |
 | alpha | multiplies the previous loss; unitless, 1 = nothing happens |
 | beta | added to the loss; nats, 0 = nothing happens |
 | effect on the loss | nats; **negative = helpful** |
@@ -70,6 +73,17 @@ VARIABLES: Final[dict[str, tuple[tuple[str, ...], dict[str, Any]]]] = {
         ("run", "step", "slot"),
         {"long_name": "weight of the example in its batch's mean loss", "units": "1"},
     ),
+    "train_loss": (
+        ("run", "step", "slot"),
+        {"long_name": "loss of the example in the slot just before the update", "units": "nat"},
+    ),
+    "train_residual": (
+        ("run", "step", "slot"),
+        {
+            "long_name": "share of the example's target probability missing just before the update",
+            "units": "1",
+        },
+    ),
     "step_size": (
         ("run", "step"),
         {"long_name": "learning rate of the optimizer at the step", "units": "1"},
@@ -99,5 +113,8 @@ METRIC: Final = {"role": "metric"}
 METRIC_DIMS: Final = ("run", "time", "query")
 """Dimensions of every metric, a floating variable."""
 
-OPTIONAL: Final = ("weight", "step_size", "train_feature", "query_feature")
+OF_TRAINING: Final = ("train_loss", "train_residual")
+"""What the training step computed of its own batch; NaN where not recorded and in empty slots."""
+
+OPTIONAL: Final = ("weight", *OF_TRAINING, "step_size", "train_feature", "query_feature")
 """Variables that a recording may lack."""

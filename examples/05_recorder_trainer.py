@@ -3,9 +3,9 @@
     python examples/05_recorder_trainer.py [--out FOLDER]
 
 A tiny random BERT learns to tell two made-up kinds of sentences apart. The collator keeps the
-examples' ids, the trainer notes those of the batch it trains on, and the callback hands them to
-``bs.Recorder`` with every query's loss after the update. Needs PyTorch and accelerate (extra
-``[examples]``). Writes ``runs.zarr`` to the folder. Under half a minute.
+examples' ids, the trainer notes those of the batch it trains on and their losses, and the callback
+hands them to ``bs.Recorder`` with every query's loss after the update. Needs PyTorch and accelerate
+(extra ``[examples]``). Writes ``runs.zarr`` to the folder. Under half a minute.
 """
 
 import argparse
@@ -72,13 +72,24 @@ def query_losses(model: torch.nn.Module, queries: list[dict[str, Any]]) -> np.nd
 
 
 class NotingTrainer(Trainer):
-    """A Trainer that notes which examples an update is made of."""
+    """A Trainer that notes which examples an update is made of, and their losses before it."""
 
     batch_ids: list[str]
+    train_losses: np.ndarray
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
         self.batch_ids = inputs.pop("ids")
         return super().training_step(model, inputs, *rest)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **rest: Any
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **rest)
+        # The logits are there already: each example's own loss costs nothing more.
+        self.train_losses = torch.nn.functional.cross_entropy(
+            outputs.logits.detach(), inputs["labels"], reduction="none"
+        ).numpy()
+        return (loss, outputs) if return_outputs else loss
 
 
 class Recording(TrainerCallback):
@@ -102,8 +113,8 @@ class Recording(TrainerCallback):
         self.step_size = optimizer.param_groups[0]["lr"]
 
     def on_step_end(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
-        losses = query_losses(model, self.queries)
-        self.run.step(self.trainer.batch_ids, losses, self.step_size)
+        losses, trainer = query_losses(model, self.queries), self.trainer
+        self.run.step(trainer.batch_ids, losses, self.step_size, train_losses=trainer.train_losses)
 
 
 def main() -> None:

@@ -162,6 +162,8 @@ def upweight(batch: Curriculum, weight: Weights | None, factors: Mapping[int, fl
 def edit_runs(runs: xr.Dataset, edit: Edit, *arguments: Any, step_size: Any = None) -> xr.Dataset:
     """The same runs planned with an edited curriculum; they start from the same losses.
 
+    Train losses and residuals stay behind: they were recorded under the curriculum as it was.
+
     Args:
         runs: recorded or planned runs.
         edit: one of this module, or any function of its form.

@@ -8,11 +8,14 @@ import numpy as np
 from jaxtyping import Int
 
 from bayes_simfluence.checks import Misuse, shorten
+from bayes_simfluence.conventions import OF_TRAINING
 from bayes_simfluence.data.tabular import Table
 
-COLUMNS: Final = ("run", "step", "examples", "query", "loss", "step_size", "status", "weight")
-"""Columns of the table; the last three may be absent."""
-NEEDED: Final = COLUMNS[:5]
+NEEDED: Final = ("run", "step", "examples", "query", "loss")
+COLUMNS: Final = (*NEEDED, "step_size", "status", "weight", *OF_TRAINING)
+"""Columns of the table; those not in ``NEEDED`` may be absent."""
+BLANK: Final = {"weight": "1 for every example", **dict.fromkeys(OF_TRAINING, "not recorded")}
+"""Columns with a number for each of ``examples``, and what a blank in them means."""
 
 Columns: TypeAlias = Mapping[str, Sequence[Any]]
 """Our name of a column -> its values in all rows."""
@@ -119,18 +122,18 @@ def batch_ids(table: Table, row: int, value: Any) -> tuple[str | None, ...]:
     return tuple(None if name is None else str(name) for name in ids)
 
 
-def batch_weights(table: Table, row: int, value: Any) -> tuple[float, ...]:
-    """Weights of a batch's slots in the order of ``examples``; 0 for an empty slot."""
-    weights = _listed(value, float)
-    if weights is None or not all(_is(item, int, float) for item in weights):
+def slot_numbers(table: Table, row: int, value: Any, column: str) -> tuple[float | None, ...]:
+    """Numbers of a batch's slots in the order of ``examples``; ``None`` where there is none."""
+    numbers = _listed(value, float)
+    if numbers is None or not all(_is(item, int, float) for item in numbers):
         raise Misuse(
-            table.at(row, "weight"),
+            table.at(row, column),
             got=shorten([repr(value)]),
             expected="one number for each of the step's examples, separated by spaces, or a JSON "
             "list with null for empty slots",
-            do="correct it; blank means 1 for every example",
+            do=f"correct it; blank means {BLANK[column]}",
         )
-    return tuple(0.0 if weight is None else float(weight) for weight in weights)
+    return tuple(None if item is None else float(item) for item in numbers)
 
 
 def _listed(value: Any, kind: Callable[[str], Any]) -> list[Any] | None:

@@ -38,8 +38,9 @@ def import_runs(
     ``run``, ``step`` (0 = before the first update), ``examples`` (of the update of this step: ids
     separated by spaces, or a JSON list with ``null`` for empty slots; in any row of the step),
     ``query``, ``loss`` (after the update, nats; a row that is absent or blank was not recorded),
-    and maybe ``step_size``, ``status`` and ``weight`` (of each of ``examples``, listed as they
-    are; 1 where blank). Every query needs its loss at step 0.
+    and maybe ``step_size``, ``status``, and of each of ``examples``, listed as they are,
+    ``weight`` (1 where blank), ``train_loss`` and ``train_residual`` (not recorded where blank;
+    at all steps of a run or at none). Every query needs its loss at step 0.
 
     ``npz``: arrays named as the arguments of ``runs_from_arrays``; NaN is a loss that was not
     recorded.

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,12 +12,13 @@ from jaxtyping import Float, Int
 from bayes_simfluence.checks import Misuse, named, shorten
 from bayes_simfluence.conventions import COMPLETE, DIVERGED, EMPTY_SLOT, UNRECORDED, Curricula
 from bayes_simfluence.data.columns import (
+    BLANK,
     Columns,
     batch_ids,
-    batch_weights,
     id_places,
     known_columns,
     number,
+    slot_numbers,
     sorted_ids,
     step_number,
     step_values,
@@ -36,8 +38,9 @@ def rows_of(runs: xr.Dataset) -> Iterator[list[Any]]:
 
     ``examples`` is a JSON list with ``null`` for empty slots; steps are counted from 1, whatever
     the coordinate says, and time 0 has every query. ``step_size`` and ``status`` are ``None``
-    where the runs have none, or all are complete. ``weight`` is a JSON list as long as
-    ``examples``, or ``None`` where the runs have no weights.
+    where the runs have none, or all are complete. ``weight``, ``train_loss`` and
+    ``train_residual`` are JSON lists as long as ``examples``, with ``null`` for NaN, or ``None``
+    where the runs have none.
     """
     words = {value: word for word, value in STATUSES.items()}
     complete = bool((runs["status"].values == COMPLETE).all())
@@ -46,20 +49,29 @@ def rows_of(runs: xr.Dataset) -> Iterator[list[Any]]:
         run = runs.isel(run=place)
         status = None if complete else words[int(run["status"])]
         sizes = run["step_size"].values.tolist() if "step_size" in run else None
-        weights = run["weight"].values.tolist() if "weight" in run else None
+        of_slots = [run[name].values.tolist() if name in run else None for name in BLANK]
         batches = run["batch"].values.tolist()
         for step, losses in enumerate(run["loss"].values.tolist()):
             ids = [None if at == EMPTY_SLOT else train[at] for at in batches[step - 1]]
             examples = json.dumps(ids, ensure_ascii=False) if step else None
             size = sizes[step - 1] if sizes is not None and step else None
-            weight = json.dumps(weights[step - 1]) if weights is not None and step else None
+            beside = [
+                None if rows is None or not step else _slot_list(rows[step - 1])
+                for rows in of_slots
+            ]
             recorded = [
                 (query, None if np.isnan(loss) else loss)
                 for query, loss in zip(queries, losses, strict=True)
                 if not step or not np.isnan(loss)
             ]
             for query, loss in recorded or [(None, None)]:
-                yield [name, step, examples, query, loss, size, status, weight]
+                yield [name, step, examples, query, loss, size, status, *beside]
+
+
+def _slot_list(numbers: Sequence[float]) -> str | None:
+    """Numbers of slots as JSON; ``None`` where none is known."""
+    listed = [None if np.isnan(number) else number for number in numbers]
+    return json.dumps(listed) if any(number is not None for number in listed) else None
 
 
 def runs_of(
@@ -103,16 +115,23 @@ def runs_of(
     seen = {name for ids in batches.values() for name in ids if name is not None}
     train = sorted_ids(seen) if train_ids is None else np.asarray(train_ids)
     batch = _batch(table, batches, train, len(runs), last)
-    weight = None
-    if "weight" in columns:
-        weights = step_values(table, columns, "weight", run_at, steps, batch_weights)
-        weight = _weight(table, weights, batches, batch)
+    beside = {
+        name: _of_slots(
+            table,
+            name,
+            step_values(table, columns, name, run_at, steps, partial(slot_numbers, column=name)),
+            batches,
+            batch,
+        )
+        for name in BLANK
+        if name in columns
+    }
     run, run_order = _arranged(table, "run", runs, run_ids)
     query, query_order = _arranged(table, "query", queries, query_ids)
     return runs_from_arrays(
         batch=batch[run_order],
         loss=loss[run_order][:, :, query_order].astype(dtype),
-        weight=None if weight is None else weight[run_order],
+        **{name: values[run_order] for name, values in beside.items()},
         step_size=None if sizes is None else sizes[run_order],
         train_ids=train,
         query_ids=query,
@@ -297,20 +316,25 @@ def _batch(table: Table, batches: Batches, train: np.ndarray, runs: int, last: i
     return batch
 
 
-def _weight(
+def _of_slots(
     table: Table,
-    weights: Mapping[tuple[int, int], tuple[float, ...]],
+    column: str,
+    listed: Mapping[tuple[int, int], tuple[float | None, ...]],
     batches: Batches,
     batch: Curricula,
 ) -> Float[np.ndarray, "run step slot"]:
-    weight = np.ones(batch.shape)
-    for (run, step), values in weights.items():
-        if len(values) != len(batches[run, step]):
+    """The numbers of a column at their slots, and what blank means elsewhere."""
+    empty, blank = (0.0, 1.0) if column == "weight" else (np.nan, np.nan)
+    values = np.full(batch.shape, blank)
+    for (run, step), numbers in listed.items():
+        if len(numbers) != len(batches[run, step]):
             raise Misuse(
-                f"{table.path}, column 'weight'",
-                got=f"{len(values)} weights at step {step}",
+                f"{table.path}, column {column!r}",
+                got=f"{len(numbers)} numbers at step {step}",
                 expected=f"{len(batches[run, step])}, one for each of the step's examples",
                 do="correct them; null stands for an empty slot",
             )
-        weight[run, step - 1, : len(values)] = values
-    return weight
+        values[run, step - 1, : len(numbers)] = [
+            empty if number is None else number for number in numbers
+        ]
+    return values

@@ -8,7 +8,15 @@ import numpy as np
 import xarray as xr
 
 from bayes_simfluence.checks import Misuse, RunsWarning, shorten
-from bayes_simfluence.conventions import COMPLETE, DIVERGED, SCHEMA_VERSION, UNRECORDED, VARIABLES
+from bayes_simfluence.conventions import (
+    COMPLETE,
+    DIVERGED,
+    OF_TRAINING,
+    SCHEMA_VERSION,
+    UNRECORDED,
+    VARIABLES,
+)
+from bayes_simfluence.data.training import checked_training
 from bayes_simfluence.data.validation import check_later_losses, refuse_losses, validate_runs
 from bayes_simfluence.data.weights import checked_weights
 
@@ -20,6 +28,8 @@ def runs_from_arrays(
     batch: Any,
     loss: Any,
     weight: Any = None,
+    train_loss: Any = None,
+    train_residual: Any = None,
     step_size: Any = None,
     train_ids: Ids | None = None,
     query_ids: Ids | None = None,
@@ -40,6 +50,10 @@ def runs_from_arrays(
         weight: of the example in each slot, ``(run, step, slot)``, finite and >= 0; all 1 when
             omitted. Only the weights within a batch relative to one another matter: an example's
             share in the mean loss of its batch is its weight over their sum.
+        train_loss: nats, of the example in each slot just before the update, ``(run, step,
+            slot)``; NaN in empty slots and throughout a run of which it is not known.
+        train_residual: share of the target's probability that is missing just before the update,
+            of the same shape, in [0, 1] and NaN likewise; where it is known apart from the loss.
         step_size: learning rate of each step, ``(run, step)``, ``(step,)`` or one number.
         train_ids, query_ids, run_ids: stable ids; positions when omitted.
         train_feature, query_feature: gradient features ``(train, feature)`` and
@@ -56,8 +70,9 @@ def runs_from_arrays(
 
     Raises:
         Misuse: shapes that do not fit, runs of different length, indices out of range, a weight
-            that is negative or not finite, a batch of examples without weight, a loss that is
-            not finite, or under ``missing`` one that is needed.
+            that is negative or not finite, a batch of examples without weight, train losses or
+            residuals that do not fit their batches, a loss that is not finite, or under
+            ``missing`` one that is needed.
 
     >>> runs = runs_from_arrays(batch=[[[0, 1], [1, -1]]], loss=[[[0.7], [0.6], [0.5]]])
     >>> dict(runs.sizes)
@@ -85,6 +100,9 @@ def runs_from_arrays(
     for name, feature in (("train_feature", train_feature), ("query_feature", query_feature)):
         if feature is not None:
             variables[name] = np.asarray(feature, dtype=np.float32)
+    for name, values in zip(OF_TRAINING, (train_loss, train_residual), strict=True):
+        if values is not None:
+            variables[name] = checked_training(name, values, batch)
     dataset = runs_dataset(
         variables,
         weight=weight,
@@ -118,6 +136,8 @@ def planned_runs(
     run_ids: Ids | None = None,
 ) -> xr.Dataset:
     """Runs that were never recorded: curricula to be simulated, in the schema of ``like``.
+
+    They have no train losses or residuals: those of ``like`` belong to its own curricula.
 
     Args:
         like: recorded runs; the initial losses, examples and queries are theirs.

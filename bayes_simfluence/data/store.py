@@ -17,10 +17,11 @@ import zarr
 from jaxtyping import Float, Int8
 
 from bayes_simfluence.checks import Misuse, WorkFailed, choice_of
-from bayes_simfluence.conventions import OPTIONAL, UNRECORDED, Curricula, Trajectory
+from bayes_simfluence.conventions import OF_TRAINING, OPTIONAL, UNRECORDED, Curricula, Trajectory
 from bayes_simfluence.data.metrics import metric_names, metric_variable
 from bayes_simfluence.data.netcdf import plain, read_group, write_groups
 from bayes_simfluence.data.runs import Ids, run_statuses, runs_dataset, same_ids
+from bayes_simfluence.data.training import with_training
 from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.data.weights import with_weights
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path, old_path, readable
@@ -56,7 +57,8 @@ def save_runs(runs: xr.Dataset, path: PathLike, *, overwrite: bool = False) -> P
 def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
     """Add ``runs`` to the store at ``path``; the same examples and queries, new run ids.
 
-    Where only one of the two has weights, those of the other are written out as 1.
+    Where only one of the two has weights, those of the other are written out as 1; where only one
+    has train losses or residuals, those of the other are not known and become NaN.
 
     Raises:
         Misuse: other ids or steps than the store's, or run ids that it holds already.
@@ -73,6 +75,9 @@ def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
             )
     if "weight" in stored or "weight" in runs:
         stored, runs = with_weights(stored), with_weights(runs)
+    for name in OF_TRAINING:
+        if name in stored or name in runs:
+            stored, runs = with_training(stored, name), with_training(runs, name)
     for name in (*OPTIONAL, *{*metric_names(stored), *metric_names(runs)}):
         if (name in stored) != (name in runs):
             raise Misuse(
@@ -181,6 +186,7 @@ def create_store(
     weights: Float[np.ndarray, "run step slot"] | None = None,
     features: Mapping[str, np.ndarray] | None = None,
     metrics: Sequence[str] = (),
+    training: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Path:
     """A store with the curricula (and features) of runs that are still to be recorded.
@@ -188,6 +194,7 @@ def create_store(
     Args:
         weights: of the example in each slot of the curricula; all 1 when omitted.
         metrics: names of what will be recorded beside the loss.
+        training: those of ``OF_TRAINING`` that will be recorded.
     """
     runs, steps, _ = curricula.shape
     values = {
@@ -195,6 +202,7 @@ def create_store(
         "loss": np.full((runs, steps + 1, len(query_ids)), np.nan, np.float32),
         "step_size": np.full((runs, steps), np.nan, np.float32),
         "status": np.full(runs, UNRECORDED, np.int8),
+        **{name: np.full(curricula.shape, np.nan, np.float32) for name in training},
         **dict(features or {}),
     }
     ids = {"run": np.arange(runs), "train": np.asarray(train_ids), "query": np.asarray(query_ids)}
@@ -211,12 +219,15 @@ def write_run(
     step_size: Float[np.ndarray, " step"],
     *,
     metrics: Mapping[str, Trajectory] | None = None,
+    training: Mapping[str, Float[np.ndarray, "step slot"]] | None = None,
     times: Sequence[int] | slice = slice(None),
 ) -> None:
     """Write one finished run of a store made by ``create_store``; its status goes last.
 
     Args:
         metrics: what was recorded beside the loss, as named to ``create_store``.
+        training: what the steps computed of their batches; what the store has no place for (one
+            begun by an earlier version) is left out.
         times: when the loss was recorded; it is NaN at all others.
     """
     # What a killed writer of this run left behind.
@@ -225,7 +236,9 @@ def write_run(
             partial.unlink()
     try:
         group: Any = zarr.open_group(str(path), mode="r+", use_consolidated=False)
-        for name, values in {"loss": loss, "step_size": step_size, **dict(metrics or {})}.items():
+        kept = {name: rows for name, rows in (training or {}).items() if name in group}
+        recorded = {"loss": loss, "step_size": step_size, **dict(metrics or {}), **kept}
+        for name, values in recorded.items():
             group[name][run] = values
         group["status"][run] = run_statuses(loss[None, times])[0]
     except OSError as error:

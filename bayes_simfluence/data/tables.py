@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.conventions import COMPLETE, SCHEMA_VERSION
+from bayes_simfluence.conventions import COMPLETE, OPTIONAL, SCHEMA_VERSION
 from bayes_simfluence.data.columns import COLUMNS
 from bayes_simfluence.data.longform import rows_of
 from bayes_simfluence.data.tabular import pyarrow_for
@@ -59,7 +59,7 @@ def write_table(runs: xr.Dataset, path: Path, *, parquet: bool) -> None:
         Misuse: blank ids, attributes that JSON cannot hold, pyarrow is not installed.
     """
     about = _about(validate_runs(runs))
-    columns = [name for name in COLUMNS if name not in ("step_size", "weight") or name in runs]
+    columns = [name for name in COLUMNS if name not in OPTIONAL or name in runs]
     if (runs["status"].values == COMPLETE).all():
         columns.remove("status")
     kept = [COLUMNS.index(name) for name in columns]

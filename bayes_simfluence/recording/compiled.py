@@ -8,7 +8,7 @@ arguments.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from bayes_simfluence.conventions import EMPTY_SLOT
+from bayes_simfluence.conventions import EMPTY_SLOT, OF_TRAINING
 from bayes_simfluence.recording.measure import Fixed, fixed_of, measure_of
 from bayes_simfluence.recording.settings import Placement
 from bayes_simfluence.tasks.task import Task
@@ -39,7 +39,7 @@ class Batches(NamedTuple):
     weight: Float[Any, "*run slot"] | None = None
 
     @property
-    def filled(self) -> Bool[Array, "*run slot"]:
+    def filled(self) -> Bool[Any, "*run slot"]:
         """Slots with an example that counts."""
         filled = self.members != EMPTY_SLOT
         return filled if self.weight is None else filled & (self.weight > 0)
@@ -67,11 +67,21 @@ class Carry(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a stretch of steps leaves behind; NaN where nothing was measured."""
+    """What a stretch of steps leaves behind; NaN where nothing was measured.
+
+    Attributes:
+        queries: loss and metrics after each step.
+        training: variables of ``kept_of`` the examples of each step, at the weights before it.
+        step_size: of each step.
+    """
 
     queries: dict[str, Float[Array, "*run step query"]]
+    training: dict[str, Float[Array, "*run step slot"]]
     step_size: Float[Array, "*run step"]
 
+
+Number: TypeAlias = Float[Array, ""]
+Kept: TypeAlias = dict[str, Float[Array, "*slot"]]
 
 StepSizeReader = Callable[[PyTree, Int[Array, ""]], Float[Array, ""]]
 """The step size from the optimizer's state and the number of steps taken before."""
@@ -151,15 +161,37 @@ class CompiledSteps:
         return cls(runs, steps, begin, place, advance.compile())
 
 
-def training_loss(training: Training) -> Callable[[PyTree, PyTree], Float[Array, ""]]:
-    """The loss of one training example, with less kept for its backward pass under ``remat``.
+def kept_of(task: Task) -> tuple[str, ...]:
+    """Which variables of ``OF_TRAINING`` a step leaves behind: the residual where the task has it.
 
-    Only the products with weights are kept then; the rest is computed again.
+    Everybody else has it from the loss, by ``data.training.residuals_of``.
     """
+    return OF_TRAINING if task.output_residual is not None else OF_TRAINING[:1]
+
+
+def training_loss(training: Training) -> Callable[[PyTree, PyTree], tuple[Number, Kept]]:
+    """The loss of one training example, and what is kept of its forward pass, by name.
+
+    Less is kept for the backward pass under ``remat``: only the products with weights, the rest is
+    computed again.
+    """
+    task = training.task
+
+    def loss(weights: PyTree, example: PyTree) -> tuple[Number, Kept]:
+        nats = task.loss(weights, example)
+        return nats, {"train_loss": nats}
+
+    def both(weights: PyTree, example: PyTree) -> tuple[Number, Kept]:
+        outputs = task.outputs(weights, example)  # type: ignore[misc]
+        nats = task.output_loss(outputs, example)  # type: ignore[misc]
+        residual = task.output_residual(outputs, example)  # type: ignore[misc]
+        return nats, {"train_loss": nats, "train_residual": residual}
+
+    of_example = loss if task.output_residual is None else both
     if not training.placement.remat:
-        return training.task.loss
+        return of_example
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(training.task.loss, policy=policy)
+    return jax.checkpoint(of_example, policy=policy)
 
 
 def _stretch(training: Training, parallel: int, steps: int) -> Callable[..., Any]:
@@ -192,7 +224,7 @@ def _one_run(training: Training, steps: int) -> Callable[..., tuple[Carry, Measu
 
         def step(at: Int[Array, ""], state: tuple[Carry, Measured]) -> tuple[Carry, Measured]:
             (params, memory, taken), measured = state
-            slope = gradient(params, fixed, jax.tree.map(lambda leaf: leaf[at], batches))
+            slope, kept = gradient(params, fixed, jax.tree.map(lambda leaf: leaf[at], batches))
             updates, memory = training.optimizer.update(slope, memory, params)
             params = optax.apply_updates(params, updates)
             if training.always:
@@ -200,12 +232,16 @@ def _one_run(training: Training, steps: int) -> Callable[..., tuple[Carry, Measu
             else:
                 # The runs share ``looks``, so this stays a branch under vmap.
                 queries = jax.lax.cond(looks[at], lambda: measure(params, fixed), lambda: nothing)
-            seen = Measured(queries, training.step_size(memory, taken))
+            seen = Measured(queries, kept, training.step_size(memory, taken))
             measured = jax.tree.map(lambda rows, row: rows.at[at].set(row), measured, seen)
             return Carry(params, memory, taken + 1), measured
 
         empty = Measured(
             jax.tree.map(lambda row: jnp.repeat(row[None], steps, axis=0), nothing),
+            {
+                name: jnp.full(batches.members.shape, jnp.nan, jnp.float32)
+                for name in kept_of(training.task)
+            },
             jnp.full(steps, jnp.nan),
         )
         return jax.lax.fori_loop(0, count, step, (carry, empty))
@@ -213,36 +249,45 @@ def _one_run(training: Training, steps: int) -> Callable[..., tuple[Carry, Measu
     return stretch
 
 
-def _gradient(training: Training) -> Callable[[PyTree, Fixed, Batches], PyTree]:
-    """The gradient of the weighted mean loss of a batch, zero for an empty batch."""
+def _gradient(training: Training) -> Callable[[PyTree, Fixed, Batches], tuple[PyTree, Kept]]:
+    """The gradient of the weighted mean loss of a batch, zero for an empty batch.
+
+    Beside it what is kept of the forward pass of each slot, NaN where no example counts.
+    """
     task, loss = training.task, training_loss(training)
 
     def share(
         params: PyTree, fixed: Fixed, part: Batches, total: Float[Array, ""] | Int[Array, ""]
-    ) -> Float[Array, ""]:
+    ) -> tuple[Number, Kept]:
         """What some slots add to the mean loss of a batch whose weights sum to ``total``."""
         places = jnp.where(part.filled, part.members, 0)
         examples = jax.tree.map(lambda leaf: leaf[places], fixed.train)
-        losses = jax.vmap(loss, in_axes=(None, 0))(task.weights(params, fixed.frozen), examples)
-        return part.sum_of(losses) / total
+        weights = task.weights(params, fixed.frozen)
+        losses, kept = jax.vmap(loss, in_axes=(None, 0))(weights, examples)
+        kept = {
+            name: jnp.where(part.filled, values.astype(jnp.float32), jnp.nan)
+            for name, values in kept.items()
+        }
+        return part.sum_of(losses) / total, kept
 
-    def gradient(params: PyTree, fixed: Fixed, batch: Batches) -> PyTree:
-        total, parts = batch.total, training.placement.accumulate
+    def gradient(params: PyTree, fixed: Fixed, batch: Batches) -> tuple[PyTree, Kept]:
+        total, parts, slots = batch.total, training.placement.accumulate, len(batch.members)
         if parts == 1:
-            return jax.grad(share)(params, fixed, batch, total)
-        missing = (0, -len(batch.members) % parts)
+            return jax.grad(share, has_aux=True)(params, fixed, batch, total)
+        missing = (0, -slots % parts)
         padded = Batches(
             jnp.pad(batch.members, missing, constant_values=EMPTY_SLOT),
             None if batch.weight is None else jnp.pad(batch.weight, missing),
         )
 
-        def add(summed: PyTree, part: Batches) -> tuple[PyTree, None]:
-            more = jax.grad(share)(params, fixed, part, total)
-            return jax.tree.map(jnp.add, summed, more), None
+        def add(summed: PyTree, part: Batches) -> tuple[PyTree, Kept]:
+            more, kept = jax.grad(share, has_aux=True)(params, fixed, part, total)
+            return jax.tree.map(jnp.add, summed, more), kept
 
         zero = jax.tree.map(jnp.zeros_like, params)
         split = jax.tree.map(lambda leaf: leaf.reshape(parts, -1), padded)
-        return jax.lax.scan(add, zero, split)[0]
+        slope, kept = jax.lax.scan(add, zero, split)
+        return slope, jax.tree.map(lambda rows: rows.reshape(-1)[:slots], kept)
 
     return gradient
 

@@ -52,7 +52,8 @@ def record(
     A step takes the mean loss over the filled slots of its batch, weighted if there are
     ``weights``; an empty batch has a gradient of zero and the optimizer still moves. Each finished
     run is written to ``store`` at once; a run whose loss is not finite is kept and marked as
-    diverged.
+    diverged. Each step's own forward pass leaves the loss of every example in its batch, and for
+    text the residual: ``train_loss`` and ``train_residual``, at the weights before the step.
 
     Args:
         task: what is trained and measured; its metrics are recorded beside the loss.

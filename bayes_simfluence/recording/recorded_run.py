@@ -9,8 +9,9 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 from bayes_simfluence.checks import Misuse, of_shape, shorten
-from bayes_simfluence.conventions import COMPLETE, DIVERGED, EMPTY_SLOT
+from bayes_simfluence.conventions import COMPLETE, DIVERGED, EMPTY_SLOT, OF_TRAINING
 from bayes_simfluence.data.runs import runs_from_arrays
+from bayes_simfluence.data.training import ROUNDING
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,22 @@ class RecordedRun:
         self._losses = [initial]
         self._batches: list[Int[np.ndarray, " slot"]] = []
         self._weights: list[Float[np.ndarray, " slot"] | None] = []
+        self._training: dict[str, list[Float[np.ndarray, " slot"] | None]] = {
+            name: [] for name in OF_TRAINING
+        }
         self._sizes: list[float | None] = []
         self._diverged = False
         self._over = False
 
     def step(
-        self, batch_ids: Any, losses: Any = None, step_size: Any = None, weights: Any = None
+        self,
+        batch_ids: Any,
+        losses: Any = None,
+        step_size: Any = None,
+        weights: Any = None,
+        *,
+        train_losses: Any = None,
+        train_residuals: Any = None,
     ) -> None:
         """One update: the examples of its batch, and every query's loss after it.
 
@@ -67,20 +78,36 @@ class RecordedRun:
             weights: of the examples in the batch's mean loss, in the order of ``batch_ids``,
                 finite and >= 0; all alike when omitted. Only those of a batch relative to one
                 another matter.
+            train_losses: nats, of the examples in the batch, in the order of ``batch_ids``, at the
+                weights before the update: what the training step has computed. NaN or ``None``
+                for empty slots; at all steps of a run or at none. A loss that is NaN marks the
+                whole run as diverged.
+            train_residuals: likewise the share of each target's probability that is missing, in
+                [0, 1], mean over target tokens. Of the cross-entropy of one label the losses say
+                as much.
 
         Raises:
-            Misuse: unknown ids, too large a batch, another number of losses or weights, a step
-                after the end.
+            Misuse: unknown ids, too large a batch, another number of losses, weights or residuals,
+                residuals outside [0, 1] or beside a negative loss, a step after the end.
         """
         where = self._where(len(self._batches) + 1)
         batch = _positions(f"batch_ids {where}", batch_ids, self._frame)
         weight = None if weights is None else _weight_row(f"weights {where}", weights, batch)
         row = loss_row(f"losses {where}", losses, self._frame)
         size = self._size(where, step_size)
+        slots = {
+            name: self._of_slots(name, where, values, batch)
+            for name, values in zip(OF_TRAINING, (train_losses, train_residuals), strict=True)
+        }
+        _fitting_residuals(where, *slots.values())
+        counted = (batch != EMPTY_SLOT) & (True if weight is None else weight > 0)
         self._batches.append(batch)
         self._weights.append(weight)
         self._losses.append(row)
         self._sizes.append(size)
+        for name, values in slots.items():
+            self._training[name].append(values)
+            self._diverged |= values is not None and bool(np.isnan(values[counted]).any())
         self._diverged |= losses is not None and not bool(np.isfinite(row).all())
 
     def _where(self, step: int) -> str:
@@ -122,6 +149,20 @@ class RecordedRun:
             )
         return float(size)
 
+    def _of_slots(
+        self, name: str, where: str, values: Any, batch: Int[np.ndarray, " slot"]
+    ) -> Float[np.ndarray, " slot"] | None:
+        """Train losses or residuals of a batch's slots, as at the steps before: some or none."""
+        what, before = f"{name.replace('loss', 'losse')}s {where}", self._training[name]
+        if before and (before[0] is None) != (values is None):
+            raise Misuse(
+                what,
+                got="nothing, but some before" if values is None else "some, but none before",
+                expected="those of every step of a run, or of none",
+                do="pass them at each step",
+            )
+        return None if values is None else _slot_row(what, values, batch)
+
     def end(self) -> None:
         """No further step."""
         self._over = True
@@ -149,11 +190,17 @@ class RecordedRun:
             batch[0, step, : len(members)] = members
             if row is not None:
                 weight[0, step, : len(members)] = row
+        training: dict[str, Any] = {
+            name: _padded(rows, width)
+            for name, rows in self._training.items()
+            if rows[0] is not None
+        }
         weighted = any(row is not None for row in self._weights)
         return runs_from_arrays(
             batch=batch,
             loss=np.stack(self._losses)[None],
             weight=weight if weighted else None,
+            **training,
             step_size=None if self._sizes[0] is None else np.array([self._sizes]),
             train_ids=self._frame.train,
             query_ids=self._frame.query,
@@ -161,6 +208,17 @@ class RecordedRun:
             missing=True,
             status=[DIVERGED if self._diverged else COMPLETE],
         )
+
+
+def _padded(
+    rows: list[Float[np.ndarray, " _"] | None], width: int
+) -> Float[np.ndarray, "1 step {width}"]:
+    """The slots of each step, NaN in those that its batch did not need."""
+    padded = np.full((1, len(rows), width), np.nan, np.float32)
+    for step, row in enumerate(rows):
+        if row is not None:
+            padded[0, step, : len(row)] = row
+    return padded
 
 
 def _positions(what: str, batch_ids: Any, frame: Frame) -> Int[np.ndarray, " slot"]:
@@ -223,6 +281,45 @@ def _weight_row(
             do="give one of them a positive weight, or pass an empty batch",
         )
     return row
+
+
+def _slot_row(
+    what: str, values: Any, batch: Int[np.ndarray, " slot"]
+) -> Float[np.ndarray, " slot"]:
+    """Numbers of a batch's slots, NaN in empty ones."""
+    row = _array(what, values)
+    if row.shape != batch.shape or not np.isnan(row[batch == EMPTY_SLOT]).all():
+        raise Misuse(
+            what,
+            got=f"{shorten(row.ravel())} of shape {row.shape}",
+            expected=f"one number for each of the {len(batch)} slots, NaN for empty ones",
+            do="pass them in the order of batch_ids",
+        )
+    return row
+
+
+def _fitting_residuals(
+    where: str,
+    losses: Float[np.ndarray, " slot"] | None,
+    residuals: Float[np.ndarray, " slot"] | None,
+) -> None:
+    """Raise unless residuals are shares, and losses beside them those of probabilities."""
+    if residuals is None:
+        return
+    if ((residuals < -ROUNDING) | (residuals > 1 + ROUNDING)).any():
+        raise Misuse(
+            f"train_residuals {where}",
+            got=shorten(residuals),
+            expected="residuals in [0, 1]",
+            do="pass the share of the target's probability that is missing: 1 - p",
+        )
+    if losses is not None and (losses < -ROUNDING).any():
+        raise Misuse(
+            f"train_losses {where}",
+            got=shorten(losses),
+            expected="losses >= 0 where residuals are given, -log of a probability",
+            do="correct the losses, or leave the residuals out",
+        )
 
 
 def loss_row(what: str, losses: Any, frame: Frame) -> Float[np.ndarray, " query"]:

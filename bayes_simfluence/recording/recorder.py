@@ -128,7 +128,14 @@ class Recorder:
         self._write(run)
 
     def step(
-        self, batch_ids: Any, losses: Any = None, step_size: Any = None, weights: Any = None
+        self,
+        batch_ids: Any,
+        losses: Any = None,
+        step_size: Any = None,
+        weights: Any = None,
+        *,
+        train_losses: Any = None,
+        train_residuals: Any = None,
     ) -> None:
         """As ``RecordedRun.step``, where the whole block of the recorder is one run.
 
@@ -145,7 +152,14 @@ class Recorder:
             )
         if self._current is None:
             self._current = self._begin(None, self._run_id)
-        self._current.step(batch_ids, losses, step_size, weights)
+        self._current.step(
+            batch_ids,
+            losses,
+            step_size,
+            weights,
+            train_losses=train_losses,
+            train_residuals=train_residuals,
+        )
 
     def _go_on(self, stored: xr.Dataset) -> None:
         """Take the frame of a store that holds runs already."""

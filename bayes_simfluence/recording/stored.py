@@ -17,7 +17,7 @@ from bayes_simfluence.data.metrics import check_metric_name
 from bayes_simfluence.data.runs import same_ids
 from bayes_simfluence.data.store import create_store, open_store, stored_statuses
 from bayes_simfluence.files import PathLike, new_path
-from bayes_simfluence.recording.compiled import Batches
+from bayes_simfluence.recording.compiled import Batches, kept_of
 from bayes_simfluence.recording.features import Features
 from bayes_simfluence.tasks.task import Task
 
@@ -91,6 +91,7 @@ class StoredRecording:
             if features
             else {},
             metrics=[check_metric_name(name) for name in self._metrics],
+            training=kept_of(self.task),
             overwrite=overwrite,
         )
 

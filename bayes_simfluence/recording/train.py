@@ -12,9 +12,16 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from bayes_simfluence.checks import of_shape
 from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.data.store import write_run
+from bayes_simfluence.data.training import whole_or_nothing
 from bayes_simfluence.progress import Meter, Progress
 from bayes_simfluence.recording.checkpoints import new_checkpoints, write_weights
-from bayes_simfluence.recording.compiled import Batches, CompiledSteps, Measured, Training
+from bayes_simfluence.recording.compiled import (
+    Batches,
+    CompiledSteps,
+    Measured,
+    Training,
+    kept_of,
+)
 from bayes_simfluence.recording.measure import Fixed, fixed_of, measure_of
 from bayes_simfluence.recording.plan import Plan
 from bayes_simfluence.recording.stored import StoredRecording
@@ -100,6 +107,7 @@ def _train(
     task, plan, stored = recording.training.task, recording.plan, recording.stored
     batches = jax.tree.map(lambda leaf: leaf[members], stored.batches)
     rates = np.full((len(members), plan.steps), np.nan, np.float32)
+    kept = {name: np.full(batches.members.shape, np.nan, np.float32) for name in kept_of(task)}
     shape = (len(members), plan.steps + 1, len(task.query_ids))
     values = {name: np.full(shape, np.nan, np.float32) for name in initial}
     for name, row in initial.items():
@@ -115,15 +123,23 @@ def _train(
             carry, measured = compiled.advance(carry, fixed, *stretch)
             # What the last call left is read while this one computes.
             if behind is not None:
-                _keep(*behind, values, rates, notes)
+                _keep(*behind, values, kept, rates, notes)
             behind = now, measured
         if behind is not None:
-            _keep(*behind, values, rates, notes)
+            _keep(*behind, values, kept, rates, notes)
         at_stop(plan.steps, carry.params)
     loss = values.pop("loss")
     for run, place in places.items():
-        metrics = {name: rows[place] for name, rows in values.items()}
-        write_run(stored.path, run, loss[place], rates[place], metrics=metrics, times=plan.times)
+        counted = np.asarray(batches.filled[place])
+        write_run(
+            stored.path,
+            run,
+            loss[place],
+            rates[place],
+            metrics={name: rows[place] for name, rows in values.items()},
+            training={name: whole_or_nothing(rows[place], counted) for name, rows in kept.items()},
+            times=plan.times,
+        )
         yield run
 
 
@@ -131,6 +147,7 @@ def _keep(
     now: slice,
     measured: Measured,
     values: dict[str, Float[np.ndarray, "run time query"]],
+    kept: dict[str, Float[np.ndarray, "run step slot"]],
     rates: Float[np.ndarray, "run step"],
     notes: _Notes,
 ) -> None:
@@ -138,6 +155,8 @@ def _keep(
     rates[:, now] = np.asarray(measured.step_size)[:, :count]
     for name, rows in measured.queries.items():
         values[name][:, times] = np.asarray(rows)[:, :count]
+    for name, slots in measured.training.items():
+        kept[name][:, now] = np.asarray(slots)[:, :count]
     notes(values["loss"][:, times])
 
 

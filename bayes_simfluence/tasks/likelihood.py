@@ -39,8 +39,23 @@ def mean_nats(
     counted: Bool[Array, " target"],
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the counted target tokens, nats."""
-    log_shares = jax.nn.log_softmax(wide(logits))[jnp.arange(len(target)), target]
-    return -jnp.where(counted, log_shares, 0.0).sum() / counted.sum()
+    return -jnp.where(counted, _log_shares(logits, target), 0.0).sum() / counted.sum()
+
+
+def mean_residual(
+    logits: Float[Array, "target vocabulary"],
+    target: Int[Array, " target"],
+    counted: Bool[Array, " target"],
+) -> Float[Array, ""]:
+    """Mean over the counted target tokens of the probability that each lacks, in [0, 1]."""
+    missing = -jnp.expm1(_log_shares(logits, target))
+    return jnp.where(counted, missing, 0.0).sum() / counted.sum()
+
+
+def _log_shares(
+    logits: Float[Array, "target vocabulary"], target: Int[Array, " target"]
+) -> Float[Array, " target"]:
+    return jax.nn.log_softmax(wide(logits))[jnp.arange(len(target)), target]
 
 
 def drawn_slopes(

@@ -42,6 +42,9 @@ class Task:
         output_draw: ``output_draw(outputs, example, key)``, a random array of mean 0 whose
             covariance is the Hessian of ``output_loss``; for outputs so many that their Hessian
             is too large to write out.
+        output_residual: ``output_residual(outputs, example) -> share``, what is missing of the
+            target's probability, where that is not ``1 - exp(-loss)``: the mean over target tokens
+            for text. Recorded beside each training example's loss, from the same outputs.
 
     >>> import jax.numpy as jnp
     >>> task = Task(
@@ -76,6 +79,7 @@ class Task:
     output_draw: Callable[[Float[Array, "..."], Example, jax.Array], Float[Array, "..."]] | None = (
         None
     )
+    output_residual: Callable[[Float[Array, "..."], Example], Float[Array, ""]] | None = None
 
     def weights(self, params: Params, frozen: Params) -> Params:
         """What ``loss`` takes: the trained parameters in their place among the frozen weights.
@@ -107,8 +111,9 @@ class Task:
         weights = jax.eval_shape(self.weights, self.params, self.frozen)
         for name, function in (("loss", self.loss), *self.metrics.items()):
             _number(name, jax.eval_shape(function, weights, example))
-        if self.outputs is not None or self.output_loss is not None:
-            _outputs(self.outputs, self.output_loss, weights, example)
+        parts = (self.outputs, self.output_loss, self.output_residual)
+        if any(part is not None for part in parts):
+            _outputs(self, weights, example)
         return self
 
 
@@ -122,15 +127,17 @@ def _number(name: str, shape: Any) -> None:
         )
 
 
-def _outputs(outputs: Any, output_loss: Any, weights: Params, example: Example) -> None:
-    if outputs is None or output_loss is None:
+def _outputs(task: Task, weights: Params, example: Example) -> None:
+    if task.outputs is None or task.output_loss is None:
+        given = ("outputs", "output_loss", "output_residual")
+        names = [name for name in given if getattr(task, name) is not None]
         raise Misuse(
             "task.outputs",
-            got=f"task.{'outputs' if output_loss is None else 'output_loss'} alone",
+            got=f"task.{' and task.'.join(names)} alone",
             expected="both parts of the loss",
             do="give task.outputs and task.output_loss, or neither",
         )
-    logits = jax.eval_shape(outputs, weights, example)
+    logits = jax.eval_shape(task.outputs, weights, example)
     if not (hasattr(logits, "dtype") and jnp.issubdtype(logits.dtype, jnp.floating)):
         raise Misuse(
             "task.outputs",
@@ -138,7 +145,9 @@ def _outputs(outputs: Any, output_loss: Any, weights: Params, example: Example) 
             expected="one floating array for one example",
             do="return the logits alone",
         )
-    _number("output_loss", jax.eval_shape(output_loss, logits, example))
+    _number("output_loss", jax.eval_shape(task.output_loss, logits, example))
+    if task.output_residual is not None:
+        _number("output_residual", jax.eval_shape(task.output_residual, logits, example))
 
 
 def _lengths(lengths: Sequence[int] | None, cut: Any, queries: int) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bayes_simfluence.networks.checkpoint import Pretrained
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tasks.generation import Write, metrics_and_scores
-from bayes_simfluence.tasks.likelihood import drawn_slopes, mean_nats
+from bayes_simfluence.tasks.likelihood import drawn_slopes, mean_nats, mean_residual
 from bayes_simfluence.tasks.measures import Measure, chosen, margin, measures
 from bayes_simfluence.tasks.rows import Rows
 from bayes_simfluence.tasks.task import Task
@@ -125,6 +125,9 @@ def target_task(
     def output_draw(logits: Logits, example: Examples, key: jax.Array) -> Logits:
         return drawn_slopes(logits, target(example)[1], key)
 
+    def output_residual(logits: Logits, example: Examples) -> Float[Array, ""]:
+        return mean_residual(logits, *target(example))
+
     def loss(weights: Tensors, example: Examples) -> Float[Array, ""]:
         return output_loss(logits(weights, example), example)
 
@@ -134,6 +137,7 @@ def target_task(
         outputs=logits,
         output_loss=output_loss,
         output_draw=output_draw,
+        output_residual=output_residual,
         metrics=metrics,
         scores=scores,
     )

@@ -23,6 +23,7 @@ ROWS = {
         "curriculum",
         "netcdf",
         "weights",
+        "training",
         "identify",
         "claims",
         "tabular",

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.conventions import COMPLETE, DIVERGED
+from bayes_simfluence.conventions import COMPLETE, DIVERGED, OF_TRAINING
 from bayes_simfluence.data.importers import export_runs, import_runs
 from bayes_simfluence.data.runs import planned_runs, runs_from_arrays
 from bayes_simfluence.data.tables import about_path
@@ -45,9 +45,17 @@ def recordings(draw):
     )
     features = draw(st.booleans())
     sizes = rng.random((runs, steps)).astype(np.float32) if draw(st.booleans()) else None
+    batch = rng.integers(-1, train, (runs, steps, slots))
+    unknown = (batch < 0) | (rng.random((runs, 1, 1)) < 0.3)
     return partial(
         runs_from_arrays,
-        batch=rng.integers(-1, train, (runs, steps, slots)),
+        batch=batch,
+        train_loss=np.where(unknown, np.nan, rng.exponential(size=batch.shape))
+        if draw(st.booleans())
+        else None,
+        train_residual=np.where(unknown, np.nan, rng.random(batch.shape))
+        if draw(st.booleans())
+        else None,
         loss=loss,
         step_size=sizes,
         weight=rng.uniform(0.1, 3.0, (runs, steps, slots)) if draw(st.booleans()) else None,
@@ -91,7 +99,7 @@ def test_a_table_alone_in_any_order_has_the_same_numbers(made, format, seed, tmp
     text = [one.assign_coords({name: one[name].values.astype(str) for name in ("run", "query")})
             for one in (back, runs)]  # fmt: skip
     found = text[0].sel(run=text[1]["run"].values, query=text[1]["query"].values)
-    for name in ("batch", "loss", "status", "step_size", "weight"):
+    for name in ("batch", "loss", "status", "step_size", "weight", *OF_TRAINING):
         if name in runs:
             np.testing.assert_array_equal(found[name], runs[name], err_msg=name)
 

@@ -22,10 +22,14 @@ def arrays(rng, runs=3, steps=4, slots=2, queries=5, train=6):
 
 def test_runs_follow_the_schema(rng):
     features = {"train_feature": rng.normal(size=(6, 2)), "query_feature": rng.normal(size=(5, 2))}
+    given = arrays(rng)
+    empty = given["batch"] < 0
     runs = runs_from_arrays(
-        **arrays(rng),
+        **given,
         **features,
         weight=np.ones((3, 4, 2)),
+        train_loss=np.where(empty, np.nan, 0.7),
+        train_residual=np.where(empty, np.nan, 0.5),
         step_size=np.full(4, 0.1),
         attrs={"model": "none"},
     )

@@ -147,7 +147,7 @@ def test_a_tables_weights_are_listed_like_its_examples(tmp_path):
 @pytest.mark.parametrize(
     ("cell", "match"),
     [
-        ("2", r"got 1 weights at step 1; expected 2, one for each of the step's examples"),
+        ("2", r"got 1 numbers at step 1; expected 2, one for each of the step's examples"),
         ("2 x", r"line 3, column 'weight': got '2 x'; expected one number for each"),
         ('"[2, true]"', r"line 3, column 'weight'.*blank means 1"),
         ("2 -1", r"got -1.0 in run r, step 1, slot 1"),
