@@ -91,6 +91,17 @@ def test_causal_loss_is_the_mean_over_the_completion_by_hand(toy, causal):
     }
 
 
+def test_causal_residual_is_the_mean_probability_that_tokens_lack_by_hand(toy, causal):
+    model, task = toy("decoder"), causal()
+
+    def residual(weights, example):
+        return task.output_residual(task.outputs(weights, example), example)
+
+    nats = [by_hand(model, ids(row["q"]), f"{row['answer']} </s>") for row in QUERY]
+    expected = [(1 - np.exp(-tokens)).mean() for tokens in nats]
+    np.testing.assert_allclose(every(residual, task), expected, rtol=1e-5)
+
+
 def test_causal_without_a_prompt_begins_with_eos_and_predicts_everything(toy, causal):
     model, task = toy("decoder"), causal(prompt="", completion="{q}")
     assert words_of(task.query["tokens"][0]).startswith("</s> b </s> <pad>")
