@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bayes_simfluence.attribution.simple import mean_trajectory, persistence
-    from bayes_simfluence.checks import FitFailed, FitWarning, Misuse, RunsWarning, WorkFailed
+    from bayes_simfluence.checks import (
+        FitFailed,
+        FitWarning,
+        Misuse,
+        RunsWarning,
+        SupportWarning,
+        WorkFailed,
+    )
     from bayes_simfluence.data.importers import export_runs, import_runs
     from bayes_simfluence.data.runs import planned_runs, runs_from_arrays
     from bayes_simfluence.data.store import (
@@ -39,7 +46,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "attribution.simple": ("mean_trajectory", "persistence"),
-    "checks": ("FitFailed", "FitWarning", "Misuse", "RunsWarning", "WorkFailed"),
+    "checks": (
+        "FitFailed",
+        "FitWarning",
+        "Misuse",
+        "RunsWarning",
+        "SupportWarning",
+        "WorkFailed",
+    ),
     "posterior.bands": ("Credible",),
     "posterior.conformal": ("Conformal",),
     "data.importers": ("export_runs", "import_runs"),
@@ -100,6 +114,7 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "WorkFailed",
     "FitFailed",
     "FitWarning",
+    "SupportWarning",
     "RunsWarning",
 ]
 

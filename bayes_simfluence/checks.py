@@ -32,6 +32,10 @@ class FitWarning(UserWarning):
     """A fit whose verdict asks for attention."""
 
 
+class SupportWarning(UserWarning):
+    """Simulated runs that leave what was recorded."""
+
+
 class RunsWarning(UserWarning):
     """Runs of which only a part can be used."""
 

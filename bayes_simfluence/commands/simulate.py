@@ -55,6 +55,9 @@ def simulate(
     calibration_select: Annotated[
         str, typer.Option(help="Positions of those runs; all if empty.")
     ] = "",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse runs that leave what the fitted runs did.")
+    ] = False,
     figure: Figure = None,
     draws: Draws = 200,
     seed: Seed = 0,
@@ -78,11 +81,14 @@ def simulate(
     ids = [name.strip() for name in drop.split(",") if name.strip()]
     planned = edits.edit_runs(recorded, edits.drop, ids) if ids else recorded
     with progress_of(quiet).work("simulate", 1) as meter:
-        simulated = fitted.simulate(planned, key=jax.random.key(seed), draws=draws, band=chosen)
+        simulated = fitted.simulate(
+            planned, key=jax.random.key(seed), draws=draws, band=chosen, strict=strict
+        )
         meter.advance()
     with atomically(out) as partial:
         write_groups(partial, {"/": simulated})
     print(f"{planned.sizes['run']} runs x {simulated.sizes['draw']} draws in {out}")
+    print(_supported(simulated["support"]))
     if chosen is not None:
         print(_sentence_of(simulated["low"].attrs))
     truth = None if ids else recorded
@@ -136,6 +142,13 @@ def _band_of(
             runs = selected(opened(calibration), calibration_select, "--calibration-select")
         return Conformal(runs, probability=share, simultaneous=simultaneous)
     return Credible(share, simultaneous) if band else None
+
+
+def _supported(support: Any) -> str:
+    least, enough = support.min("time"), support.attrs["enough"]
+    left = int((least < enough).sum())
+    share = f"{left} of {len(least)} runs"
+    return f"support: {float(least.min()):.2f} at least, below {enough} in {share}"
 
 
 def _sentence_of(about: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from warnings import warn
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
-from bayes_simfluence.checks import Misuse, choice_of, keyed, positive_integer
+from bayes_simfluence.checks import Misuse, SupportWarning, choice_of, keyed, positive_integer
 from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.evaluation.metrics import (
     bootstrap_interval,
@@ -21,6 +22,7 @@ from bayes_simfluence.evaluation.metrics import (
 )
 from bayes_simfluence.files import first_line
 from bayes_simfluence.posterior.posterior import Posterior
+from bayes_simfluence.posterior.support import told_elsewhere
 from bayes_simfluence.progress import Progress, Silent
 
 LOG = logging.getLogger(__name__)
@@ -90,6 +92,7 @@ def compare(
     run, and across runs the one at the last time that was recorded in all of them, so that runs
     are compared at one time (a query without such a time is left out of ``spearman_run``).
 
+    Runs that leave what a method was fitted to are said once for all methods (``SupportWarning``).
     A method that fails, while it is made or while it simulates, keeps its row: its numbers are NaN
     and the column ``failed`` says the reason. When every method fails, the last error is raised.
 
@@ -158,6 +161,9 @@ def compare(
     if reasons:
         table[FAILED] = [reasons.get(name, "") for name in rows]
     table.index.name = "method"
+    far = {name: scores.left for name, scores in known.items() if scores.left}
+    if far:
+        warn(f"{next(iter(far.values()))} ({', '.join(far)}).", SupportWarning, stacklevel=2)
     return table
 
 
@@ -166,19 +172,23 @@ class RunScores(dict[str, Float[np.ndarray, " run"]]):
 
     final_mean: Float[np.ndarray, "run query"]
     final_truth: Float[np.ndarray, "run query"]
+    left: str
+    """Which runs leave what the posterior was fitted to, in words; empty if none."""
 
 
 def scores_by_run(
     posterior: Posterior, runs: xr.Dataset, *, key: jax.Array, draws: int
 ) -> RunScores:
-    """Every run's scores under one posterior."""
-    simulated = posterior.simulate(runs, key=key, draws=draws)
+    """Every run's scores under one posterior; of runs that leave its support, ``left`` tells."""
+    with told_elsewhere():
+        simulated = posterior.simulate(runs, key=key, draws=draws)
     truth = np.asarray(runs["loss"].values, float)
     stacked = simulated.stack(sample=("chain", "draw"))
     loss = stacked["loss"].transpose("run", "sample", "time", "query").values.astype(float)
     mean = simulated["mean_loss"].mean(("chain", "draw")).values.astype(float)
     by_run = [run_scores(*run) for run in zip(loss, mean, truth, strict=True)]
     scores = RunScores({name: np.array([run[name] for run in by_run]) for name in by_run[0]})
+    scores.left = simulated["support"].attrs["sentence"]
     last = last_known(np.asarray(np.isfinite(truth[:, 1:]).all(axis=0)))
     scores.final_mean, scores.final_truth = _at(mean[:, 1:], last), _at(truth[:, 1:], last)
     return scores

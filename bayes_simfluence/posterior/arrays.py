@@ -2,6 +2,7 @@
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Int
 
 from bayes_simfluence.checks import named
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
@@ -43,6 +44,32 @@ def planned_arrays(runs: xr.Dataset, train: np.ndarray, query: np.ndarray) -> Ru
         query=np.asarray(named("queries", runs["query"].values, query)),
         features=no_features(len(train), len(query)),
     )
+
+
+def positions_with_new(
+    runs: xr.Dataset, train: np.ndarray
+) -> tuple[RunArrays, Int[np.ndarray, " new"]]:
+    """Curricula in the positions of the ``train`` ids, examples that are not among them after.
+
+    Returns:
+        The runs, of which no query is looked at, and where the new examples are in ``runs``.
+    """
+    batch = runs["batch"].values
+    used = np.unique(batch[batch >= 0])
+    names = runs["train"].values[used].astype(str)
+    places = {str(name): place for place, name in enumerate(train)}
+    new = used[[name not in places for name in names]]
+    places.update({str(runs["train"].values[at]): len(train) + n for n, at in enumerate(new)})
+    place = np.full(runs.sizes["train"] + 1, -1, np.int32)
+    place[used] = [places[name] for name in names]
+    arrays = RunArrays.of(
+        place[batch],
+        np.zeros((len(batch), 1, 0)),
+        weight=_optional(runs, "weight"),
+        step_size=_optional(runs, "step_size"),
+        features=no_features(len(train) + len(new), 0),
+    )
+    return arrays, new
 
 
 def _optional(runs: xr.Dataset, name: str) -> np.ndarray | None:

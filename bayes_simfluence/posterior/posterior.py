@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from bayes_simfluence.posterior.arviz import (
 )
 from bayes_simfluence.posterior.bands import Band
 from bayes_simfluence.posterior.prior import prior_from_settings
+from bayes_simfluence.posterior.support import Recorded, refuse, support_of, tell, told_elsewhere
 from bayes_simfluence.posterior.unseen import simulated_runs
 from bayes_simfluence.simulators.affine import AffineSimulator
 from bayes_simfluence.simulators.base import Simulator
@@ -78,8 +80,18 @@ class Posterior:
     search_loss: Float[np.ndarray, " step"] | None = None
     prior: PriorDraws | None = None
 
+    @cached_property
+    def _recorded(self) -> Recorded:
+        return Recorded.of(self.runs)
+
     def simulate(
-        self, runs: xr.Dataset, *, key: jax.Array, draws: int = 200, band: Band | None = None
+        self,
+        runs: xr.Dataset,
+        *,
+        key: jax.Array,
+        draws: int = 200,
+        band: Band | None = None,
+        strict: bool = False,
     ) -> xr.Dataset:
         """Losses along any curricula, from the losses before the first update.
 
@@ -91,15 +103,28 @@ class Posterior:
                 (of the same examples).
             draws: number of draws; a point without a band gives one.
             band: ``Credible(...)`` or ``Conformal(...)``; no band when omitted.
+            strict: refuse runs that leave what the fitted runs did, instead of warning.
 
         Returns:
             ``mean_loss`` and ``loss``, both ``(chain, draw, run, time, query)`` in nats: without
-            and with the noise of a single run. With ``band``, also the edges ``low`` and ``high``
+            and with the noise of a single run; ``support (run, time)`` in (0, 1]: 1 while a run is
+            like the fitted ones, falling the farther it leaves them, with its meaning and each
+            run's reasons in the attributes. With ``band``, also the edges ``low`` and ``high``
             of ``loss``, ``(run, time, query)``, whose attributes say what they are.
 
         Raises:
             Misuse: unknown examples or queries without features to go by, initial losses that are
-                not finite, a band that cannot be made.
+                not finite, a band that cannot be made; with ``strict``, support below 0.5.
+
+        Warns:
+            SupportWarning: once, with the reasons, when the support of a run falls below 0.5.
+
+        >>> import jax, bayes_simfluence as bs
+        >>> runs = bs.example_runs().isel(query=slice(0, 2))
+        >>> mean, one = bs.mean_trajectory(runs.isel(run=slice(0, 25))), runs.isel(run=[25])
+        >>> support = mean.simulate(one, key=jax.random.key(0))["support"]
+        >>> support.dims, support.min().round(1).item()
+        (('run', 'time'), 1.0)
         """
         keyed(key)
         positive_integer("draws", draws)
@@ -117,12 +142,16 @@ class Posterior:
                 expected="every query's loss before the first update",
                 do="measure them, or make the runs with planned_runs(like=recorded, ...)",
             )
+        support = support_of(self._recorded, self.runs, runs)
+        if strict:
+            refuse(support)
         losses = simulated_runs(self.simulator, self.runs, runs, key=key, draws=draws)
         dims = ("chain", "draw", "run", "time", "query")
         simulated = xr.Dataset(
             {
                 "mean_loss": (dims, losses.mean_loss, _nats("loss without the noise of a run")),
                 "loss": (dims, losses.loss, _nats("predicted loss, noise included")),
+                "support": support.variable(),
             },
             coords={
                 **_counted(losses.loss),
@@ -130,9 +159,12 @@ class Posterior:
             },
             attrs={"settings": json.dumps(self.settings)},
         )
+        tell(support, stacklevel=2)
         if band is None:
             return simulated
-        return simulated.assign(band.edges(simulated, self, key=key, draws=draws))
+        # A band may simulate other runs, to be calibrated on them.
+        with told_elsewhere():
+            return simulated.assign(band.edges(simulated, self, key=key, draws=draws))
 
     def samples(self, *, key: jax.Array, draws: int = 200) -> xr.Dataset:
         """Draws of coefficients and hyperparameters, ``(chain, draw, ...)``."""

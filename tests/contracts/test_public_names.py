@@ -49,6 +49,7 @@ DOCUMENTED = [
     "WorkFailed",
     "FitFailed",
     "FitWarning",
+    "SupportWarning",
     "RunsWarning",
 ]
 

@@ -58,7 +58,9 @@ def test_fit_simulate_compare(command, runs, tmp_path):
         "--draws", 10, "--out", tmp_path / "simulated.nc", "--figure", tmp_path / "curves.png",
     )  # fmt: skip
     assert code == 0, errors
-    assert xr.open_dataset(tmp_path / "simulated.nc", engine="h5netcdf").sizes["draw"] == 10
+    assert "support: " in out and "below 0.5 in 0 of 2 runs" in out
+    saved = xr.open_dataset(tmp_path / "simulated.nc", engine="h5netcdf")
+    assert saved.sizes["draw"] == 10 and saved["support"].attrs["meaning"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     code, out, errors = command(
         "compare", runs, "--select", "6:", "--posterior", f"bayes={tmp_path / 'exact.nc'}",

@@ -58,8 +58,9 @@ def test_simulated_runs_explain_themselves(posteriors, held_out, method):
     posterior = posteriors[method]
     found = posterior.simulate(held_out, key=KEY, draws=6)
     draws = 1 if method in ("ridge", "persistence") else 6
-    assert set(found.data_vars) == {"mean_loss", "loss"}
-    for one in found.data_vars.values():
+    assert set(found.data_vars) == {"mean_loss", "loss", "support"}
+    assert found["support"].dims == ("run", "time") and found["support"].attrs["meaning"]
+    for one in (found["mean_loss"], found["loss"]):
         assert one.dims == DIMS and one.shape == (1, draws, 2, 17, 3)
         assert one.dtype in (np.float32, np.float64) and one.attrs["units"] == "nat"
         assert one.attrs["long_name"]
@@ -151,7 +152,9 @@ def test_every_method_takes_a_conformal_band(posteriors, method):
         bands["left out"] = bs.Conformal(None, 0.8)
     assert ("left out" in bands) == (method in ("two-timescale", "ridge band"))
     for band in bands.values():
-        found = posteriors[method].simulate(new, key=KEY, draws=40, band=band)
+        # Four short runs have trained on too few of the examples.
+        with pytest.warns(bs.SupportWarning, match="unseen examples"):
+            found = posteriors[method].simulate(new, key=KEY, draws=40, band=band)
         inside = (new["loss"] >= found["low"]) & (new["loss"] <= found["high"])
         # 0.8 on average over recordings; calibrated on the four runs of this one.
         assert inside.isel(time=slice(1, None)).mean() > 0.4
