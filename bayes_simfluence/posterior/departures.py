@@ -77,12 +77,12 @@ def _batch_size(fitted: Course, planned: Course) -> Departure:
     """More slots than any batch had, or fewer over a window than any window had."""
     most = max(float(fitted.filled.max()), 1.0)
     width = max(fitted.steps // 4, 1)
-    low = max(float(_window_means(fitted.filled[..., None], width).min()), 1e-3)
+    low = float(_window_means(fitted.filled[..., None], width).min())
     larger = _beyond(planned.filled / most, LARGER)
     smaller, size, recorded = np.zeros(planned.filled.shape), float(planned.filled.max()), most
     if width <= planned.steps:
         means = _window_means(planned.filled[..., None], width)[..., 0]
-        smaller[:, width - 1 :] = _beyond(low / np.maximum(means, 1e-3 * low), FEWER)
+        smaller[:, width - 1 :] = _beyond(low / np.maximum(means, 1e-3), FEWER)
         if smaller.max() > larger.max():
             size, recorded = float(means.min()), low
     words = f"batch size {size:.2g} instead of {recorded:.2g}"

@@ -43,6 +43,7 @@ def test_the_counter_sees_a_compilation(counted):
 
 
 @pytest.mark.filterwarnings("ignore::bayes_simfluence.FitWarning")
+@pytest.mark.filterwarnings("ignore:.*unseen examples:bayes_simfluence.SupportWarning")
 def test_fit_simulate_compare(counted, recording):
     """Measured: 17, 6 and 1 programs (126, 56 and 1 in version 0.1)."""
     fitted, held_out = recording.isel(run=slice(0, 5)), recording.isel(run=slice(5, 7))

@@ -248,6 +248,13 @@ def test_without_features_many_examples_have_no_balance(rng):
         assert BALANCE not in names and ("step size" in names) == ("step_size" in bare)
 
 
+def test_fitted_runs_with_empty_batches_support_them(rng):
+    batch = rng.integers(0, 5, (6, 4, 2))
+    batch[0, 2] = batch[1, 1] = -1
+    fitted = bs.runs_from_arrays(batch=batch, loss=np.ones((6, 5, 1)))
+    np.testing.assert_array_equal(found(fitted, fitted).value, 1.0)
+
+
 def test_emptied_batches_and_one_fitted_run(rng):
     fitted, held_out = parts(fitted=1)
     few = edit_runs(held_out, keep, held_out["train"].values[:3])
