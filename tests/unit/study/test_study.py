@@ -27,7 +27,11 @@ from bayes_simfluence.study.methods import Pilot
 from bayes_simfluence.study.run import run_study
 
 text = runpy.run_path(str(Path(__file__).parents[1] / "recording" / "test_text.py"))
-pytestmark = pytest.mark.filterwarnings("ignore::bayes_simfluence.checks.FitWarning")
+# A few short runs have not trained on all examples that the others have.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::bayes_simfluence.checks.FitWarning"),
+    pytest.mark.filterwarnings("ignore:.*unseen examples:bayes_simfluence.checks.SupportWarning"),
+]
 COUNTS = [3, 4]
 
 
