@@ -228,7 +228,7 @@ def band_of(
         scale=scale,
         log_inflation=log_inflation,
         df=df,
-        loadings=query_loadings(z, known, np.asarray(runs.features.query)),
+        loadings=query_loadings(z, known, np.asarray(model.prior.alike(runs.features).query)),
         predicted=nats(truth - error),
         low=nats(truth - error - quantile * sd),
         high=nats(truth - error + quantile * sd),

@@ -217,14 +217,15 @@ def _named_weights(
     weights: Float[Array, "weight query"],
 ) -> dict[str, Float[Array, "..."]]:
     """Weights in the order of ``design.design`` as the sites of the model in NumPyro."""
-    train, width = features.train.shape
+    shared = model.prior.alike(features).train
+    train, width = shared.shape
     timed = model.time_effect != "none"
     grid = weights.reshape(len(model.parts), -1, train + width + int(timed), weights.shape[1])
     named = {}
     for part, block in zip(model.parts, grid, strict=True):
         unit = block[:, :train]
         if width:
-            along = jnp.einsum("nf,kfq->knq", features.train, block[:, train : train + width])
+            along = jnp.einsum("nf,kfq->knq", shared, block[:, train : train + width])
             unit = unit + sites[f"{part}_alike"] * along
         named[f"{part}_unit"] = jnp.transpose(unit, (2, 1, 0)).astype(jnp.float32)
         if timed:

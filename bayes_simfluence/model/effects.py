@@ -51,6 +51,8 @@ class Prior(ABC):
     """Whether effects change over training in the way that ``Varying`` says."""
     stored: ClassVar[bool] = True
     """Whether ``as_dict`` holds everything; else it describes what only the caller has."""
+    extends: ClassVar[bool] = True
+    """Whether features say enough of an example or a query that no fitted run knows."""
 
     number: ClassVar[str | None] = None
     """The setting that a number after the name sets, as in ``student-t:4``."""
@@ -116,12 +118,18 @@ class Prior(ABC):
         fresh = size * jax.random.normal(key, (*effects.shape[:-1], more), effects.dtype)
         return jnp.concatenate([effects, fresh], axis=-1)
 
-    def resolve(self, train_ids: np.ndarray, query_ids: np.ndarray) -> ExampleFeatures | None:
-        """Embeddings in the order of a recording that take the place of its gradient features.
+    def resolve(
+        self, train_ids: np.ndarray, query_ids: np.ndarray, recorded: ExampleFeatures
+    ) -> ExampleFeatures:
+        """What is known of examples and queries, in the order of a recording.
 
-        None when the prior brings none.
+        Its gradient features, ``recorded``, unless the prior brings something of its own.
         """
-        return None
+        return recorded
+
+    def alike(self, features: ExampleFeatures) -> ExampleFeatures:
+        """Those of the features that say which examples, and which queries, are alike."""
+        return features
 
     def columns(
         self,

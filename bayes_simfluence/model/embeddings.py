@@ -59,8 +59,10 @@ class Features(Prior):
         """Standard normal."""
         return standard(f"{name}_own", shape)
 
-    def resolve(self, train_ids: np.ndarray, query_ids: np.ndarray) -> ExampleFeatures:
-        """The embeddings in the order of a recording.
+    def resolve(
+        self, train_ids: np.ndarray, query_ids: np.ndarray, recorded: ExampleFeatures
+    ) -> ExampleFeatures:
+        """The embeddings in the order of a recording, instead of its gradient features.
 
         Raises:
             Misuse: ids without an embedding, or widths of train and query that differ.

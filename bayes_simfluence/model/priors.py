@@ -6,7 +6,7 @@ time; gradient features and pooling over queries can be put on top of every law.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from bayes_simfluence.model.arrays import ExampleFeatures
 from bayes_simfluence.model.effects import Prior, Shape, standard
 from bayes_simfluence.model.embeddings import Features
 from bayes_simfluence.model.hyper import Hyper, Values
+from bayes_simfluence.model.normal import Normal
+from bayes_simfluence.model.scores import Scores
 from bayes_simfluence.model.sites import latent
 from bayes_simfluence.settings import layered
 
@@ -30,23 +32,10 @@ __all__ = [
     "LowRank",
     "Normal",
     "Prior",
+    "Scores",
     "StudentT",
     "prior_from_dict",
 ]
-
-
-@dataclass(frozen=True)
-class Normal(Prior):
-    """Normal effects with learned scales: most examples matter, none much more than the others."""
-
-    name: ClassVar[str] = "normal"
-    gaussian: ClassVar[bool] = True
-
-    def law(
-        self, name: str, part: str, shape: Shape, values: Values
-    ) -> Float[Array, "query train knot"]:
-        """Standard normal."""
-        return standard(f"{name}_own", shape)
 
 
 @dataclass(frozen=True)
@@ -244,7 +233,8 @@ class Custom(Prior):
 
 
 PRIORS: dict[str, type[Prior]] = {
-    kind.name: kind for kind in (Normal, StudentT, Laplace, Horseshoe, LowRank, Features, Custom)
+    kind.name: kind
+    for kind in (Normal, StudentT, Laplace, Horseshoe, LowRank, Features, Scores, Custom)
 }
 """By the name that settings and the command line use."""
 
@@ -252,12 +242,17 @@ PRIORS: dict[str, type[Prior]] = {
 def prior_from_dict(settings: Mapping[str, Any]) -> Prior:
     """The prior of settings made by ``Prior.as_dict``.
 
-    A caller's own distribution or embeddings are not saved; what was inferred under them is.
+    A caller's own distribution, embeddings or scores are not saved; what was inferred under them
+    is.
     """
     # ``freedom``, ``slab_freedom``: as version 0.1 wrote them.
     rest = {name.replace("freedom", "df"): value for name, value in settings.items()}
     name = choice_of("name of the prior", rest.pop("name", None), tuple(PRIORS))
-    return layered(PRIORS[name], rest, what=f"prior {name}")
+    base = rest.pop("base", None) if name == Scores.name else None
+    prior = layered(PRIORS[name], rest, what=f"prior {name}")
+    if isinstance(prior, Scores) and base is not None:
+        return replace(prior, base=prior_from_dict(base))
+    return prior
 
 
 def _mixture(name: str, shape: Shape, variance: dist.Distribution) -> Array:

@@ -10,14 +10,15 @@ from bayes_simfluence.model.priors import Prior
 
 
 def recorded_arrays(runs: xr.Dataset, prior: Prior | None = None) -> RunArrays:
-    """The arrays of valid, usable runs; with the embeddings of a prior that brings its own."""
+    """The arrays of valid, usable runs; with what a prior brings of its own."""
     features = no_features(runs.sizes["train"], runs.sizes["query"])
     known = {axis: _optional(runs, f"{axis}_feature") for axis in ("train", "query")}
     features = features._replace(
         **{axis: array for axis, array in known.items() if array is not None}
     )
-    own = None if prior is None else prior.resolve(runs["train"].values, runs["query"].values)
-    features = features if own is None else ExampleFeatures(*map(np.asarray, own))
+    if prior is not None:
+        resolved = prior.resolve(runs["train"].values, runs["query"].values, features)
+        features = ExampleFeatures(*map(np.asarray, resolved))
     return RunArrays.of(
         runs["batch"].values,
         np.asarray(runs["loss"].values, float),

@@ -95,7 +95,8 @@ class GaussianSimulator(Simulator):
     @property
     def by_features(self) -> "GaussianSimulator | None":
         """Itself, where the prior goes by features of examples."""
-        return self if self.features.train.shape[1] else None
+        known = self.features.train.shape[1] and self.model.prior.extends
+        return self if known else None
 
     def with_examples(self, train: Float[np.ndarray, "new feature"]) -> "GaussianSimulator":
         """The same posterior with further training examples after the fitted ones."""

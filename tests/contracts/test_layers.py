@@ -110,6 +110,8 @@ ROWS = {
         "arrays",
         "effects",
         "embeddings",
+        "normal",
+        "scores",
         "priors",
         "simfluence",
         "design",

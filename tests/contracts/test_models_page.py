@@ -25,6 +25,7 @@ NAMES = {
     "priors": bs.priors,
     "noise": bs.noise,
     "EMBEDDINGS": np.eye(TRAIN),
+    "MATRIX": np.ones((TRAIN, 1)),
     "NUMPYRO": dist.Normal(0.0, 0.1),
 }
 METHODS = {

@@ -210,8 +210,10 @@ def test_effects_go_on_beyond_a_recorded_run():
 
 
 def test_only_embeddings_take_the_place_of_the_recordings_features():
-    assert priors.Normal().resolve(TRAIN_IDS, QUERY_IDS) is None
-    assert priors.Features(train=np.ones((3, 2))).resolve(TRAIN_IDS, QUERY_IDS) is not None
+    known = no_features(3, 2)
+    assert priors.Normal().resolve(TRAIN_IDS, QUERY_IDS, known) is known
+    own = priors.Features(train=np.ones((3, 2))).resolve(TRAIN_IDS, QUERY_IDS, known)
+    assert own.train.shape == (3, 2)
 
 
 def test_a_callers_distribution_is_the_same_over_training():
@@ -272,7 +274,9 @@ def named(rng, ids, width=4):
 
 def test_embeddings_are_taken_by_id(rng):
     train, query = named(rng, ["c", "x", "a", "b"]), named(rng, ["q", "p"])
-    resolved = priors.Features(train=train, query=query).resolve(TRAIN_IDS, QUERY_IDS)
+    resolved = priors.Features(train=train, query=query).resolve(
+        TRAIN_IDS, QUERY_IDS, no_features(3, 2)
+    )
     rows = train.sel(id=["a", "b", "c"]).values
     unit = np.sqrt((rows**2).sum(axis=1).mean())
     np.testing.assert_allclose(resolved.train, rows / unit, rtol=1e-6)
@@ -282,11 +286,11 @@ def test_embeddings_are_taken_by_id(rng):
 
 def test_embeddings_without_ids_are_taken_in_order(rng):
     train = rng.normal(size=(3, 4))
-    resolved = priors.Features(train=train).resolve(TRAIN_IDS, QUERY_IDS)
+    resolved = priors.Features(train=train).resolve(TRAIN_IDS, QUERY_IDS, no_features(3, 2))
     ratio = np.asarray(resolved.train) / train
     np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
     assert resolved.query.shape == (2, 0)
-    empty = priors.Features(train=np.zeros((3, 4))).resolve(TRAIN_IDS, QUERY_IDS)
+    empty = priors.Features(train=np.zeros((3, 4))).resolve(TRAIN_IDS, QUERY_IDS, no_features(3, 2))
     np.testing.assert_array_equal(empty.train, np.zeros((3, 4)))
 
 
@@ -306,7 +310,7 @@ def test_embeddings_without_ids_are_taken_in_order(rng):
 )
 def test_embeddings_that_do_not_fit_are_refused(train, query, match):
     with pytest.raises(Misuse, match=match):
-        priors.Features(train=train, query=query).resolve(TRAIN_IDS, QUERY_IDS)
+        priors.Features(train=train, query=query).resolve(TRAIN_IDS, QUERY_IDS, no_features(3, 2))
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_resolved_words_are_complete_and_repeat_the_fit(case):
 
 PARTS = {
     "prior": [
-        *(prior() for name, prior in PRIORS.items() if name not in ("features", "custom")),
+        *(prior() for prior in PRIORS.values() if prior.stored),
         bs.priors.StudentT(df=7.0, pooled=True),
         bs.priors.Horseshoe(share=0.2, slab_scale=3.0, slab_df=5.0, features=False),
         bs.priors.LowRank(rank=5, pooled=True),
@@ -240,7 +240,11 @@ def test_choices_are_those_of_the_code():
     assert choices["hyperparameters"] == set(CRITERIA) and choices["guide"] == set(GUIDES)
     assert set(words.FORMS) <= set(FitConfig.names())
     # The rest are what only Python can pass.
-    assert {name for name, prior in PRIORS.items() if not prior.stored} == {"features", "custom"}
+    assert {name for name, prior in PRIORS.items() if not prior.stored} == {
+        "features",
+        "scores",
+        "custom",
+    }
     helps = {field.name: field.metadata["help"] for field in fields(FitConfig)}
     assert all(name in helps["prior"] for name, prior in PRIORS.items() if prior.stored)
     assert all(name in helps["noise"] for name in ERRORS)
