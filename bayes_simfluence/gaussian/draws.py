@@ -143,7 +143,7 @@ def _scales(key: jax.Array, df: Float[Array, ""], draws: int) -> Float[Array, " 
 @partial(jax.jit, static_argnames=("draws", "knots", "parts"))
 def drawn_trajectories(
     conditioned: Conditioned,
-    designs: Float[Array, "run step weight"],
+    designs: Float[Array, "scenario run step weight"],
     error_factor: Float[Array, "step step"],
     spread: Float[Array, "query step"],
     queries: Dependence,
@@ -158,21 +158,26 @@ def drawn_trajectories(
 
     Args:
         conditioned: the weights' posterior.
-        designs, error_factor: of the runs to be drawn; factor of their errors' covariance.
+        designs: of the runs to be drawn, in as many scenarios; the first draws are of the first.
+        error_factor: of their errors' covariance.
         spread: sd of each query's effects at each step, link units.
         queries, key: decide the draws.
         df: degrees of freedom of the scales.
         draws, knots, parts: how many.
     """
-    runs, steps, weights = designs.shape
-    flat = designs.reshape(-1, weights)
+    scenarios, runs, steps, weights = designs.shape
+    flat = designs.reshape(scenarios, -1, weights)
     sizes: Any = {"draws": draws, "knots": knots, "parts": parts}
     common = common_sources(conditioned, key, factors=queries.loading.shape[1], **sizes)
     keys = _Keys.of(key)
     scale = _scales(keys.scale, df, draws)[:, None, None]
 
     def of_source(source: Sources) -> tuple[Array, Array]:
-        mean = (source.deviation @ flat.T).reshape(draws, runs, steps)
+        # An equal share of the draws for each scenario, filled up and cut.
+        share = -(-draws // scenarios)
+        deviation = jnp.pad(source.deviation, ((0, share * scenarios - draws), (0, 0)))
+        mean = deviation.reshape(scenarios, share, weights) @ jnp.swapaxes(flat, 1, 2)
+        mean = mean.reshape(-1, runs, steps)[:draws]
         run_keys = jax.vmap(lambda run: jax.random.fold_in(source.error_key, run))(jnp.arange(runs))
         white = jax.vmap(lambda run: jax.random.normal(run, (draws, steps)))(run_keys)
         return mean, jnp.moveaxis(white @ error_factor.T, 0, 1)

@@ -132,6 +132,17 @@ class LinearGaussian(NamedTuple):
         points = self.known.sum()
         return 0.5 * log_determinant.sum() / points - _log_scale(squares.sum(axis=0) / points)
 
+    def marginal_score(self, change: Float[Array, "run row query"]) -> Float[Array, ""]:
+        """Mean log density of each point of a left-out run alone; otherwise ``evidence_score``.
+
+        What a run's points say of one another does not count, so that an error which explains a
+        run by itself gains nothing.
+        """
+        left_out = self.left_out(change)
+        points = self.known.sum()
+        squares = (jnp.square(left_out.error) / left_out.variance[..., None]).sum(axis=(0, 1))
+        return -0.5 * jnp.log(left_out.variance).sum() / points - _log_scale(squares / points)
+
     def left_out(self, change: Float[Array, "run row query"]) -> LeftOut:
         """Predictions of each run's change from all other runs.
 

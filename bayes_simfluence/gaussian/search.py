@@ -12,6 +12,13 @@ from scipy.optimize import minimize
 from scipy.stats import t as student_t
 
 from bayes_simfluence.gaussian.designs import assembled, linked_change
+from bayes_simfluence.gaussian.examples import (
+    States,
+    conditioned_states,
+    observed_examples,
+    rolled_out,
+)
+from bayes_simfluence.gaussian.fitted import conditioned_weights
 from bayes_simfluence.gaussian.linear_gaussian import LeftOut, LinearGaussian
 from bayes_simfluence.gaussian.queries import query_loadings
 from bayes_simfluence.linalg import double_precision
@@ -21,10 +28,12 @@ from bayes_simfluence.model.link import link_of, loss_of
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 from bayes_simfluence.progress import Progress
 
-Criterion = Literal["leave-one-run-out", "evidence", "nuts"]
-CRITERIA: tuple[Criterion, ...] = ("leave-one-run-out", "evidence", "nuts")
+Criterion = Literal["leave-one-run-out", "marginal", "evidence", "nuts"]
+CRITERIA: tuple[Criterion, ...] = ("leave-one-run-out", "marginal", "evidence", "nuts")
 COARSE, COARSE_STEPS, FINE_STEPS = 12, 60, 8
 """Times per run and most L-BFGS iterations of the search; iterations of its polish."""
+GROUPS = 8
+"""Most groups of runs without which training examples' states are inferred."""
 INFLATION_KNOTS = 5
 """Fewer follow the error along training less well; more do not help left-out runs."""
 
@@ -171,8 +180,12 @@ def _negative_score(
 ) -> Float[Array, ""]:
     gaussian, mean = _at(model, free, runs, rows)
     change = linked_change(model, runs, rows) - mean
-    by_runs = criterion == "leave-one-run-out"
-    score = gaussian.left_out_score if by_runs else gaussian.evidence_score
+    scores = {
+        "leave-one-run-out": gaussian.left_out_score,
+        "marginal": gaussian.marginal_score,
+        "evidence": gaussian.evidence_score,
+    }
+    score = scores[criterion]
     recorded = jnp.isfinite(change).any(axis=1).sum()
     return -(score(change) + log_prior(hypers_of(model, runs.features), free) / recorded)
 
@@ -194,6 +207,63 @@ def _at(
     return made.gaussian, made.mean
 
 
+@partial(jax.jit, static_argnames="model")
+def _left_out_simulated(
+    model: Simfluence,
+    free: Float[Array, " hyper"],
+    runs: RunArrays,
+    rows: Int[Array, " row"],
+    residual: Float[Array, "run step slot"],
+) -> LeftOut:
+    """Errors where left-out runs' residuals are simulated, not recorded."""
+    knots = model.coefficients.count(1.0)
+    values = natural_values(hypers_of(model, runs.features), free)
+    made = assembled(model, values, runs, rows, knots=knots)
+    change = linked_change(model, runs, rows)
+    left_out = made.gaussian.left_out(change - made.mean)
+    conditioned = made.gaussian.condition(change - made.mean)
+    simulated = runs._replace(residual=residual)
+    other = assembled(model, values, simulated, rows, knots=knots, size=made.size)
+    gain = conditioned.gain.reshape(made.gaussian.designs.shape)
+
+    # The weights' mean without a run is that with it, less its own pull.
+    def of_run(design: Array, mean: Array, gain: Array, change: Array, error: Array) -> Array:
+        weights = conditioned.mean - gain.T @ error
+        return jnp.where(jnp.isfinite(change), change - mean - design @ weights, 0.0)
+
+    designs = other.gaussian.designs
+    error = jax.vmap(of_run)(designs, other.mean, gain, change, left_out.error)
+    return LeftOut(error, left_out.variance)
+
+
+def _simulated_residuals(
+    model: Simfluence,
+    runs: RunArrays,
+    rows: Int[np.ndarray, " row"],
+    free: Float[Array, " hyper"],
+    scale: Float[np.ndarray, " query"],
+) -> Float[np.ndarray, "run step slot"]:
+    """Residuals of the fitted runs as simulated from the others, a group left out at a time."""
+    knots, count = model.coefficients.count(1.0), len(runs.batch)
+    _, size = conditioned_weights(model, free, runs, jnp.asarray(rows), knots=knots)
+    groups = [np.arange(first, count, GROUPS) for first in range(min(GROUPS, count))]
+    left_out = np.stack([np.isin(np.arange(count), group) for group in groups])
+    states = conditioned_states(
+        model, free, runs, observed_examples(model, runs), size, typical(scale), left_out,
+        jax.random.key(0), knots=knots,
+    )  # fmt: skip
+    found = np.zeros(runs.batch.shape)
+    for at, group in enumerate(groups):
+        # Groups of one size, so that one program serves all.
+        padded = np.resize(group, len(groups[0]))
+        white = np.zeros((len(padded), runs.steps + 1, runs.train))
+        own = States(states.weights[at], states.start[at], states.scale)
+        planned = runs.take(padded)._replace(residual=None)
+        residual = rolled_out(model, free, own, planned, size, white, knots=knots)
+        found[group] = np.asarray(residual)[: len(group)]
+    return found
+
+
 def band_of(
     model: Simfluence,
     runs: RunArrays,
@@ -202,17 +272,26 @@ def band_of(
 ) -> Band:
     """Scales, variance inflation and left-out predictions at given hyperparameters.
 
+    Left-out runs are simulated freely: where examples act by their residuals, these are simulated
+    too, from fits without the run.
+
     A query's scale is the root mean square of its standardized left-out errors; the log variance
     inflation is straight lines between knots in training progress, fitted to the log of their mean
     square over runs and queries, by as many runs as were recorded at a time.
     """
     known = runs.known_steps[:, rows]
+    counted = known[..., None]
     with double_precision():
-        left_out = _left_out(model, jnp.asarray(free), runs, jnp.asarray(rows))
+        at = (model, jnp.asarray(free), runs, jnp.asarray(rows))
+        left_out = _left_out(*at)
+        if model.coupled:
+            scale = _scales(left_out, counted)
+            residual = _simulated_residuals(model, runs, rows, at[1], scale)
+            left_out = _left_out_simulated(*at, residual)
         error, variance = np.asarray(left_out.error), np.asarray(left_out.variance)[..., None]
         truth = np.asarray(link_of(model.link, jnp.asarray(runs.loss, float)))[:, 1:][:, rows]
-    counted = np.broadcast_to(known[..., None], error.shape)
-    scale = np.sqrt(np.square(error / np.sqrt(variance)).mean(axis=(0, 1), where=counted) + 1e-12)
+    counted = np.broadcast_to(counted, error.shape)
+    scale = _scales(left_out, counted)
     z = error / (np.sqrt(variance) * scale)
     progress = (rows + 1) / runs.steps
     by_time = np.log(np.square(z).mean(axis=(0, 2), where=counted) + 1e-12)
@@ -234,6 +313,19 @@ def band_of(
         high=nats(truth - error + quantile * sd),
         raw_coverage=float((np.abs(z) <= quantile).mean(where=counted)),
     )
+
+
+def typical(scale: Float[np.ndarray, " query"]) -> float:
+    """Scale of what was not recorded, that of training examples for one: the geometric mean."""
+    return float(np.exp(np.log(np.maximum(scale, np.finfo(float).tiny)).mean()))
+
+
+def _scales(
+    left_out: LeftOut, counted: Bool[np.ndarray, "run row _"]
+) -> Float[np.ndarray, " query"]:
+    z = np.asarray(left_out.error) / np.sqrt(np.asarray(left_out.variance))[..., None]
+    counted = np.broadcast_to(counted, z.shape)
+    return np.asarray(np.sqrt(np.square(z).mean(axis=(0, 1), where=counted) + 1e-12))
 
 
 def interpolated_inflation(

@@ -67,6 +67,11 @@ class Exact:
                 do="pass both or none",
             )
 
+    @property
+    def couples(self) -> bool:
+        """Whether examples may act by their residuals: not where hyperparameters are sampled."""
+        return self.hyperparameters != "nuts"
+
     def default_model(self) -> Simfluence:
         """The two-timescale model."""
         return Simfluence()

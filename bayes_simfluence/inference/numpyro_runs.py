@@ -108,6 +108,8 @@ def in_numpyro(runs: RunArrays, model: Simfluence, method: str) -> NumpyroRuns:
             "scales='per-query', or without multiplicative terms",
             do="leave one of them out",
         )
+    # Residuals of planned runs are not simulated here, so effects are additive.
+    model = replace(model, coupling="none")
     largest = runs.largest_step_size
     features = runs.features.where(model.prior.features)
     runs = runs.in_units(runs.steps, largest)._replace(features=features)

@@ -44,19 +44,23 @@ def example_weights(
 
 
 def exposures(
-    batch: Int[Array, "step slot"], weight: Float[Array, "step slot"], train: int
+    batch: Int[Array, "step slot"],
+    weight: Float[Array, "step slot"],
+    train: int,
+    residual: Float[Array, "step slot"] | None = None,
 ) -> Float[Array, "step train"]:
     """Weight of each example over the sum of weights in the batch; an empty batch is all zero.
 
     This is the weight of an example's gradient when the training loss is the batch's weighted mean.
+    With residuals, times how much of its target the example had still to learn.
 
     >>> batch = jnp.array([[0, 0, 1, -1], [-1, -1, -1, -1]])
     >>> (3 * exposures(batch, jnp.ones((2, 4)), 2)).round().tolist()  # in thirds
     [[2.0, 1.0], [0.0, 0.0]]
     """
-    weights = example_weights(batch, weight, train)
-    total = weights.sum(axis=1, keepdims=True)
-    return weights / jnp.where(total > 0, total, 1.0)
+    total = jnp.where(batch != EMPTY_SLOT, weight, 0.0).sum(axis=1, keepdims=True)
+    acting = weight if residual is None else weight * residual
+    return example_weights(batch, acting, train) / jnp.where(total > 0, total, 1.0)
 
 
 class RunArrays(NamedTuple):
@@ -75,6 +79,8 @@ class RunArrays(NamedTuple):
         query: positions of the queries among the fitted ones.
         features: gradient features, one row for each example (seen or not) and fitted query.
         progress: step / steps of the fitted runs: the unit of training time.
+        residual: of each slot's example just before the step, in [0, 1], by which its exposure is
+            multiplied; None where examples act alike however well they are known.
     """
 
     batch: Int[Any, "*run step slot"]
@@ -84,6 +90,7 @@ class RunArrays(NamedTuple):
     query: Int[Any, " query"]
     features: ExampleFeatures
     progress: Float[Any, "*run step"]
+    residual: Float[Any, "*run step slot"] | None = None
 
     @classmethod
     def of(
@@ -142,10 +149,12 @@ class RunArrays(NamedTuple):
         """The unit of step sizes; None when none were recorded, or all are zero."""
         return None if self.step_size is None else float(np.max(self.step_size)) or None
 
-    def take(self, runs: Int[Any, " chosen"]) -> "RunArrays":
-        """Some of the runs."""
+    def take(self, runs: Int[Any, "*chosen"]) -> "RunArrays":
+        """Some of the runs, or one."""
         step_size = None if self.step_size is None else self.step_size[runs]
+        residual = None if self.residual is None else self.residual[runs]
         return self._replace(
+            residual=residual,
             batch=self.batch[runs],
             weight=self.weight[runs],
             step_size=step_size,
@@ -183,15 +192,20 @@ class RunArrays(NamedTuple):
 
     def exposures(self) -> Float[Array, "step train"]:
         """Of one run: how much of each example every step's batch holds."""
-        return exposures(jnp.asarray(self.batch), jnp.asarray(self.weight, float), self.train)
+        batch, weight = jnp.asarray(self.batch), jnp.asarray(self.weight, float)
+        return exposures(batch, weight, self.train, self.residual)
 
     def each(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(run, *arguments)`` of each run; arguments have a leading axis of runs."""
-        runs = (self.batch, self.weight, self.step_size, self.loss, self.progress)
+        runs = (
+            self.batch, self.weight, self.step_size, self.loss, self.progress, self.residual
+        )  # fmt: skip
 
         def of_one(run: tuple[Any, ...], *arguments: Any) -> Any:
-            batch, weight, step_size, loss, progress = run
-            alone = RunArrays(batch, weight, step_size, loss, self.query, self.features, progress)
+            batch, weight, step_size, loss, progress, residual = run
+            alone = RunArrays(
+                batch, weight, step_size, loss, self.query, self.features, progress, residual
+            )
             return function(alone, *arguments)
 
         return jax.vmap(of_one)(runs, *arguments)

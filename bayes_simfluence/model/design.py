@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
+from bayes_simfluence.model.coupling import second_moment
 from bayes_simfluence.model.hyper import Values
 from bayes_simfluence.model.recurrence import accumulation
 from bayes_simfluence.model.simfluence import Simfluence
@@ -29,7 +30,9 @@ def design(
         each = jnp.einsum("tsk,sn->tkn", gathered[:, :, None] * over_time[None], sources)
         if model.time_effect != "none":
             shared = time_curve(model, over_time)
-            common = values[f"{part}_common"] * gathered @ shared
+            # What any step does, it does by what its examples have still to learn.
+            acting = gathered if run.residual is None else gathered * exposure.sum(axis=1)
+            common = values[f"{part}_common"] * acting @ shared
             each = jnp.concatenate([each, common[:, :, None]], axis=2)
         blocks.append(part_scale(values, part) * each.reshape(len(rows), -1))
     return jnp.concatenate(blocks, axis=1)
@@ -86,9 +89,21 @@ def gather(
     model: Simfluence, values: Values, run: RunArrays, part: str, rows: Int[Array, " row"]
 ) -> Float[Array, "row source"]:
     """How much of each step's batch a later time holds: memory of optimizer, then of the loss."""
-    rate = rate_of(values, part)
-    summed = accumulation(rate, jnp.asarray(run.progress))[rows]
-    return summed @ model.exposure.weights(values, jnp.asarray(run.step_size))
+    moment = None if run.residual is None else second_moment(run)
+    return gathering(model, values, part, run, moment, rows)
+
+
+def gathering(
+    model: Simfluence,
+    values: Values,
+    part: str,
+    run: RunArrays,
+    moment: Float[Array, " step"] | None,
+    rows: Int[Array, " row"],
+) -> Float[Array, "row source"]:
+    """The same, given the running mean of squared gradients."""
+    summed = accumulation(rate_of(values, part), jnp.asarray(run.progress))[rows]
+    return summed @ model.exposure.weights(values, jnp.asarray(run.step_size), moment)
 
 
 def rate_of(values: Values, part: str) -> Float[Array, ""]:

@@ -11,6 +11,8 @@ from bayes_simfluence.model.hyper import Hyper, Values
 
 FLOOR = 0.01
 """Added to relative step sizes: a schedule that ends at zero keeps a finite logarithm."""
+LEAST_MOMENT = 1e-9
+"""Added to the second moment: a first batch without a gradient keeps a finite logarithm."""
 
 
 @dataclass(frozen=True)
@@ -20,32 +22,31 @@ class Exposure:
     Under momentum the update of step ``t`` holds the batches of steps ``s <= t`` with weights
     ``(1 - rho) rho^(t-s) / (1 - rho^t)``: Adam's bias-corrected first moment (Kingma & Ba 2015,
     algorithm 1). The step size enters as a power, because Adam and decay schedules make an
-    example's effect neither independent of nor proportional to it.
+    example's effect neither independent of nor proportional to it. So does the running mean of
+    squared gradients, by whose root Adam divides a step, where residuals tell it (``coupling``).
 
     Attributes:
         momentum: ``rho`` in [0, 1); 0 = memoryless; inferred when None.
         step_size_power: 0 = ignore the step size, 1 = proportional; inferred when None.
         order: an n-th order memory instead of the exponential one: a batch acts on this many
             steps, its own included, with shares that are inferred; ``momentum`` is not used.
+        second_moment_power: of the running mean of squared gradients that steps are divided by,
+            in coupled models: .5 as in Adam, 0 as in SGD; inferred when None.
 
     >>> Exposure.memoryless()
-    Exposure(momentum=0.0, step_size_power=0.0, order=None)
+    Exposure(momentum=0.0, step_size_power=0.0, order=None, second_moment_power=None)
     """
 
     momentum: float | None = None
     step_size_power: float | None = None
     order: int | None = None
+    second_moment_power: float | None = None
 
     def __post_init__(self) -> None:
         if self.momentum is not None:
             unit_interval("Exposure(momentum=...)", self.momentum)
-        if self.step_size_power is not None and not np.isfinite(self.step_size_power):
-            raise Misuse(
-                "Exposure(step_size_power=...)",
-                got=repr(self.step_size_power),
-                expected="a finite number, or None to infer it",
-                do="pass 0 to ignore the step size",
-            )
+        _finite_power("step_size_power", self.step_size_power, "the step size")
+        _finite_power("second_moment_power", self.second_moment_power, "the gradients' size")
         if self.order is not None:
             positive_integer("Exposure(order=...)", self.order)
         if self.order is not None and self.momentum is not None:
@@ -66,8 +67,8 @@ class Exposure:
         """Whether a batch acts on its own step alone."""
         return self.momentum == 0.0 or self.order == 1
 
-    def hypers(self) -> dict[str, Hyper]:
-        """What is inferred."""
+    def hypers(self, *, coupled: bool) -> dict[str, Hyper]:
+        """What is inferred; of a coupled model, the power of the second moment too."""
         free = {}
         for lag in range(1, self.order or 1):
             free[f"lag_{lag}"] = Hyper(0.3, 1.5, "positive", f"share of lag {lag} over lag 0's")
@@ -75,23 +76,33 @@ class Exposure:
             free["momentum"] = Hyper(0.9, 1.0, "share", "decay of the update's memory per step")
         if self.step_size_power is None:
             free["step_size_power"] = Hyper(0.5, 0.5, "real", "power of the relative step size")
+        if coupled and self.second_moment_power is None:
+            free["second_moment_power"] = Hyper(
+                0.25, 0.25, "real", "power of the mean squared gradient that divides a step"
+            )
         return free
 
     def weights(
-        self, values: Values, step_size: Float[Array, " step"]
+        self,
+        values: Values,
+        step_size: Float[Array, " step"],
+        moment: Float[Array, " step"] | None = None,
     ) -> Float[Array, "step source"]:
         """``weights[t, s]``: how much the batch of step ``s`` moves the loss at step ``t``.
 
         Args:
             values: hyperparameters.
             step_size: relative to the largest recorded one.
+            moment: running mean of squared gradients; None where it is not known.
         """
         memory = self._memory(values, len(step_size))
-        if self.step_size_power == 0:
-            return memory
-        fixed = self.step_size_power
-        power = values["step_size_power"] if fixed is None else jnp.asarray(fixed)
-        return (step_size + FLOOR)[:, None] ** power * memory
+        if self.step_size_power != 0:
+            power = _power(values, "step_size_power", self.step_size_power)
+            memory = (step_size + FLOOR)[:, None] ** power * memory
+        if moment is not None:
+            power = _power(values, "second_moment_power", self.second_moment_power)
+            memory = (moment + LEAST_MOMENT)[:, None] ** -power * memory
+        return memory
 
     def _memory(self, values: Values, size: int) -> Float[Array, "step source"]:
         """Shares of the batches in each step's update; rows sum to one."""
@@ -108,3 +119,17 @@ class Exposure:
         reached = (lag >= 0) & (lag < self.order)
         memory = jnp.where(reached, shares[jnp.clip(lag, 0, self.order - 1)], 0.0)
         return memory / memory.sum(axis=1, keepdims=True)
+
+
+def _power(values: Values, name: str, fixed: float | None) -> Array:
+    return jnp.asarray(values[name] if fixed is None else fixed)
+
+
+def _finite_power(name: str, power: float | None, of: str) -> None:
+    if power is not None and not np.isfinite(power):
+        raise Misuse(
+            f"Exposure({name}=...)",
+            got=repr(power),
+            expected="a finite number, or None to infer it",
+            do=f"pass 0 to ignore {of}",
+        )

@@ -10,7 +10,8 @@ For one run and one query, on the scale of the link, ``y_t = link(L_t)``:
 with exposures ``e_s`` that the optimizer's memory spreads by ``w_ts`` (``exposure``), coefficients
 ``b_s`` that may vary over training (``coefficients``), their prior over examples (``priors``), a
 time effect ``mu_s`` that all runs share, multiplicative terms ``a`` of the recorded loss before the
-step, and the run's error ``eta`` (``noise``).
+step, and the run's error ``eta`` (``noise``). In a coupled model exposures are multiplied by the examples'
+residuals just before the step, and ``w_ts`` divided by the size of gradients so far (``coupling``).
 
 ``Simfluence()`` is the two-timescale model: both ``u`` and ``v``, smooth coefficients, momentum, a
 smooth error. The paper's (Guu et al. 2023, eq. 2), centred on "nothing happens", is another setting
@@ -43,6 +44,8 @@ Kind = Literal["two-timescale", "linear", "additive", "multiplicative"]
 TERMS = ("additive", "multiplicative", "both")
 TIMESCALES = {"both": ("staying", "fading"), "staying": ("staying",), "fading": ("fading",)}
 TIME_EFFECTS = ("smooth", "linear", "none")
+Coupling = Literal["residual", "none"]
+COUPLINGS: tuple[Coupling, ...] = ("residual", "none")
 SCALES = ("shared", "per-query")
 MULTIPLICATIVE = "multiplicative"
 """Name of the part that holds the terms ``a``."""
@@ -70,6 +73,10 @@ class Simfluence:
         error: what the curriculum does not explain.
         time_effect: what all runs have in common at a step: a ``smooth`` curve, ``linear`` in time
             (the same at every step), ``none``.
+        coupling: ``residual``: an example acts by its residual, what it has still to learn, and is
+            simulated together with the queries (``Exact`` alone, on recordings that know the
+            losses of each step's examples; elsewhere effects are additive and the verdict says
+            so). ``none``: it acts alike however well it is known.
         scales: ``shared``: the sizes of errors and of multiplicative terms are relative to one
             scale of each query, which is the sd of a run's change (units of the link), and what
             stays may grow. ``per-query``, as published: each query has its own sd of coefficients
@@ -88,6 +95,7 @@ class Simfluence:
     prior: Prior | Distribution = Normal()
     error: Error = Smooth()
     time_effect: Literal["smooth", "linear", "none"] = "smooth"
+    coupling: Coupling = "residual"
     scales: Literal["shared", "per-query"] = "shared"
 
     @classmethod
@@ -106,6 +114,7 @@ class Simfluence:
             "prior": Normal(features=False),
             "error": Gaussian(),
             "time_effect": "none",
+            "coupling": "none",
             "scales": "per-query",
         }
         return cls(**{**published, **parts})
@@ -128,6 +137,7 @@ class Simfluence:
         choice_of("Simfluence(timescales=...)", self.timescales, tuple(TIMESCALES))
         choice_of("Simfluence(time_effect=...)", self.time_effect, TIME_EFFECTS)
         choice_of("Simfluence(scales=...)", self.scales, SCALES)
+        choice_of("Simfluence(coupling=...)", self.coupling, COUPLINGS)
         _instance("prior", self.prior, Prior, "a prior such as priors.Normal()")
         _instance("error", self.error, Error, "an error such as noise.Smooth()")
         _instance("exposure", self.exposure, Exposure, "an Exposure(...)")
@@ -169,6 +179,11 @@ class Simfluence:
         return self.scales == "per-query"
 
     @property
+    def coupled(self) -> bool:
+        """Whether examples act by their residuals."""
+        return self.coupling == "residual"
+
+    @property
     def has_additive(self) -> bool:
         """Whether there are terms ``b``."""
         return self.terms != "multiplicative"
@@ -195,6 +210,7 @@ class Simfluence:
             "prior": self.prior.as_dict(),
             "error": self.error.as_dict(),
             "time_effect": self.time_effect,
+            "coupling": self.coupling,
             "scales": self.scales,
         }
 
@@ -269,7 +285,7 @@ def _instance(name: str, value: Any, kind: Any, expected: str) -> None:
 
 def hypers_of(model: Simfluence, features: ExampleFeatures) -> dict[str, Hyper]:
     """Every hyperparameter that all queries share, by name."""
-    free = {**model.exposure.hypers(), **model.error.hypers()}
+    free = {**model.exposure.hypers(coupled=model.coupled), **model.error.hypers()}
     if not model.per_query:
         if "staying" in model.parts:
             free["growth"] = Hyper(0.0, 1.0, "real", "log growth of what stays per recorded length")

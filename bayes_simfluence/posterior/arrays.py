@@ -5,12 +5,18 @@ import xarray as xr
 from jaxtyping import Int
 
 from bayes_simfluence.checks import named
+from bayes_simfluence.data.training import residuals_of
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
 from bayes_simfluence.model.priors import Prior
 
 
-def recorded_arrays(runs: xr.Dataset, prior: Prior | None = None) -> RunArrays:
-    """The arrays of valid, usable runs; with what a prior brings of its own."""
+def recorded_arrays(
+    runs: xr.Dataset, prior: Prior | None = None, *, residuals: bool = False
+) -> RunArrays:
+    """The arrays of valid, usable runs; with what a prior brings of its own.
+
+    With ``residuals``, those of each step's examples where all runs tell them, for coupled models.
+    """
     features = no_features(runs.sizes["train"], runs.sizes["query"])
     known = {axis: _optional(runs, f"{axis}_feature") for axis in ("train", "query")}
     features = features._replace(
@@ -19,13 +25,14 @@ def recorded_arrays(runs: xr.Dataset, prior: Prior | None = None) -> RunArrays:
     if prior is not None:
         resolved = prior.resolve(runs["train"].values, runs["query"].values, features)
         features = ExampleFeatures(*map(np.asarray, resolved))
-    return RunArrays.of(
+    arrays = RunArrays.of(
         runs["batch"].values,
         np.asarray(runs["loss"].values, float),
         weight=_optional(runs, "weight"),
         step_size=_optional(runs, "step_size"),
         features=features,
     )
+    return arrays._replace(residual=residuals_of(runs)) if residuals else arrays
 
 
 def planned_arrays(runs: xr.Dataset, train: np.ndarray, query: np.ndarray) -> RunArrays:

@@ -1,5 +1,6 @@
 """``fit``: recorded runs in, a ``Posterior`` out, whatever the model and method."""
 
+from dataclasses import replace
 from warnings import warn
 
 import jax
@@ -10,6 +11,7 @@ from bayes_simfluence.checks import FitFailed, FitWarning, Misuse, keyed, named
 from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.data.identify import identifiability
 from bayes_simfluence.data.runs import usable_runs
+from bayes_simfluence.data.training import residuals_of
 from bayes_simfluence.inference.exact import Exact
 from bayes_simfluence.inference.method import FitContext, LeftOutRuns, Method
 from bayes_simfluence.inference.verdict import Verdict
@@ -74,7 +76,8 @@ def fit(
     runs = usable_runs(runs)
     checked = None if validation is None else _like(usable_runs(validation), runs)
     fit_key, check_key = jax.random.split(key)
-    recorded = recorded_arrays(runs, model.prior)
+    model, uncoupled = settled_coupling(model, method, runs)
+    recorded = recorded_arrays(runs, model.prior, residuals=model.coupled)
     context = FitContext(
         key=fit_key,
         validation=None if checked is None else recorded_arrays(checked, model.prior),
@@ -85,7 +88,7 @@ def fit(
     verdict = Verdict(
         fitted.verdict.ok,
         fitted.verdict.sentence,
-        (*fitted.verdict.notes, *_said_of(weighed), *identifiability(runs).sentences()),
+        (*fitted.verdict.notes, *uncoupled, *_said_of(weighed), *identifiability(runs).sentences()),
         {**fitted.verdict.numbers, **weighed},
     )
     if not verdict.ok and strict:
@@ -102,6 +105,32 @@ def fit(
         search_loss=fitted.losses,
         prior=PriorOf(model) if fitted.has_prior else None,
     )
+
+
+def settled_coupling(
+    model: Simfluence, method: Method, runs: xr.Dataset
+) -> tuple[Simfluence, list[str]]:
+    """The model that can be fitted, uncoupled where it must be, and what to say of that."""
+    if not model.coupled:
+        return model, []
+    additive = replace(model, coupling="none")
+    residual = residuals_of(runs)
+    if residual is None:
+        return additive, [
+            "Effects are additive, since losses of the steps' own examples were not recorded: "
+            "curricula unlike the recorded ones may be far outside their bands "
+            "(docs/counterfactuals.md). Record anew, or pass train_losses to Recorder."
+        ]
+    # A method says so itself; what a caller brings may know nothing of it.
+    if not getattr(method, "couples", False):
+        return additive, ["Effects are additive: only Exact() lets examples act by residuals."]
+    unknown = np.isnan(residual).any(axis=(1, 2))
+    if unknown.any():
+        return additive, [
+            f"Effects are additive, since {unknown.sum()} of {len(unknown)} runs have no losses "
+            "of the steps' own examples: fit the other runs alone to use them."
+        ]
+    return model, []
 
 
 def _weighed(simulator: Simulator, runs: RunArrays, key: jax.Array) -> dict[str, float]:

@@ -243,7 +243,8 @@ class Posterior:
         self, loss: Float[np.ndarray, "run time query"], key: jax.Array, draws: int
     ) -> dict[str, xr.Dataset]:
         """Groups of the data, and of their log densities where the simulator has any."""
-        recorded = recorded_arrays(self.runs)._replace(loss=loss)
+        recorded = recorded_arrays(self.runs, residuals=self.simulator.coupled)
+        recorded = recorded._replace(loss=loss)
         density = self.simulator.log_likelihood(recorded, key=key, draws=draws)
         # Every draw has its density at the same steps.
         known = loss[:, 1:] if density is None else density[0, 0]

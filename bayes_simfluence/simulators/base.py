@@ -45,6 +45,11 @@ class Simulator(Protocol):
         """Draws that it holds; None = any number on request."""
 
     @property
+    def coupled(self) -> bool:
+        """Whether recorded runs' residuals are part of what it takes (``model.coupling``)."""
+        return False
+
+    @property
     def has_effects(self) -> bool:
         """Whether ``a`` and ``b`` among its samples are changes of the loss, 0 for no effect."""
         return True

@@ -5,7 +5,7 @@ times standard normal weights, error of the run (``gaussian.linear_gaussian``). 
 scales and errors belong to the key alone: any curriculum meets the same ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -23,6 +23,12 @@ from bayes_simfluence.gaussian.draws import (
     drawn_trajectories,
     drawn_weights,
 )
+from bayes_simfluence.gaussian.examples import (
+    States,
+    conditioned_states,
+    observed_examples,
+    rolled_out,
+)
 from bayes_simfluence.gaussian.fitted import (
     FittedWeights,
     Planned,
@@ -31,13 +37,19 @@ from bayes_simfluence.gaussian.fitted import (
     plan,
 )
 from bayes_simfluence.gaussian.queries import carried_loadings, own_sd
-from bayes_simfluence.gaussian.search import interpolated_inflation
+from bayes_simfluence.gaussian.search import interpolated_inflation, typical
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
 from bayes_simfluence.model.hyper import natural_values
 from bayes_simfluence.model.link import link_of, log_slope, loss_of
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 from bayes_simfluence.simulators.base import CHUNK, Named, Simulated, Simulator
+
+SCENARIOS = 8
+"""Draws of the training examples' states, by which the draws of queries are simulated in turn."""
+OF_STATES = 0x5747
+"""Folded into a key: draws of the states are none of the queries'."""
+BATCH = ("run", "step", "slot")
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,11 @@ class GaussianSimulator(Simulator):
         return None
 
     @property
+    def coupled(self) -> bool:
+        """Whether examples act by their residuals."""
+        return self.model.coupled
+
+    @property
     def features(self) -> ExampleFeatures:
         """Of the fitted examples and queries, or of the queries that it simulates instead."""
         return self.unseen or self.fitted.features
@@ -123,24 +140,26 @@ class GaussianSimulator(Simulator):
         """Draws of weights, scales and run errors, which queries partly have in common."""
         rows = np.arange(runs.steps)
         posterior = self._conditioned(runs.steps)
-        planned = self._planned(posterior, runs, rows)
+        planned = self._simulated(posterior, runs, key=key, scenarios=min(SCENARIOS, draws))
         deviations = self._deviations(
             posterior,
-            planned.designs,
-            planned.error_factor,
+            np.stack([np.asarray(one.designs, np.float32) for one in planned]),
+            planned[0].error_factor,
             self._spread(runs, rows),
             runs.query,
             key=key,
             draws=draws,
         )
-        centre = np.asarray(planned.centre, np.float32)[None]
+        centre = np.stack([np.asarray(one.centre, np.float32) for one in planned])
+        scenario = np.arange(draws) // -(-draws // len(planned))
 
         def in_nats(deviation: Array) -> np.ndarray:
             loss = np.empty((1, draws, *centre.shape[1:2], len(rows) + 1, len(runs.query)), "f4")
             loss[:, :, :, 0] = runs.initial
             for first in range(0, draws, CHUNK):
                 chunk = slice(first, first + CHUNK)
-                linked = np.moveaxis(np.asarray(deviation)[:, chunk], 0, -1) + centre
+                linked = np.moveaxis(np.asarray(deviation)[:, chunk], 0, -1)
+                linked = linked + centre[scenario[chunk]]
                 loss[0, chunk, :, 1:] = _loss_of(self.model, linked)
             return loss
 
@@ -158,7 +177,7 @@ class GaussianSimulator(Simulator):
         rows = self.rows[self.rows < runs.steps]
         density = np.full((1, draws, *runs.loss[:, 1:].shape), np.nan, np.float32)
         posterior = self._conditioned(runs.steps)
-        planned = self._planned(posterior, runs, rows)
+        planned = self._planned(posterior, runs, rows, runs.residual)
         with double_precision():
             seen = jnp.asarray(runs.loss[:, 1:][:, rows], float)
             change = link_of(self.model.link, seen) - planned.centre
@@ -202,7 +221,7 @@ class GaussianSimulator(Simulator):
                 )
             deviation, _ = self._deviations(
                 posterior,
-                functional[None],
+                functional[None, None],
                 np.zeros((train, train)),
                 np.broadcast_to(self.scale[:, None], (len(self.scale), train)),
                 np.arange(len(self.scale)),
@@ -229,12 +248,50 @@ class GaussianSimulator(Simulator):
             )
         return FittedWeights(conditioned, size, knots)
 
+    def _simulated(
+        self, posterior: FittedWeights, runs: RunArrays, *, key: jax.Array, scenarios: int
+    ) -> list[Planned]:
+        """The runs at every step, once for each scenario of their examples' residuals."""
+        rows = np.arange(runs.steps)
+        if not self.coupled:
+            return [self._planned(posterior, runs, rows, None)]
+        return [
+            self._planned(posterior, runs, rows, residual)
+            for residual in self._residuals(posterior, runs, key=key, scenarios=scenarios)
+        ]
+
+    def _residuals(
+        self, posterior: FittedWeights, runs: RunArrays, *, key: jax.Array, scenarios: int
+    ) -> Iterator[Float[np.ndarray, "run step slot"]]:
+        """Draws of the residuals with which the runs' examples act."""
+        state_key, error_key = jax.random.split(jax.random.fold_in(key, OF_STATES))
+        runs = runs.in_units(self.fitted.steps, self.largest_step_size)
+        runs = runs._replace(features=self.fitted.features, residual=None)
+        fitted, knots = self.fitted, posterior.knots
+        with double_precision():
+            free = jnp.asarray(self.free)
+            states = conditioned_states(
+                self.model, free, fitted, observed_examples(self.model, fitted), posterior.size,
+                typical(self.scale), np.zeros((0, len(fitted.batch)), bool), state_key,
+                knots=knots, draws=scenarios,
+            )  # fmt: skip
+        for scenario, own in enumerate(jax.random.split(error_key, scenarios)):
+            with double_precision():
+                white = jax.random.normal(own, (len(runs.batch), runs.steps + 1, runs.train))
+                one = States(states.weights[scenario], states.start[scenario], states.scale)
+                found = rolled_out(self.model, free, one, runs, posterior.size, white, knots=knots)
+            yield np.asarray(found)
+
     def _planned(
-        self, posterior: FittedWeights, runs: RunArrays, rows: Int[np.ndarray, " row"]
+        self,
+        posterior: FittedWeights,
+        runs: RunArrays,
+        rows: Int[np.ndarray, " row"],
+        residual: Float[np.ndarray, "run step slot"] | None,
     ) -> Planned:
         """The runs after the steps ``rows``: where draws deviate from, and by how much."""
         runs = runs.in_units(self.fitted.steps, self.largest_step_size)
-        runs = runs._replace(features=self.features)
+        runs = runs._replace(features=self.features, residual=residual)
         with double_precision():
             return plan(
                 self.model, jnp.asarray(self.free), posterior.conditioned.mean, posterior.size,
@@ -263,7 +320,7 @@ class GaussianSimulator(Simulator):
     def _deviations(
         self,
         posterior: FittedWeights,
-        designs: Array,
+        designs: Array | np.ndarray,
         error_factor: Array | np.ndarray,
         spread: np.ndarray,
         query: Int[np.ndarray, " query"],
@@ -291,14 +348,16 @@ class GaussianSimulator(Simulator):
     def arrays(self) -> Named:
         """The fitted runs and everything inferred."""
         fitted = self.fitted
+        residual = {} if fitted.residual is None else {"residual": (BATCH, fitted.residual)}
         return {
+            **residual,
             "free": (("hyper",), self.free),
             "rows": (("row",), self.rows),
             "scale": (("query",), self.scale),
             "log_inflation": (("knot",), self.log_inflation),
             "loadings": (("query", "factor"), self.loadings),
-            "batch": (("run", "step", "slot"), fitted.batch),
-            "weight": (("run", "step", "slot"), fitted.weight),
+            "batch": (BATCH, fitted.batch),
+            "weight": (BATCH, fitted.weight),
             "step_size": (("run", "step"), np.asarray(fitted.step_size)),
             "loss": (("run", "time", "query"), fitted.loss),
             "train_feature": (("train", "feature"), np.asarray(fitted.features.train)),
@@ -325,8 +384,11 @@ class GaussianSimulator(Simulator):
             step_size=arrays["step_size"],
             features=ExampleFeatures(arrays["train_feature"], arrays["query_feature"]),
         )
+        fitted = fitted._replace(residual=arrays.get("residual"))
+        # Models of version 0.1 were additive.
+        model = Simfluence.from_dict({"coupling": "none", **settings["model"]})
         return cls(
-            model=Simfluence.from_dict(settings["model"]),
+            model=model,
             free=arrays["free"],
             fitted=fitted,  # saved in units
             rows=arrays["rows"],
