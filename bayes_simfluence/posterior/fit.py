@@ -21,6 +21,7 @@ from bayes_simfluence.posterior.arrays import recorded_arrays
 from bayes_simfluence.posterior.arviz import untrusted_runs
 from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.posterior.prior import PriorOf
+from bayes_simfluence.posterior.widening import widening_of
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.simulators.base import Simulator
 
@@ -95,12 +96,14 @@ def fit(
         raise FitFailed(verdict.sentence)
     if not verdict.ok:
         warn(verdict.sentence, FitWarning, stacklevel=2)
+    left_out = None if fitted.left_out is None else _named(fitted.left_out, runs)
     return Posterior(
         simulator=fitted.simulator,
         verdict=verdict,
         runs=runs,
         settings={"model": model.as_dict(), **method.as_dict(), "has_prior": fitted.has_prior},
-        left_out=None if fitted.left_out is None else _named(fitted.left_out, runs),
+        left_out=left_out,
+        widening=widening_of(runs, left_out),
         sample_stats=fitted.sample_stats,
         search_loss=fitted.losses,
         prior=PriorOf(model) if fitted.has_prior else None,

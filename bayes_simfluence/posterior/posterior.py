@@ -36,6 +36,13 @@ from bayes_simfluence.posterior.bands import Band
 from bayes_simfluence.posterior.prior import prior_from_settings
 from bayes_simfluence.posterior.support import Recorded, refuse, support_of, tell, told_elsewhere
 from bayes_simfluence.posterior.unseen import simulated_runs
+from bayes_simfluence.posterior.widening import (
+    Widening,
+    as_dataset,
+    for_queries,
+    from_dataset,
+    widened,
+)
 from bayes_simfluence.simulators.affine import AffineSimulator
 from bayes_simfluence.simulators.base import Simulator
 from bayes_simfluence.simulators.gaussian import GaussianSimulator
@@ -53,6 +60,9 @@ SIMULATORS: dict[str, type[Simulator]] = {
 FORMER_NAMES = {"paths": "gaussian"}
 """Of simulators in files of version 0.1."""
 
+OF_DISTANCE = 0x0FA2
+"""Folded into a key: what distance adds has draws of its own."""
+
 
 @dataclass(frozen=True)
 class Posterior:
@@ -69,6 +79,8 @@ class Posterior:
             (``diverging``, ``energy``, ``tree_depth``, ``acceptance_rate``).
         search_loss: of every step of a stochastic search (``SVI``), lower is better.
         prior: draws from the prior, for ``to_arviz``; after loading, where the settings say it all.
+        widening: what makes ``loss`` of simulated runs spread where they leave what was recorded;
+            None = nothing does.
     """
 
     simulator: Simulator
@@ -79,6 +91,7 @@ class Posterior:
     sample_stats: xr.Dataset | None = None
     search_loss: Float[np.ndarray, " step"] | None = None
     prior: PriorDraws | None = None
+    widening: Widening | None = None
 
     @cached_property
     def _recorded(self) -> Recorded:
@@ -109,8 +122,9 @@ class Posterior:
             ``mean_loss`` and ``loss``, both ``(chain, draw, run, time, query)`` in nats: without
             and with the noise of a single run; ``support (run, time)`` in (0, 1]: 1 while a run is
             like the fitted ones, falling the farther it leaves them, with its meaning and each
-            run's reasons in the attributes. With ``band``, also the edges ``low`` and ``high``
-            of ``loss``, ``(run, time, query)``, whose attributes say what they are.
+            run's reasons in the attributes. Where it falls, ``loss`` spreads (``widening``). With
+            ``band``, also the edges ``low`` and ``high`` of ``loss``, ``(run, time, query)``, whose
+            attributes say what they are.
 
         Raises:
             Misuse: unknown examples or queries without features to go by, initial losses that are
@@ -146,6 +160,11 @@ class Posterior:
         if strict:
             refuse(support)
         losses = simulated_runs(self.simulator, self.runs, runs, key=key, draws=draws)
+        if self.widening is not None:
+            own = for_queries(self.widening, self.runs, runs)
+            far_key = jax.random.fold_in(key, OF_DISTANCE)
+            spread = widened(losses.loss, support.distance, own, key=far_key)
+            losses = losses._replace(loss=spread)
         dims = ("chain", "draw", "run", "time", "query")
         simulated = xr.Dataset(
             {
@@ -271,6 +290,7 @@ class Posterior:
             "has_left_out": int(self.left_out is not None),
             "has_sample_stats": int(self.sample_stats is not None),
             "has_search": int(self.search_loss is not None),
+            "has_widening": int(self.widening is not None),
             "simulator": self.simulator.name,
             "simulator_settings": self.simulator.settings(),
             "verdict": self.verdict.as_dict(),
@@ -281,6 +301,8 @@ class Posterior:
             "simulator": xr.Dataset(dict(self.simulator.arrays())),
         }
         groups["runs"] = self.runs
+        if self.widening is not None:
+            groups["widening"] = as_dataset(self.widening)
         if self.left_out is not None:
             groups["left_out"] = self.left_out
         if self.sample_stats is not None:
@@ -311,6 +333,8 @@ def load_posterior(path: PathLike) -> Posterior:
         # Files of earlier versions know nothing of samplers.
         sampled, searched = about.get("has_sample_stats", 0), about.get("has_search", 0)
         sample_stats = read_group(path, "sample_stats") if sampled else None
+        wide = about.get("has_widening", 0)
+        widening = from_dataset(read_group(path, "widening")) if wide else None
         search_loss = read_group(path, "search")["loss"].values if searched else None
         simulator = SIMULATORS[FORMER_NAMES.get(about["simulator"], about["simulator"])].restore(
             arrays, about["simulator_settings"]
@@ -324,6 +348,7 @@ def load_posterior(path: PathLike) -> Posterior:
         sample_stats=sample_stats,
         search_loss=search_loss,
         prior=prior_from_settings(about["settings"]),
+        widening=widening,
     )
 
 

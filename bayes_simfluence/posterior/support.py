@@ -50,6 +50,11 @@ class Support:
     reasons: list[list[str]]
     sentence: str
 
+    @property
+    def distance(self) -> Float[np.ndarray, "run time"]:
+        """The largest one so far: 0 = as recorded, 1 = has clearly left it."""
+        return 1.0 / self.value - 1.0
+
     def variable(self) -> tuple[tuple[str, str], np.ndarray, dict[str, Any]]:
         """Dimensions, values and attributes: the meaning, and the reasons of each run in order."""
         attrs = {

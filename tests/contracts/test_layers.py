@@ -161,6 +161,7 @@ ROWS = {
         "courses",
         "departures",
         "support",
+        "widening",
         "unseen",
         "prior",
         "posterior",

@@ -1,0 +1,169 @@
+"""Widening: bands grow where a curriculum leaves what was recorded, whatever the method.
+
+No run tells of curricula unlike it, and every model is wrong far enough away. On the scale of the
+log-odds of a loss, a simulation errs there by about ``rate`` times the fitted runs' own changes for
+each unit of distance (``departures``), besides what the posterior knows. How much is learned from
+left-out runs that are themselves far from the others; where all runs are alike it is what is
+believed beforehand. Queries that changed together in the fitted runs err together.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+
+from bayes_simfluence.gaussian.queries import carried_loadings, own_sd, query_loadings
+from bayes_simfluence.model.link import Link, link_of, loss_of
+from bayes_simfluence.posterior.support import Recorded, support_of
+
+FREE = 0.5
+"""Distance from which on bands widen: below it a curriculum is like the recorded ones."""
+BELIEVED, UNSURE = 2.0, 0.7
+"""Median of the rate before any run was seen, and sd of its logarithm."""
+RATES = np.geomspace(0.02, 20.0, 61)
+COUNTS_AS = 4.0
+"""Independent points that a left-out run counts as: its errors are much alike."""
+QUANTILE_90 = 1.6449
+
+
+class Widening(NamedTuple):
+    """What makes bands grow with distance.
+
+    Attributes:
+        rate: sd of the added error over a query's ``size``, for each unit of distance.
+        size: root mean square change of each query over the fitted runs.
+        loadings: of the queries on common factors, by which added errors go together.
+        positive: whether all losses are, so that errors add up on the scale of the log-odds.
+    """
+
+    rate: float
+    size: Float[np.ndarray, " query"]
+    loadings: Float[np.ndarray, "query factor"]
+    positive: bool
+
+    @property
+    def link(self) -> Link:
+        """The scale on which errors are added."""
+        return "log-odds" if self.positive else "identity"
+
+
+def widening_of(runs: xr.Dataset, left_out: xr.Dataset | None) -> Widening:
+    """From fitted runs and predictions of each from the others, if there are any.
+
+    >>> import bayes_simfluence as bs
+    >>> like = bs.example_runs().isel(run=slice(0, 8))
+    >>> widening_of(like, None).rate  # nothing but what is believed
+    2.0
+    """
+    loss = runs["loss"].values
+    positive = bool(np.nanmin(loss) > 0)
+    change = _linked(loss, positive)
+    change = change[:, 1:] - change[:, :1]
+    known = np.isfinite(change)
+    change = np.where(known, change, 0.0)
+    counts = np.maximum(known.sum(axis=(0, 1)), 1)
+    size = np.sqrt(np.square(change).sum(axis=(0, 1)) / counts + 1e-24)
+    z = change / size
+    z = z - z.mean(axis=0)
+    loadings = query_loadings(z, known.all(axis=2), np.zeros((z.shape[2], 0)))
+    return Widening(_rate(runs, left_out, size, positive), size, loadings, positive)
+
+
+def for_queries(widening: Widening, fitted: xr.Dataset, runs: xr.Dataset) -> Widening:
+    """The same of the queries of ``runs``, fitted or not, in their order."""
+    place = {str(name): at for at, name in enumerate(fitted["query"].values)}
+    at = np.array([place.get(str(name), -1) for name in runs["query"].values])
+    old = at >= 0
+    size = np.where(old, widening.size[at], np.sqrt(np.square(widening.size).mean()))
+    loadings = np.where(old[:, None], widening.loadings[at], 0.0)
+    features = [one.get("query_feature") for one in (fitted, runs)]
+    if not old.all() and all(feature is not None for feature in features):
+        known, new = (np.asarray(feature.values, float) for feature in features)  # type: ignore[union-attr]
+        if known.shape[1] == new.shape[1]:
+            loadings[~old] = carried_loadings(widening.loadings, known, new[~old])
+    return widening._replace(size=size, loadings=loadings)
+
+
+def as_dataset(widening: Widening) -> xr.Dataset:
+    """To be saved; ``from_dataset`` makes it again."""
+    return xr.Dataset(
+        {"size": ("query", widening.size), "loadings": (("query", "factor"), widening.loadings)},
+        attrs={"rate": widening.rate, "positive": int(widening.positive)},
+    )
+
+
+def from_dataset(saved: xr.Dataset) -> Widening:
+    """What ``as_dataset`` saved."""
+    attrs = saved.attrs
+    return Widening(
+        float(attrs["rate"]),
+        saved["size"].values,
+        saved["loadings"].values,
+        bool(attrs["positive"]),
+    )
+
+
+def widened(
+    loss: Float[np.ndarray, "chain draw run time query"],
+    distance: Float[np.ndarray, "run time"],
+    widening: Widening,
+    *,
+    key: jax.Array,
+) -> Float[np.ndarray, "chain draw run time query"]:
+    """Draws of losses with the error that distance adds, the same for all runs and times of a draw.
+
+    Draws of runs that stay within what was recorded are returned as they are.
+    """
+    far = np.maximum(distance - FREE, 0.0)
+    if not far.any() or loss.shape[1] < 2:
+        return loss
+    chains, draws, *_, queries = loss.shape
+    own_key, common_key = jax.random.split(key)
+    own = np.asarray(jax.random.normal(own_key, (chains, draws, queries)))
+    common = jax.random.normal(common_key, (chains, draws, widening.loadings.shape[1]))
+    error = own * own_sd(widening.loadings) + np.asarray(common) @ widening.loadings.T
+    error = (widening.rate * widening.size * error)[:, :, None, None]
+    result = loss.copy()
+    for run in np.flatnonzero(far.any(axis=1)):
+        linked = _linked(loss[:, :, run], widening.positive) + far[run][:, None] * error[:, :, 0]
+        moved = np.asarray(loss_of(widening.link, jnp.asarray(linked)), loss.dtype)
+        result[:, :, run] = np.where(far[run][:, None] > 0, moved, loss[:, :, run])
+    return result
+
+
+def _linked(loss: Float[np.ndarray, "*shape"], positive: bool) -> Float[np.ndarray, "*shape"]:
+    return np.asarray(link_of("log-odds" if positive else "identity", jnp.asarray(loss)))
+
+
+def _rate(
+    runs: xr.Dataset,
+    left_out: xr.Dataset | None,
+    size: Float[np.ndarray, " query"],
+    positive: bool,
+) -> float:
+    """The most probable rate, by left-out runs that leave what the others did."""
+    if left_out is None or "low" not in left_out or runs.sizes["run"] < 3:
+        return BELIEVED
+    times = left_out["time"].values
+    truth = _linked(runs["loss"].sel(time=times).values, positive)
+    predicted, low, high = (
+        _linked(left_out[name].values, positive) for name in ("predicted", "low", "high")
+    )
+    log_posterior = -0.5 * np.square(np.log(RATES / BELIEVED) / UNSURE)
+    for run in range(runs.sizes["run"]):
+        others = runs.isel(run=np.arange(runs.sizes["run"]) != run)
+        support = support_of(Recorded.of(others), others, runs.isel(run=[run]))
+        far = np.maximum(support.distance[0] - FREE, 0.0)[times]
+        if not far.any():
+            continue
+        square = np.square(truth[run] - predicted[run])
+        variance = np.square((high[run] - low[run]) / (2.0 * QUANTILE_90))
+        known = np.isfinite(square) & np.isfinite(variance)
+        for at, rate in enumerate(RATES):
+            whole = variance + np.square(rate * size * far[:, None])
+            density = -0.5 * (np.log(whole) + square / whole)
+            log_posterior[at] += COUNTS_AS * density.mean(where=known)
+    return float(RATES[log_posterior.argmax()])
