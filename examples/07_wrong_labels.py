@@ -68,6 +68,7 @@ def record_all(config: RecordConfig, out: Path) -> tuple:
         optimizer_of(config),
         store=out / "pilot.zarr",
         evaluation=bs.Evaluation(evaluate_every=config.steps, checkpoints=POINTS),
+        features=0,
         progress=Bars(),
     )
     return runs, task, open_checkpoints(out / "pilot.zarr", 0)

@@ -19,7 +19,7 @@ from bayes_simfluence.data.weights import checked_weights
 from bayes_simfluence.files import PathLike
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.recording.compiled import Batches, Training
-from bayes_simfluence.recording.features import Features
+from bayes_simfluence.recording.features import Features, checked_features, features_key
 from bayes_simfluence.recording.measure import fixed_of
 from bayes_simfluence.recording.parallel import parallel_of
 from bayes_simfluence.recording.plan import Plan, chosen_runs, units
@@ -41,7 +41,8 @@ def record(
     weights: Any = None,
     evaluation: Evaluation | None = None,
     placement: Placement | None = None,
-    features: Features | None = None,
+    features: int | Features = 64,
+    key: jax.Array | None = None,
     provenance: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -68,8 +69,13 @@ def record(
             after every step.
         placement: how many runs train at once, how to save memory, and which runs are recorded
             here; when omitted all, one after the other.
-        features: gradient features of the task's examples, kept with the runs for the default
-            model's prior; a resumed store keeps those it has.
+        features: how many gradient features of the task's examples are made at the initial
+            weights and kept with the runs for the default model's prior (at most one for each
+            training example), 0 = none; or features made before. A resumed store keeps what it
+            has.
+        key: decides the random signs of features that are made here. When omitted they are those of
+            the command's seed 0 (``recording.features.features_key()``), the same in every
+            recording.
         provenance: attributes for the store, beside the task's.
         resume: continue a store of the same recording; finished runs are not touched.
         overwrite: replace a store that exists.
@@ -79,8 +85,8 @@ def record(
         The recorded runs, as ``open_runs(store)``.
 
     Raises:
-        Misuse: before any work, for whatever does not fit, and for runs that another process
-            records right now.
+        Misuse: before any training, for whatever does not fit, a loss without a finite gradient
+            where features are made, and runs that another process records right now.
         WorkFailed: a run could not be written; the runs before it are safe.
     """
     curricula = _checked_curricula(task.validate(), curricula)
@@ -99,7 +105,9 @@ def record(
         always=bool(plan.looks.all()),
     )
     attrs = {**task.provenance, **(provenance or {}), **asdict(evaluation), **placement.kept}
-    stored = StoredRecording(store, task, Batches(curricula, weights), attrs, features)
+    features = checked_features(task, features)
+    key = features_key() if key is None else key
+    stored = StoredRecording(store, task, Batches(curricula, weights), attrs, features, key)
     recording = Recording(training, plan, stored)
     chosen, processes = chosen_runs(placement.only, total), Processes.here(placement.distributed)
     at_once = partial(
@@ -110,8 +118,10 @@ def record(
         shared=fixed_of(task),
         alone=partial(recording.compiled, 1, jax.local_devices()[:1]),
     )
-    processes.once(partial(stored.prepare, at_once, resume=resume, overwrite=overwrite))
-    _record_share(recording, chosen, processes, progress or Silent())
+    progress = progress or Silent()
+    prepare = partial(stored.prepare, at_once, resume=resume, overwrite=overwrite)
+    processes.once(partial(prepare, progress=progress))
+    _record_share(recording, chosen, processes, progress)
     processes.wait()
     return open_runs(store)
 

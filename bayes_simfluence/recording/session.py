@@ -5,20 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import xarray as xr
 
 from bayes_simfluence.data.claims import alone_in
 from bayes_simfluence.files import PathLike, new_path
-from bayes_simfluence.progress import Progress, Silent
+from bayes_simfluence.progress import Progress
 from bayes_simfluence.recording.config import RecordConfig
-from bayes_simfluence.recording.features import Features, gradient_features
+from bayes_simfluence.recording.features import features_key
 from bayes_simfluence.recording.from_config import curricula_of, optimizer_of, task_of
 from bayes_simfluence.recording.processes import Processes
 from bayes_simfluence.recording.record import record
 from bayes_simfluence.recording.settings import Choice
 from bayes_simfluence.settings import config_path, layered, save_config
-from bayes_simfluence.tasks.task import Task
 
 
 def merged(*layers: Mapping[str, Any]) -> RecordConfig:
@@ -50,14 +48,11 @@ def record_from_config(
         Misuse: settings, files or paths that do not fit, before any work.
         WorkFailed: a run could not be written; the runs before it are safe.
     """
-    progress = progress or Silent()
     begun = resume and Path(store).exists()
     if not begun:
         new_path(store, overwrite=overwrite)
-    makes = not begun and Processes.here(distributed).number == 0
     task = task_of(config.validate())
-    features = _features(task, config, progress) if makes else None
-    if makes:
+    if not begun and Processes.here(distributed).number == 0:
         with alone_in(Path(store).absolute().parent):
             save_config(config.as_dict(), config_path(store))
     return record(
@@ -67,24 +62,13 @@ def record_from_config(
         store=store,
         evaluation=config.evaluation,
         placement=replace(config.placement, only=only, distributed=distributed),
-        features=features,
+        features=config.features,
+        key=features_key(config.seed),
         provenance=_provenance(config),
         resume=resume,
         overwrite=overwrite,
         progress=progress,
     )
-
-
-def _features(task: Task, config: RecordConfig, progress: Progress) -> Features | None:
-    if config.features == 0:
-        return None
-    with progress.work("gradient features", len(task.train_ids) + len(task.query_ids)) as meter:
-        return gradient_features(
-            task,
-            rank=config.features,
-            key=jax.random.fold_in(jax.random.key(config.seed), 4),
-            meter=meter,
-        )
 
 
 def _provenance(config: RecordConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import xarray as xr
 from jaxtyping import Bool
@@ -17,8 +18,9 @@ from bayes_simfluence.data.metrics import check_metric_name
 from bayes_simfluence.data.runs import same_ids
 from bayes_simfluence.data.store import create_store, open_store, stored_statuses
 from bayes_simfluence.files import PathLike, new_path
+from bayes_simfluence.progress import Progress
 from bayes_simfluence.recording.compiled import Batches, kept_of
-from bayes_simfluence.recording.features import Features
+from bayes_simfluence.recording.features import Features, features_of
 from bayes_simfluence.tasks.task import Task
 
 PACKAGES = ("bayes-simfluence", "jax", "optax", "numpy")
@@ -31,36 +33,46 @@ class StoredRecording:
     Attributes:
         batches: of all runs, ``(run, step, slot)``.
         attrs: of the store, beside the versions of packages and the number of runs at once.
-        features: of the task's examples, for the default model's prior.
+        features: of the task's examples, for the default model's prior, or how many to make.
+        key: decides the random signs of those that are made.
     """
 
     path: PathLike
     task: Task
     batches: Batches
     attrs: Mapping[str, Any]
-    features: Features | None = None
+    features: int | Features
+    key: jax.Array
 
     def prepare(
-        self, parallel: Callable[[int | None], int], *, resume: bool, overwrite: bool
+        self,
+        parallel: Callable[[int | None], int],
+        *,
+        resume: bool,
+        overwrite: bool,
+        progress: Progress,
     ) -> None:
         """Make the store, or check that the one to be resumed belongs to this recording.
 
         Args:
             parallel: gives the number of runs at once, from that of a store to be resumed.
+            progress: told of the features that are made for a new store.
 
         Raises:
             Misuse: a store that exists, or one of another recording.
         """
-        path = Path(self.path)
+        path, features = Path(self.path), None
         if not (resume and path.exists()):
             new_path(path, overwrite=overwrite)
+            # Before the folder is locked: others may record into it meanwhile.
+            features = features_of(self.task, self.features, key=self.key, progress=progress)
         with alone_in(path.absolute().parent):
             stored = open_store(path) if resume and path.exists() else None
             at_once = parallel(None if stored is None else stored.attrs.get("parallel"))
             versions = {name: version(name) for name in PACKAGES}
             attrs = {**self.attrs, "versions": versions, "parallel": at_once}
             if stored is None:
-                self._create(attrs, overwrite=overwrite)
+                self._create(attrs, features, overwrite=overwrite)
             else:
                 self._check_same(stored, attrs)
 
@@ -78,8 +90,9 @@ class StoredRecording:
     def _metrics(self) -> tuple[str, ...]:
         return (*self.task.metrics, *self.task.scores)
 
-    def _create(self, attrs: Mapping[str, Any], *, overwrite: bool) -> None:
-        features = self.features
+    def _create(
+        self, attrs: Mapping[str, Any], features: Features | None, *, overwrite: bool
+    ) -> None:
         create_store(
             self.path,
             curricula=self.batches.members,
@@ -103,6 +116,7 @@ class StoredRecording:
             "weights": np.array_equal(weights, mine),
             "train ids": same_ids(stored["train"], self.task.train_ids),
             "query ids": same_ids(stored["query"], self.task.query_ids),
+            "features": self._same_features(stored),
             **{f"metric {name}": name in stored for name in self._metrics},
             **{name: stored.attrs.get(name) == value for name, value in attrs.items()},
         }
@@ -114,3 +128,13 @@ class StoredRecording:
                 expected="the recording that is to be resumed",
                 do="repeat the settings it was started with, or record to a new path",
             )
+
+    def _same_features(self, stored: xr.Dataset) -> bool:
+        """Whether the store has as many features as are given, or as would be made.
+
+        A store begun without any, or a resumption that asks for none, keeps what there is.
+        """
+        width = stored["train_feature"].shape[1] if "train_feature" in stored else 0
+        if isinstance(self.features, Features):
+            return bool(width == self.features.train.shape[1])
+        return width in (0, min(self.features, len(self.task.train_ids))) or self.features == 0

@@ -64,6 +64,7 @@ def _checkpoints(cell: Cell, retry: bool, progress: Progress) -> None:
         store=cell.pilot,
         evaluation=Evaluation(evaluate_every=config.steps, checkpoints=_count(cell, config)),
         placement=config.placement,
+        features=0,
         resume=True,
         progress=progress,
     )

@@ -1,5 +1,7 @@
 """Recording against a plain loop, for every way of running it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,12 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import DIVERGED
 from bayes_simfluence.data.curriculum import with_replacement
 from bayes_simfluence.data.store import open_store
-from bayes_simfluence.recording.record import record
+from bayes_simfluence.recording.record import record as record_with_features
 from bayes_simfluence.recording.settings import Placement
 from bayes_simfluence.tasks.task import Task
+
+record = partial(record_with_features, features=0)
+"""Most tests here are not about features, which take a compilation more."""
 
 
 def small_task(scale=1.0):

@@ -583,7 +583,7 @@ def test_settings_beside_the_store_repeat_the_recording(config, recorded, tmp_pa
 def test_resuming_a_finished_recording_does_nothing(config, recorded, monkeypatch):
     store, runs = recorded
     before = {file: file.stat().st_mtime_ns for file in store.rglob("*") if file.is_file()}
-    monkeypatch.setattr("bayes_simfluence.recording.session.gradient_features", None)
+    monkeypatch.setattr("bayes_simfluence.recording.features.gradient_features", None)
     xr.testing.assert_identical(record_from_config(config, store, resume=True), runs)
     after = {file: file.stat().st_mtime_ns for file in store.rglob("*") if file.is_file()}
     assert before == after
