@@ -14,6 +14,7 @@ from jaxtyping import Bool
 from bayes_simfluence.checks import Misuse, at_most
 from bayes_simfluence.conventions import EMPTY_SLOT, Curricula
 from bayes_simfluence.data.claims import claimed
+from bayes_simfluence.data.designs import Design
 from bayes_simfluence.data.store import open_runs
 from bayes_simfluence.data.weights import checked_weights
 from bayes_simfluence.files import PathLike
@@ -33,7 +34,7 @@ from bayes_simfluence.tasks.task import Task
 
 def record(
     task: Task,
-    curricula: Curricula,
+    curricula: Curricula | Design,
     optimizer: optax.GradientTransformation,
     *,
     store: PathLike,
@@ -58,7 +59,9 @@ def record(
 
     Args:
         task: what is trained and measured; its metrics are recorded beside the loss.
-        curricula: indices into ``task.train``, ``(run, step, slot)``, -1 = empty slot.
+        curricula: indices into ``task.train``, ``(run, step, slot)``, -1 = empty slot; or a design
+            (``bs.designs``), whose kinds are kept as the coordinate ``curriculum`` of ``run``
+            where not all are random.
         optimizer: any optax transformation.
         store: path of the Zarr store.
         step_size: the optimizer's learning rate or schedule, to be recorded. Not needed when the
@@ -89,6 +92,7 @@ def record(
             where features are made, and runs that another process records right now.
         WorkFailed: a run could not be written; the runs before it are safe.
     """
+    curricula, kinds = _curricula_and_kinds(curricula)
     curricula = _checked_curricula(task.validate(), curricula)
     weights = None if weights is None else checked_weights(weights, curricula)
     evaluation, placement = evaluation or Evaluation(), placement or Placement()
@@ -107,7 +111,8 @@ def record(
     attrs = {**task.provenance, **(provenance or {}), **asdict(evaluation), **placement.kept}
     features = checked_features(task, features)
     key = features_key() if key is None else key
-    stored = StoredRecording(store, task, Batches(curricula, weights), attrs, features, key)
+    batches = Batches(curricula, weights)
+    stored = StoredRecording(store, task, batches, kinds, attrs, features, key)
     recording = Recording(training, plan, stored)
     chosen, processes = chosen_runs(placement.only, total), Processes.here(placement.distributed)
     at_once = partial(
@@ -142,6 +147,20 @@ def _record_share(
         pending = [group for group in mine if wanted[group].any()]
         if pending:
             record_together(recording, pending, wanted, written=claims.release, progress=progress)
+
+
+def _curricula_and_kinds(given: Curricula | Design) -> tuple[Curricula, tuple[str, ...]]:
+    """The curricula, and their kinds where these say anything."""
+    if not isinstance(given, Design):
+        return given, ()
+    if len(given.kinds) != len(given.curricula):
+        raise Misuse(
+            "curricula",
+            got=f"a design of {len(given.curricula)} curricula and {len(given.kinds)} kinds",
+            expected="one kind for each curriculum",
+            do="take the same runs of both",
+        )
+    return given.curricula, () if set(given.kinds) == {"random"} else tuple(given.kinds)
 
 
 def _checked_curricula(task: Task, curricula: Curricula) -> Curricula:

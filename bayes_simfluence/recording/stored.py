@@ -1,6 +1,6 @@
 """The store of a recording: made anew, or checked to belong to the recording that is resumed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +12,7 @@ import xarray as xr
 from jaxtyping import Bool
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.conventions import UNRECORDED
+from bayes_simfluence.conventions import KIND, UNRECORDED
 from bayes_simfluence.data.claims import alone_in
 from bayes_simfluence.data.metrics import check_metric_name
 from bayes_simfluence.data.runs import same_ids
@@ -32,6 +32,7 @@ class StoredRecording:
 
     Attributes:
         batches: of all runs, ``(run, step, slot)``.
+        kinds: of curriculum, one for each run of a design; empty where there is no design.
         attrs: of the store, beside the versions of packages and the number of runs at once.
         features: of the task's examples, for the default model's prior, or how many to make.
         key: decides the random signs of those that are made.
@@ -40,6 +41,7 @@ class StoredRecording:
     path: PathLike
     task: Task
     batches: Batches
+    kinds: Sequence[str]
     attrs: Mapping[str, Any]
     features: int | Features
     key: jax.Array
@@ -105,14 +107,17 @@ class StoredRecording:
             else {},
             metrics=[check_metric_name(name) for name in self._metrics],
             training=kept_of(self.task),
+            kinds=self.kinds,
             overwrite=overwrite,
         )
 
     def _check_same(self, stored: xr.Dataset, attrs: Mapping[str, Any]) -> None:
         weights = [stored["weight"].values] if "weight" in stored else []
+        kinds = stored[KIND].values.tolist() if KIND in stored.coords else []
         mine = [] if self.batches.weight is None else [self.batches.weight]
         same = {
             "curricula": np.array_equal(stored["batch"].values, self.batches.members),
+            "kinds of curricula": np.array_equal(kinds, list(self.kinds)),
             "weights": np.array_equal(weights, mine),
             "train ids": same_ids(stored["train"], self.task.train_ids),
             "query ids": same_ids(stored["query"], self.task.query_ids),
