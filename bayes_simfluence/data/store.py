@@ -27,7 +27,7 @@ from bayes_simfluence.conventions import (
 )
 from bayes_simfluence.data.metrics import metric_names, metric_variable
 from bayes_simfluence.data.netcdf import plain, read_group, write_groups
-from bayes_simfluence.data.runs import Ids, run_statuses, runs_dataset, same_ids
+from bayes_simfluence.data.runs import Ids, run_statuses, runs_dataset, same_ids, with_kinds
 from bayes_simfluence.data.training import with_training
 from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.data.weights import with_weights
@@ -87,7 +87,7 @@ def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
         if name in stored or name in runs:
             stored, runs = with_training(stored, name), with_training(runs, name)
     if KIND in stored.coords or KIND in runs.coords:
-        stored, runs = _with_kinds(stored), _with_kinds(runs)
+        stored, runs = _said_or_empty(stored), _said_or_empty(runs)
     for name in (*OPTIONAL, *{*metric_names(stored), *metric_names(runs)}):
         if (name in stored) != (name in runs):
             raise Misuse(
@@ -222,7 +222,7 @@ def create_store(
         {name: metric_variable(name, values["loss"]) for name in metrics}
     )
     if kinds:
-        dataset = dataset.assign_coords({KIND: ("run", np.asarray(kinds))})
+        dataset = with_kinds(dataset, kinds)
     return _write_store(validate_runs(dataset), new_path(path, overwrite=overwrite))
 
 
@@ -268,11 +268,9 @@ def stored_statuses(path: PathLike) -> Int8[np.ndarray, " run"]:
     return np.asarray(group["status"][:])
 
 
-def _with_kinds(runs: xr.Dataset) -> xr.Dataset:
-    """``runs`` with a kind of curriculum, empty where none was said."""
-    if KIND in runs.coords:
-        return runs
-    return runs.assign_coords({KIND: ("run", np.full(runs.sizes["run"], ""))})
+def _said_or_empty(runs: xr.Dataset) -> xr.Dataset:
+    """``runs`` with a kind of each curriculum, an empty text where none was said."""
+    return runs if KIND in runs.coords else with_kinds(runs, [""] * runs.sizes["run"])
 
 
 def _read(path: Path) -> xr.Dataset:
