@@ -186,10 +186,10 @@ def checked_shares(shares: Shares) -> dict[str, float]:
 
 def _counts(shares: Mapping[str, float], runs: int) -> dict[str, int]:
     """Runs of each kind: shares of ``runs``, rounded by largest remainders."""
-    # Rounding errors must not decide between equal remainders.
     quotas = {kind: round(share * runs, 9) for kind, share in shares.items()}
     counts = {kind: int(quota) for kind, quota in quotas.items()}
-    by_remainder = sorted(quotas, key=lambda kind: counts[kind] - quotas[kind])
+    # Rounding errors must not decide between equal remainders.
+    by_remainder = sorted(quotas, key=lambda kind: round(counts[kind] - quotas[kind], 9))
     for kind in by_remainder[: runs - sum(counts.values())]:
         counts[kind] += 1
     return counts

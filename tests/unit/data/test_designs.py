@@ -165,6 +165,7 @@ def test_labels_belong_to_the_examples_that_are_given(key):
         ({"half": 0.25}, 8, {"random": 6, "half": 2}),
         ({"half": 0.25, "random": 0.75}, 8, {"random": 6, "half": 2}),
         ({"sorted": 0.5, "blocked": 0.5}, 3, {"sorted": 2, "blocked": 1}),
+        ({"sorted": 0.3, "blocked": 0.1}, 4, {"random": 3, "sorted": 1}),
         ({}, 2, {"random": 2}),
     ],
 )
