@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         SupportWarning,
         WorkFailed,
     )
+    from bayes_simfluence.data import designs
     from bayes_simfluence.data.importers import export_runs, import_runs
     from bayes_simfluence.data.runs import planned_runs, runs_from_arrays
     from bayes_simfluence.data.store import (
@@ -74,12 +75,13 @@ _HOME = {
     "recording.settings": ("Evaluation", "Placement"),
     "tasks.task": ("Task",),
 }
-_ROOMS = {"noise": "model.noise", "priors": "model.priors"}
+_ROOMS = {"designs": "data.designs", "noise": "model.noise", "priors": "model.priors"}
 """Modules that are public as namespaces."""
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022 - in the order of use
     "Task",
+    "designs",
     "record",
     "Evaluation",
     "Placement",

@@ -16,7 +16,6 @@ import optax
 import bayes_simfluence as bs
 from bayes_simfluence.data.curriculum import random_subset_epochs
 from bayes_simfluence.progress import Bars
-from bayes_simfluence.recording.features import gradient_features
 from bayes_simfluence.report.plots import plot_curves, save_figure
 
 TRAIN, QUERY, RUNS, FITTED = 40, 12, 20, 14
@@ -68,7 +67,6 @@ def main() -> None:
         optax.inject_hyperparams(optax.adam)(schedule),
         store=out / "runs.zarr",
         placement=bs.Placement(parallel=RUNS),
-        features=gradient_features(task, key=task_key),
         progress=Bars(),
     )
     fitted, held_out = runs.isel(run=slice(0, FITTED)), runs.isel(run=slice(FITTED, None))

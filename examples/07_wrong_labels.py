@@ -23,7 +23,7 @@ from bayes_simfluence.evaluation.mislabel import detection, flip_labels, probabi
 from bayes_simfluence.progress import Bars
 from bayes_simfluence.recording.checkpoints import open_checkpoints
 from bayes_simfluence.recording.config import RecordConfig
-from bayes_simfluence.recording.from_config import curricula_of, optimizer_of, task_of
+from bayes_simfluence.recording.from_config import design_of, optimizer_of, task_of
 from bayes_simfluence.recording.record import record
 from bayes_simfluence.recording.session import merged, record_from_config
 from bayes_simfluence.report.attribution import plot_detection
@@ -61,13 +61,14 @@ def with_wrong_labels(path: Path, count: int, out: Path) -> set[str]:
 def record_all(config: RecordConfig, out: Path) -> tuple:
     """Record all runs, and the first of them once more with its checkpoints."""
     runs = record_from_config(config, out / "runs.zarr", progress=Bars())
-    task, curricula = task_of(config), curricula_of(config)
+    task, curricula = task_of(config), design_of(config).curricula
     record(
         task,
         curricula[:1],
         optimizer_of(config),
         store=out / "pilot.zarr",
         evaluation=bs.Evaluation(evaluate_every=config.steps, checkpoints=POINTS),
+        features=0,
         progress=Bars(),
     )
     return runs, task, open_checkpoints(out / "pilot.zarr", 0)

@@ -36,7 +36,10 @@ def plain(dataset: xr.Dataset) -> xr.Dataset:
     """The dataset without traces of the file it came from; texts as fixed-width strings."""
     texts = [name for name in dataset.coords if dataset[name].dtype.kind in "OT"]
     dataset = dataset.assign_coords(
-        {name: (name, np.array(dataset[name].values.tolist(), dtype=str)) for name in texts}
+        {
+            name: (dataset[name].dims, np.array(dataset[name].values.tolist(), dtype=str))
+            for name in texts
+        }
     )
     for name in dataset.variables:
         dataset[name].encoding = {}

@@ -11,6 +11,7 @@ from bayes_simfluence.checks import Misuse, RunsWarning, shorten
 from bayes_simfluence.conventions import (
     COMPLETE,
     DIVERGED,
+    KIND,
     OF_TRAINING,
     SCHEMA_VERSION,
     UNRECORDED,
@@ -36,6 +37,7 @@ def runs_from_arrays(
     run_ids: Ids | None = None,
     train_feature: Any = None,
     query_feature: Any = None,
+    curriculum: Any = None,
     attrs: Mapping[str, Any] | None = None,
     keep_diverged: bool = False,
     missing: bool = False,
@@ -59,6 +61,7 @@ def runs_from_arrays(
         train_feature, query_feature: gradient features ``(train, feature)`` and
             ``(query, feature)``, as made by ``recording.features``; the default model's prior
             uses them.
+        curriculum: a word for how each run's curriculum was made, ``(run,)``, as a design has them.
         attrs: provenance (model, optimizer, ...), kept with the runs.
         keep_diverged: mark runs with a NaN or infinite loss as diverged (fits leave them out)
             instead of refusing them.
@@ -114,6 +117,8 @@ def runs_from_arrays(
         },
         attrs=dict(attrs or {}),
     )
+    if curriculum is not None:
+        dataset = with_kinds(dataset, curriculum)
     if not missing:
         refuse_losses(
             dataset,
@@ -286,6 +291,23 @@ def ids_of(what: str, ids: Ids | None, size: int) -> np.ndarray:
     if len(array) != size:
         raise Misuse(what, got=f"{len(array)} ids", expected=f"{size}", do="name every item once")
     return array
+
+
+def with_kinds(runs: xr.Dataset, kinds: Any) -> xr.Dataset:
+    """``runs`` with the kind of each run's curriculum as the coordinate ``curriculum``.
+
+    Raises:
+        Misuse: another number of kinds than runs, or kinds that are no text.
+    """
+    words = np.asarray(kinds)
+    if words.shape != (runs.sizes["run"],) or words.dtype.kind != "U":
+        raise Misuse(
+            KIND,
+            got=f"{words.dtype} of shape {words.shape}",
+            expected=f"a text for each of {runs.sizes['run']} runs",
+            do="pass the kinds of a design, or leave it out",
+        )
+    return runs.assign_coords({KIND: ("run", words)})
 
 
 def same_ids(ids: Any, others: Any) -> bool:

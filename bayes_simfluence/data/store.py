@@ -17,10 +17,17 @@ import zarr
 from jaxtyping import Float, Int8
 
 from bayes_simfluence.checks import Misuse, WorkFailed, choice_of
-from bayes_simfluence.conventions import OF_TRAINING, OPTIONAL, UNRECORDED, Curricula, Trajectory
+from bayes_simfluence.conventions import (
+    KIND,
+    OF_TRAINING,
+    OPTIONAL,
+    UNRECORDED,
+    Curricula,
+    Trajectory,
+)
 from bayes_simfluence.data.metrics import metric_names, metric_variable
 from bayes_simfluence.data.netcdf import plain, read_group, write_groups
-from bayes_simfluence.data.runs import Ids, run_statuses, runs_dataset, same_ids
+from bayes_simfluence.data.runs import Ids, run_statuses, runs_dataset, same_ids, with_kinds
 from bayes_simfluence.data.training import with_training
 from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.data.weights import with_weights
@@ -58,7 +65,8 @@ def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
     """Add ``runs`` to the store at ``path``; the same examples and queries, new run ids.
 
     Where only one of the two has weights, those of the other are written out as 1; where only one
-    has train losses or residuals, those of the other are not known and become NaN.
+    has train losses or residuals, those of the other are not known and become NaN; where only one
+    says what kind its curricula are of, the others' kind is an empty text.
 
     Raises:
         Misuse: other ids or steps than the store's, or run ids that it holds already.
@@ -78,6 +86,8 @@ def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
     for name in OF_TRAINING:
         if name in stored or name in runs:
             stored, runs = with_training(stored, name), with_training(runs, name)
+    if KIND in stored.coords or KIND in runs.coords:
+        stored, runs = _said_or_empty(stored), _said_or_empty(runs)
     for name in (*OPTIONAL, *{*metric_names(stored), *metric_names(runs)}):
         if (name in stored) != (name in runs):
             raise Misuse(
@@ -187,6 +197,7 @@ def create_store(
     features: Mapping[str, np.ndarray] | None = None,
     metrics: Sequence[str] = (),
     training: Sequence[str] = (),
+    kinds: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Path:
     """A store with the curricula (and features) of runs that are still to be recorded.
@@ -195,6 +206,7 @@ def create_store(
         weights: of the example in each slot of the curricula; all 1 when omitted.
         metrics: names of what will be recorded beside the loss.
         training: those of ``OF_TRAINING`` that will be recorded.
+        kinds: of curriculum, one for each run of a design; none is said when empty.
     """
     runs, steps, _ = curricula.shape
     values = {
@@ -209,6 +221,8 @@ def create_store(
     dataset = runs_dataset(values, weight=weights, ids=ids, attrs=attrs).assign(
         {name: metric_variable(name, values["loss"]) for name in metrics}
     )
+    if kinds:
+        dataset = with_kinds(dataset, kinds)
     return _write_store(validate_runs(dataset), new_path(path, overwrite=overwrite))
 
 
@@ -252,6 +266,11 @@ def stored_statuses(path: PathLike) -> Int8[np.ndarray, " run"]:
     """The status of every run of a store, read without the losses."""
     group: Any = zarr.open_group(str(path), mode="r", use_consolidated=False)
     return np.asarray(group["status"][:])
+
+
+def _said_or_empty(runs: xr.Dataset) -> xr.Dataset:
+    """``runs`` with a kind of each curriculum, an empty text where none was said."""
+    return runs if KIND in runs.coords else with_kinds(runs, [""] * runs.sizes["run"])
 
 
 def _read(path: Path) -> xr.Dataset:

@@ -162,6 +162,7 @@ def _counterfactual(
         planned["batch"].values,
         optimizer_of(config),
         store=folder / "counterfactual.zarr",
+        features=0,
         progress=progress,
     )
     names = ("all examples", f"without the {DROPPED} most harmful")

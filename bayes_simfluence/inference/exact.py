@@ -28,6 +28,12 @@ from bayes_simfluence.progress import Progress
 from bayes_simfluence.simulators.affine import AffineSimulator
 from bayes_simfluence.simulators.gaussian import GaussianSimulator
 
+FEATURELESS = (
+    "The recording has no gradient features, which usually costs accuracy: on the SST-2 recording "
+    "that ships, with 25 runs fitted, the MSE without them is .00228, with them .00046, about five "
+    "times less (docs/results.md). bs.record makes them by default (features=64)."
+)
+"""What a verdict says of a recording without features."""
 MARGIN = 0.95
 """Left-out runs must be predicted better than their mean by more than luck."""
 
@@ -197,6 +203,8 @@ def _verdict(
         notes.append(
             f"{len(truth)} runs tell little of the error's scale: the band is wide for it."
         )
+    if simulator.model.prior.features and not runs.features.train.shape[1]:
+        notes.append(FEATURELESS)
     if not searched.converged:
         return Verdict(
             False,

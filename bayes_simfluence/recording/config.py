@@ -52,6 +52,14 @@ class RecordConfig:
     per_run: int = say("examples in each run's random subset", 128)
     batch_size: int = say("examples in a step", 4)
     epochs: int = say("passes over the subset", 3)
+    design: str = say(
+        "curricula: all random subsets in epochs, or half of them sorted, one-sided, repeated, ...",
+        "random",
+        ("random", "diverse"),
+    )
+    shares: str = say(
+        "diverse: shares of kinds, as 'sorted=0.2,half=0.1', the rest random; else 0.1 of each", ""
+    )
     optimizer: str = say("update rule", "adamw", ("adamw", "adam", "sgd"))
     learning_rate: float = say("highest step size", 2e-5)
     schedule: str = say("decay of the step size", "linear", ("linear", "cosine", "constant"))
@@ -93,6 +101,7 @@ class RecordConfig:
         unit_interval("weight_decay", self.weight_decay)
         check_choices(self)
         self.chosen_tuning()
+        self.chosen_shares()
         self._check_task()
         for small, large in (("per_run", "examples"), ("batch_size", "per_run")):
             if getattr(self, small) > getattr(self, large):
@@ -116,6 +125,32 @@ class RecordConfig:
             targets=self.targets,
             exclude=self.exclude,
         )
+
+    def chosen_shares(self) -> dict[str, float]:
+        """Shares of every kind of curriculum in a diverse design."""
+        # Here, as above.
+        from bayes_simfluence.data.designs import SHARES, checked_shares
+
+        if not self.shares:
+            return checked_shares(SHARES)
+        if self.design != "diverse":
+            raise Misuse(
+                "shares",
+                got=f"{self.shares!r} for the design {self.design}",
+                expected="shares only for the design diverse",
+                do="leave them out, or set --design diverse",
+            )
+        pairs = [pair.partition("=") for pair in self.shares.split(",")]
+        try:
+            shares = {kind.strip(): float(share) for kind, _, share in pairs}
+        except ValueError:
+            raise Misuse(
+                "shares",
+                got=repr(self.shares),
+                expected="a number for each kind, as in 'sorted=0.2,half=0.1'",
+                do="correct --shares",
+            ) from None
+        return checked_shares(shares)
 
     def _check_task(self) -> None:
         for name, tasks in ONLY.items():

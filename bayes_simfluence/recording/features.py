@@ -14,14 +14,16 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bayes_simfluence.checks import keyed, positive_integer
-from bayes_simfluence.progress import Meter
+from bayes_simfluence.checks import Misuse, count_of, keyed, of_shape, positive_integer, shorten
+from bayes_simfluence.progress import Meter, Progress
 from bayes_simfluence.recording.batches import over_batches
 from bayes_simfluence.recording.sketch import random_signs, sketched
 from bayes_simfluence.tasks.task import Task
 
 BATCH = 25
 """Examples between two reports of progress."""
+NOTHING = 1e-13
+"""Of the largest eigenvalue: what rounding leaves of one that is 0."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,47 @@ class Features:
     kept: float
 
 
+def features_key(seed: int = 0) -> jax.Array:
+    """The key of the signs of a recording's features: of the command's ``--seed``, 0 in Python."""
+    return jax.random.fold_in(jax.random.key(seed), 4)
+
+
+def checked_features(task: Task, features: int | Features) -> int | Features:
+    """A number of features to be made, or features that fit the examples of ``task``.
+
+    Raises:
+        Misuse: a number below 0, or arrays of another shape than ``(examples, feature)``.
+    """
+    if not isinstance(features, Features):
+        return count_of("features", features, do="pass 0 to leave them out")
+    width = features.train.shape[-1]
+    for name, ids in (("train", task.train_ids), ("query", task.query_ids)):
+        of_shape(
+            f"features.{name}",
+            getattr(features, name),
+            (len(ids), width),
+            f"(examples of task.{name}, {width} features)",
+            do="make them of this task, with recording.features.gradient_features",
+        )
+    return features
+
+
+def features_of(
+    task: Task, features: int | Features, *, key: jax.Array, progress: Progress
+) -> Features | None:
+    """Features as they are or, where their number is given, made; None where that is 0.
+
+    Raises:
+        Misuse: as for ``gradient_features``.
+    """
+    if isinstance(features, Features):
+        return features
+    if features == 0:
+        return None
+    with progress.work("gradient features", len(task.train_ids) + len(task.query_ids)) as meter:
+        return gradient_features(task, rank=features, key=key, meter=meter)
+
+
 def gradient_features(
     task: Task, *, rank: int = 64, sketch: int = 2048, key: jax.Array, meter: Meter | None = None
 ) -> Features:
@@ -51,6 +94,9 @@ def gradient_features(
             about ``1 / sqrt(sketch)`` of the product of their norms.
         key: decides the random signs.
         meter: advanced every few examples.
+
+    Raises:
+        Misuse: the loss of some example has a gradient that is not finite.
     """
     keyed(key)
     rank = min(positive_integer("rank", rank), len(task.train_ids))
@@ -77,14 +123,32 @@ def gradient_features(
         )
         for part in (task.train, task.query)
     )
+    _finite(task, train, query)
     values, vectors = np.linalg.eigh(train @ train.T)
     values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
     scale = np.sqrt(max(values.sum() / len(train), np.finfo(float).tiny))
-    # train = vectors sqrt(values) right^T: coordinates along right, for queries too.
-    roots = np.sqrt(np.maximum(values[:rank], np.finfo(float).tiny))
+    # train = vectors sqrt(values) right^T: coordinates along right, for queries too. Where there is
+    # nothing but rounding (fewer weights than examples), the coordinate is 0.
+    there = values[:rank] > NOTHING * values[0]
+    roots = np.where(there, np.sqrt(values[:rank]), np.inf)
     right = train.T @ vectors[:, :rank] / roots
     return Features(
         train=(train @ right / scale).astype(np.float32),
         query=(query @ right / scale).astype(np.float32),
         kept=float(values[:rank].sum() / max(values.sum(), np.finfo(float).tiny)),
     )
+
+
+def _finite(
+    task: Task, train: Float[np.ndarray, "train sketch"], query: Float[np.ndarray, "query sketch"]
+) -> None:
+    for name, rows, ids in (("train", train, task.train_ids), ("query", query, task.query_ids)):
+        bad = ~np.isfinite(rows).all(axis=1)
+        if bad.any():
+            raise Misuse(
+                "features",
+                got=f"loss gradients of {bad.sum()} examples of task.{name} at the initial weights "
+                f"that are not finite: {shorten(np.asarray(ids)[bad])}",
+                expected="a finite gradient of every example's loss",
+                do="mend the loss, leave these examples out, or record with features=0",
+            )

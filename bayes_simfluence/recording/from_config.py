@@ -6,10 +6,10 @@ from typing import Any, cast
 import jax
 import numpy as np
 import optax
+from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse, at_most, shorten
-from bayes_simfluence.conventions import Curricula
-from bayes_simfluence.data.curriculum import random_subset_epochs
+from bayes_simfluence.data.designs import Design, diverse, random
 from bayes_simfluence.networks.checkpoint import Pretrained, load_checkpoint, pretrained
 from bayes_simfluence.networks.heads import Pooling
 from bayes_simfluence.recording.config import RecordConfig
@@ -44,21 +44,41 @@ def task_of(config: RecordConfig) -> Task:
     return _task_of_kind(config, model, train, query, every_train)
 
 
-def curricula_of(config: RecordConfig) -> Curricula:
-    """Each run a random subset of the examples in shuffled epochs, decided by the seed."""
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 3), config.runs)
-    return np.stack(
-        [
-            random_subset_epochs(
-                config.examples,
-                per_run=config.per_run,
-                batch_size=config.batch_size,
-                epochs=config.epochs,
-                key=key,
-            )
-            for key in keys
-        ]
-    )
+def classes_of(config: RecordConfig, task: Task) -> np.ndarray | None:
+    """The class of each training example, by which designs tell them apart; None without classes.
+
+    The right option of a choice is no class: options have nothing in common but their place.
+    """
+    if config.task not in ("classification", "seq2seq") or "label" not in task.train:
+        return None
+    return np.asarray(task.train["label"])
+
+
+def design_of(
+    config: RecordConfig,
+    *,
+    labels: np.ndarray | None = None,
+    features: Float[np.ndarray, "example feature"] | None = None,
+) -> Design:
+    """The runs' curricula, decided by the seed.
+
+    Args:
+        labels, features: of the training examples, for a diverse design.
+
+    Raises:
+        Misuse: the design is diverse and there is nothing to tell examples apart.
+    """
+    sizes: dict[str, Any] = {
+        "runs": config.runs,
+        "per_run": config.per_run,
+        "batch_size": config.batch_size,
+        "epochs": config.epochs,
+        "key": jax.random.fold_in(jax.random.key(config.seed), 3),
+    }
+    if config.design == "random":
+        return random(config.examples, **sizes)
+    shares = config.chosen_shares()
+    return diverse(config.examples, labels=labels, features=features, shares=shares, **sizes)
 
 
 def optimizer_of(config: RecordConfig) -> optax.GradientTransformation:

@@ -14,12 +14,13 @@ from jaxtyping import Bool
 from bayes_simfluence.checks import Misuse, at_most
 from bayes_simfluence.conventions import EMPTY_SLOT, Curricula
 from bayes_simfluence.data.claims import claimed
+from bayes_simfluence.data.designs import Design
 from bayes_simfluence.data.store import open_runs
 from bayes_simfluence.data.weights import checked_weights
 from bayes_simfluence.files import PathLike
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.recording.compiled import Batches, Training
-from bayes_simfluence.recording.features import Features
+from bayes_simfluence.recording.features import Features, checked_features, features_key
 from bayes_simfluence.recording.measure import fixed_of
 from bayes_simfluence.recording.parallel import parallel_of
 from bayes_simfluence.recording.plan import Plan, chosen_runs, units
@@ -33,7 +34,7 @@ from bayes_simfluence.tasks.task import Task
 
 def record(
     task: Task,
-    curricula: Curricula,
+    curricula: Curricula | Design,
     optimizer: optax.GradientTransformation,
     *,
     store: PathLike,
@@ -41,7 +42,8 @@ def record(
     weights: Any = None,
     evaluation: Evaluation | None = None,
     placement: Placement | None = None,
-    features: Features | None = None,
+    features: int | Features = 64,
+    key: jax.Array | None = None,
     provenance: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -57,7 +59,9 @@ def record(
 
     Args:
         task: what is trained and measured; its metrics are recorded beside the loss.
-        curricula: indices into ``task.train``, ``(run, step, slot)``, -1 = empty slot.
+        curricula: indices into ``task.train``, ``(run, step, slot)``, -1 = empty slot; or a design
+            (``bs.designs``), whose kinds are kept as the coordinate ``curriculum`` of ``run``
+            where not all are random.
         optimizer: any optax transformation.
         store: path of the Zarr store.
         step_size: the optimizer's learning rate or schedule, to be recorded. Not needed when the
@@ -68,8 +72,13 @@ def record(
             after every step.
         placement: how many runs train at once, how to save memory, and which runs are recorded
             here; when omitted all, one after the other.
-        features: gradient features of the task's examples, kept with the runs for the default
-            model's prior; a resumed store keeps those it has.
+        features: how many gradient features of the task's examples are made at the initial
+            weights and kept with the runs for the default model's prior (at most one for each
+            training example), 0 = none; or features made before. A resumed store keeps what it
+            has.
+        key: decides the random signs of features that are made here. When omitted they are those of
+            the command's seed 0 (``recording.features.features_key()``), the same in every
+            recording.
         provenance: attributes for the store, beside the task's.
         resume: continue a store of the same recording; finished runs are not touched.
         overwrite: replace a store that exists.
@@ -79,10 +88,11 @@ def record(
         The recorded runs, as ``open_runs(store)``.
 
     Raises:
-        Misuse: before any work, for whatever does not fit, and for runs that another process
-            records right now.
+        Misuse: before any training, for whatever does not fit, a loss without a finite gradient
+            where features are made, and runs that another process records right now.
         WorkFailed: a run could not be written; the runs before it are safe.
     """
+    curricula, kinds = _curricula_and_kinds(curricula)
     curricula = _checked_curricula(task.validate(), curricula)
     weights = None if weights is None else checked_weights(weights, curricula)
     evaluation, placement = evaluation or Evaluation(), placement or Placement()
@@ -99,7 +109,10 @@ def record(
         always=bool(plan.looks.all()),
     )
     attrs = {**task.provenance, **(provenance or {}), **asdict(evaluation), **placement.kept}
-    stored = StoredRecording(store, task, Batches(curricula, weights), attrs, features)
+    features = checked_features(task, features)
+    key = features_key() if key is None else key
+    batches = Batches(curricula, weights)
+    stored = StoredRecording(store, task, batches, kinds, attrs, features, key)
     recording = Recording(training, plan, stored)
     chosen, processes = chosen_runs(placement.only, total), Processes.here(placement.distributed)
     at_once = partial(
@@ -110,8 +123,10 @@ def record(
         shared=fixed_of(task),
         alone=partial(recording.compiled, 1, jax.local_devices()[:1]),
     )
-    processes.once(partial(stored.prepare, at_once, resume=resume, overwrite=overwrite))
-    _record_share(recording, chosen, processes, progress or Silent())
+    progress = progress or Silent()
+    prepare = partial(stored.prepare, at_once, resume=resume, overwrite=overwrite)
+    processes.once(partial(prepare, progress=progress))
+    _record_share(recording, chosen, processes, progress)
     processes.wait()
     return open_runs(store)
 
@@ -132,6 +147,20 @@ def _record_share(
         pending = [group for group in mine if wanted[group].any()]
         if pending:
             record_together(recording, pending, wanted, written=claims.release, progress=progress)
+
+
+def _curricula_and_kinds(given: Curricula | Design) -> tuple[Curricula, tuple[str, ...]]:
+    """The curricula, and their kinds where these say anything."""
+    if not isinstance(given, Design):
+        return given, ()
+    if len(given.kinds) != len(given.curricula):
+        raise Misuse(
+            "curricula",
+            got=f"a design of {len(given.curricula)} curricula and {len(given.kinds)} kinds",
+            expected="one kind for each curriculum",
+            do="take the same runs of both",
+        )
+    return given.curricula, () if set(given.kinds) == {"random"} else tuple(given.kinds)
 
 
 def _checked_curricula(task: Task, curricula: Curricula) -> Curricula:

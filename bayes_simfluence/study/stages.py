@@ -14,7 +14,7 @@ from bayes_simfluence.evaluation.compare import FAILED, Compared, Failed, compar
 from bayes_simfluence.posterior.posterior import Posterior, load_posterior
 from bayes_simfluence.progress import Progress
 from bayes_simfluence.recording.config import RecordConfig
-from bayes_simfluence.recording.from_config import curricula_of, optimizer_of, task_of
+from bayes_simfluence.recording.from_config import classes_of, design_of, optimizer_of, task_of
 from bayes_simfluence.recording.record import record
 from bayes_simfluence.recording.session import record_from_config
 from bayes_simfluence.recording.settings import Evaluation
@@ -43,8 +43,10 @@ def _checkpoints(cell: Cell, retry: bool, progress: Progress) -> None:
     config = cell.config.record
     if config is None or not cell.attributions or cell.recorded(cell.pilot):
         return
-    task, batch = task_of(config), curricula_of(config)[[cell.study.protocol.pilot]]
-    runs = cell.runs
+    task, runs = task_of(config), cell.runs
+    features = runs["train_feature"].values if "train_feature" in runs else None
+    design = design_of(config, labels=classes_of(config, task), features=features)
+    batch = design.curricula[[cell.study.protocol.pilot]]
     same = (
         np.array_equal(runs["batch"].values[cell.study.protocol.pilot], batch[0])
         and _as_text(runs["train"].values) == _as_text(task.train_ids)
@@ -64,6 +66,7 @@ def _checkpoints(cell: Cell, retry: bool, progress: Progress) -> None:
         store=cell.pilot,
         evaluation=Evaluation(evaluate_every=config.steps, checkpoints=_count(cell, config)),
         placement=config.placement,
+        features=0,
         resume=True,
         progress=progress,
     )

@@ -151,7 +151,7 @@ def test_a_minilm_step_against_pytorch_and_the_bare_loop(benchmark, tmp_path, mi
 
     def ours(some):
         store = tmp_path / f"{next(stores)}.zarr"
-        return lambda: record(task, some, optimizer, store=store)
+        return lambda: record(task, some, optimizer, store=store, features=0)
 
     short = curriculum[:, :SHORT]
     expected = torched(short[0])
@@ -196,7 +196,12 @@ def test_small_runs_by_vmap_against_one_after_another(benchmark, tmp_path):
         store = tmp_path / f"{next(stores)}.zarr"
         some = curricula[:, :steps]
         return lambda: record(
-            task, some, optimizer, store=store, placement=Placement(parallel=parallel)
+            task,
+            some,
+            optimizer,
+            store=store,
+            placement=Placement(parallel=parallel),
+            features=0,
         )
 
     pairs = []
@@ -210,7 +215,12 @@ def test_small_runs_by_vmap_against_one_after_another(benchmark, tmp_path):
     one, many = np.median(pairs, axis=0)
     auto = Placement(parallel="auto")
     chosen = record(
-        task, curricula[:, :16], optimizer, store=tmp_path / "auto.zarr", placement=auto
+        task,
+        curricula[:, :16],
+        optimizer,
+        store=tmp_path / "auto.zarr",
+        placement=auto,
+        features=0,
     ).attrs["parallel"]
     benchmark.extra_info.update(ratio=one / many, one=one, many=many, auto=chosen)
     print(
@@ -236,7 +246,7 @@ def test_record_against_the_bare_loop(benchmark, tmp_path):
 
     def recording(some):
         store = tmp_path / f"{next(stores)}.zarr"
-        return lambda: record(task, some, optimizer, store=store)
+        return lambda: record(task, some, optimizer, store=store, features=0)
 
     short = curricula[:1]
     expected = loop(short)[0]

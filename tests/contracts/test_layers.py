@@ -21,6 +21,9 @@ ROWS = {
     ],
     "data": [
         "curriculum",
+        "sides",
+        "rearranged",
+        "designs",
         "netcdf",
         "weights",
         "training",

@@ -15,6 +15,7 @@ from bayes_simfluence import conventions
 
 DOCUMENTED = [
     "Task",
+    "designs",
     "record",
     "Evaluation",
     "Placement",
@@ -77,9 +78,9 @@ def test_public_names_are_the_documented_ones():
 
 def test_lists_of_names_agree():
     told = type_checking_imports()
-    rooms = told.pop("model")
+    rooms = {name: f"{row}.{name}" for row in ("data", "model") for name in told.pop(row)}
     assert told == bs._HOME
-    assert {name: f"model.{name}" for name in rooms} == bs._ROOMS
+    assert rooms == bs._ROOMS
     homes = [name for names in bs._HOME.values() for name in names]
     assert sorted([*homes, *rooms]) == sorted(bs.__all__)
     assert len(set(homes)) == len(homes)

@@ -104,6 +104,7 @@ def recorded(task, folder, *, optimizer, batch):
         store=folder,
         step_size=0.001,
         evaluation=Evaluation(checkpoints=len(batch)),
+        features=0,
     )
     runs = open_store(folder)
     return open_checkpoints(folder, runs["run"].values[0]), runs["loss"].values[0].astype(float)

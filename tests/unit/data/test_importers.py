@@ -64,6 +64,7 @@ def recordings(draw):
         run_ids=some_ids(draw, runs),
         train_feature=rng.normal(size=(train, 2)) if features else None,
         query_feature=rng.normal(size=(queries, 2)) if features else None,
+        curriculum=rng.choice(["random", "half"], runs) if draw(st.booleans()) else None,
         attrs={"model": "m", "versions": {"jax": "1"}, "labels": ["x", "y"], "seed": 3},
         missing=True,
         status=status,

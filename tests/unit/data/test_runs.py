@@ -60,6 +60,8 @@ def test_plain_xarray_splits_runs(rng):
         ({"train_ids": list("aabcde")}, "repeated ids a"),
         ({"query_ids": ["q"]}, "got 1 ids; expected 5"),
         ({"run_ids": [1, 1, 2]}, "repeated ids 1"),
+        ({"curriculum": ["random"]}, r"curriculum: got .*\(1,\); expected a text for each of 3"),
+        ({"curriculum": [1, 2, 3]}, "curriculum: got int64"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(rng, change, match):

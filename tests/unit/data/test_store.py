@@ -78,6 +78,22 @@ def test_nothing_is_written_over_unless_told(rng, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["runs.zarr"]
 
 
+@pytest.mark.parametrize("suffix", ["zarr", "nc"])
+def test_kinds_of_curricula_survive_and_are_empty_where_none_was_said(rng, tmp_path, suffix):
+    plain, more = some_runs(rng), some_runs(rng, names=("d", "e"))
+    kinds = {"curriculum": ("run", ["random", "one-sided", "half"])}
+    runs = plain.assign_coords(kinds)
+    write = s.save_runs if suffix == "zarr" else s.export_netcdf
+    path = write(runs, tmp_path / f"runs.{suffix}")
+    xr.testing.assert_identical(s.open_runs(path), runs)
+    if suffix == "zarr":
+        both = s.open_runs(s.append_runs(more, path))
+        assert both["curriculum"].values.tolist() == ["random", "one-sided", "half", "", ""]
+        other = s.save_runs(more, tmp_path / "plain.zarr")
+        both = s.open_runs(s.append_runs(runs, other))
+        assert both["curriculum"].values.tolist() == ["", "", "random", "one-sided", "half"]
+
+
 def test_append_joins_runs_and_refuses_others(rng, tmp_path):
     first, second = some_runs(rng), some_runs(rng, names=("d", "e"))
     path = s.save_runs(first, tmp_path / "runs.zarr")

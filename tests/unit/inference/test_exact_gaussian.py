@@ -92,6 +92,7 @@ def test_the_fit_explains_itself(posterior):
     assert verdict.ok and "MSE of left-out runs" in verdict.sentence
     assert any("90% bands cover" in note for note in verdict.notes)
     assert any("4 runs tell little" in note for note in verdict.notes)
+    assert not any("features" in note for note in verdict.notes)
     assert {"left_out_score", "left_out_mse", "left_out_coverage_90"} <= set(verdict.numbers)
     assert np.isfinite(list(verdict.numbers.values())).all()
     assert posterior.settings["method"] == "Exact" and posterior.settings["times"] == TIMES
@@ -194,7 +195,11 @@ def test_without_step_sizes_they_are_not_asked_for(posterior):
 
 
 def test_without_features_effects_are_independent():
-    fitted = quietly(recording().drop_vars(["train_feature", "query_feature"]))
+    runs = recording().drop_vars(["train_feature", "query_feature"])
+    fitted = quietly(runs)
+    unused = bs.Simfluence(prior=bs.priors.Normal(features=False))
+    for one, said in ((fitted, True), (quietly(runs, model=unused), False)):
+        assert any("no gradient features" in note for note in one.verdict.notes) == said
     assert not {"staying_alike", "staying_dot"} & set(fitted.simulator.values)
     finite(fitted)
 

@@ -50,7 +50,7 @@ def test_the_memory_of_this_machine_is_known():
 
 
 def test_auto_is_kept_with_the_store_and_taken_from_it(squares, curricula, tmp_path, monkeypatch):
-    settings = {"step_size": 0.1, "store": tmp_path / "runs.zarr"}
+    settings = {"step_size": 0.1, "store": tmp_path / "runs.zarr", "features": 0}
     settings["placement"] = Placement(parallel="auto")
     optimizer = optax.sgd(0.1)
     runs = record(squares, curricula, optimizer, **settings)

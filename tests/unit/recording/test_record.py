@@ -1,5 +1,7 @@
 """Recording against a plain loop, for every way of running it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,12 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import DIVERGED
 from bayes_simfluence.data.curriculum import with_replacement
 from bayes_simfluence.data.store import open_store
-from bayes_simfluence.recording.record import record
+from bayes_simfluence.recording.record import record as record_with_features
 from bayes_simfluence.recording.settings import Placement
 from bayes_simfluence.tasks.task import Task
+
+record = partial(record_with_features, features=0)
+"""Most tests here are not about features, which take a compilation more."""
 
 
 def small_task(scale=1.0):
@@ -109,6 +114,28 @@ def test_the_step_size_is_the_one_used(tmp_path):
     )
     np.testing.assert_allclose(given["step_size"], runs["step_size"], rtol=1e-6)
     np.testing.assert_allclose(given["loss"], runs["loss"], rtol=1e-5)
+
+
+def test_a_design_is_recorded_as_it_is(tmp_path):
+    from bayes_simfluence.data.designs import Design, diverse, random
+
+    sizes = {"runs": 4, "per_run": 4, "batch_size": 2, "epochs": 2, "key": jax.random.key(0)}
+    design = diverse(6, labels=list("aabbab"), shares={"sorted": 0.5, "half": 0.25}, **sizes)
+    settings = {"step_size": 0.1, "store": tmp_path / "runs.zarr"}
+    runs = record(small_task(), design, optax.sgd(0.1), **settings)
+    np.testing.assert_array_equal(runs["batch"], design.curricula)
+    assert tuple(runs["curriculum"].values) == design.kinds
+    part = runs.isel(run=runs["curriculum"] == "sorted")
+    assert part.sizes["run"] == 2
+    with pytest.raises(Misuse, match="other kinds of curricula"):
+        record(small_task(), design.curricula, optax.sgd(0.1), **settings, resume=True)
+    with pytest.raises(Misuse, match=r"4 curricula and 3 kinds"):
+        short = Design(design.curricula, design.kinds[1:])
+        record(small_task(), short, optax.sgd(0.1), **settings, overwrite=True)
+    plain = record(
+        small_task(), random(6, **sizes), optax.sgd(0.1), store=tmp_path / "a.zarr", step_size=0.1
+    )
+    assert "curriculum" not in plain.coords
 
 
 def test_an_untold_step_size_is_asked_for(tmp_path):

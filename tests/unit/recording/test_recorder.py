@@ -52,7 +52,12 @@ def test_a_recorded_loop_is_what_record_records(tmp_path):
         query_ids=QUERY,
     )
     reference = record(
-        task, curricula, optax.sgd(rate), store=tmp_path / "reference.zarr", step_size=rate
+        task,
+        curricula,
+        optax.sgd(rate),
+        store=tmp_path / "reference.zarr",
+        step_size=rate,
+        features=0,
     )
     evaluate = jax.vmap(loss, in_axes=(None, 0))
     mean = jax.jit(jax.grad(lambda params, batch: evaluate(params, batch).mean()))

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -30,7 +31,7 @@ from bayes_simfluence.networks.heads import head_logits, with_head
 from bayes_simfluence.networks.network import Sequence
 from bayes_simfluence.networks.tensor_files import save_tensors
 from bayes_simfluence.recording.config import RecordConfig
-from bayes_simfluence.recording.from_config import curricula_of, optimizer_of, task_of
+from bayes_simfluence.recording.from_config import design_of, optimizer_of, task_of
 from bayes_simfluence.recording.session import merged, record_from_config
 from bayes_simfluence.settings import config_from_yaml, config_path
 from bayes_simfluence.tasks.classification import classification_task
@@ -385,15 +386,15 @@ def test_shipped_recordings_begin_with_the_losses_of_their_settings(folder, reco
 
 def test_curricula_are_random_subsets_in_epochs(config):
     settings = changed(config, runs=3, per_run=5, batch_size=2, epochs=3)
-    curricula = curricula_of(settings)
+    curricula = design_of(settings).curricula
     assert curricula.shape == (3, settings.steps, 2) == (3, 9, 2)
-    np.testing.assert_array_equal(curricula, curricula_of(settings))
-    assert not np.array_equal(curricula, curricula_of(changed(settings, seed=1)))
+    np.testing.assert_array_equal(curricula, design_of(settings).curricula)
+    assert not np.array_equal(curricula, design_of(changed(settings, seed=1)).curricula)
     for run in curricula:
         members, times = np.unique(run[run != EMPTY_SLOT], return_counts=True)
         assert len(members) == 5 and set(times) == {3} and members.max() < 8
     assert len({tuple(run.ravel()) for run in curricula}) == 3
-    more = curricula_of(changed(settings, runs=3, learning_rate=0.5, optimizer="sgd"))
+    more = design_of(changed(settings, runs=3, learning_rate=0.5, optimizer="sgd")).curricula
     np.testing.assert_array_equal(curricula, more)
 
 
@@ -561,7 +562,7 @@ def test_a_recording_from_settings_end_to_end(config, recorded):
         "feature": 3,
     }
     assert set(runs["status"].values) == {COMPLETE}
-    np.testing.assert_array_equal(runs["batch"], curricula_of(config))
+    np.testing.assert_array_equal(runs["batch"], design_of(config).curricula)
     np.testing.assert_allclose(runs["step_size"][0], [0.01, 0.0075, 0.005, 0.0025], rtol=1e-5)
     assert np.ptp(runs["loss"].values[:, 0], axis=0).max() == 0.0
     assert np.abs(runs["loss"].values[:, -1] - runs["loss"].values[:, 0]).min() > 0.0
@@ -583,10 +584,22 @@ def test_settings_beside_the_store_repeat_the_recording(config, recorded, tmp_pa
 def test_resuming_a_finished_recording_does_nothing(config, recorded, monkeypatch):
     store, runs = recorded
     before = {file: file.stat().st_mtime_ns for file in store.rglob("*") if file.is_file()}
-    monkeypatch.setattr("bayes_simfluence.recording.session.gradient_features", None)
+    monkeypatch.setattr("bayes_simfluence.recording.features.gradient_features", None)
     xr.testing.assert_identical(record_from_config(config, store, resume=True), runs)
     after = {file: file.stat().st_mtime_ns for file in store.rglob("*") if file.is_file()}
     assert before == after
+
+
+def test_a_diverse_design_goes_by_the_labels_of_the_files(config, recorded, tmp_path):
+    settings = changed(config, design="diverse", shares="sorted=0.5", features=0)
+    runs = record_from_config(settings, tmp_path / "runs.zarr")
+    assert sorted(runs["curriculum"].values) == ["random", "random", "sorted", "sorted"]
+    labels = {row["id"]: row["label"] for row in some_rows(12, 0)}
+    for run, plain in zip(runs["batch"].values, recorded[1]["batch"].values, strict=True):
+        words = [labels[runs["train"].values[at]] for at in run.ravel()]
+        if not np.array_equal(run, plain):
+            assert sum(one != other for one, other in pairwise(words)) <= 1
+            np.testing.assert_array_equal(np.sort(run, axis=None), np.sort(plain, axis=None))
 
 
 def test_a_recording_of_adapters_from_settings(config, recorded, tmp_path):

@@ -24,7 +24,8 @@ RATE = 0.1
 
 def recorded(task, curricula, folder, name="runs", optimizer=None, **settings):
     store, optimizer = folder / f"{name}.zarr", optimizer or optax.sgd(RATE)
-    return record(task, curricula, optimizer, store=store, step_size=RATE, **settings)
+    settings = {"step_size": RATE, "features": 0, **settings}
+    return record(task, curricula, optimizer, store=store, **settings)
 
 
 @pytest.fixture(scope="module")

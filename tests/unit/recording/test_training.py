@@ -39,7 +39,7 @@ def grouped(settings):
 
 def recorded(task, curricula, folder, name="runs", **settings):
     optimizer = settings.pop("optimizer", optax.adam(SCHEDULE))
-    settings = {"step_size": SCHEDULE, **grouped(settings)}
+    settings = {"step_size": SCHEDULE, "features": 0, **grouped(settings)}
     return record(task, curricula, optimizer, store=folder / f"{name}.zarr", **settings)
 
 

@@ -20,7 +20,8 @@ RATE = 0.1
 
 def recorded(task, curricula, folder, name="runs", **settings):
     store = folder / f"{name}.zarr"
-    return record(task, curricula, optax.sgd(RATE), store=store, step_size=RATE, **settings)
+    settings = {"step_size": RATE, "features": 0, **settings}
+    return record(task, curricula, optax.sgd(RATE), store=store, **settings)
 
 
 def close(runs, expected):

@@ -349,7 +349,12 @@ def test_recording_trains_the_adapters_alone(tmp_path, rng):
     curricula = np.array([[[0], [1]], [[2], [0]]])
     optimizer = optax.inject_hyperparams(optax.sgd)(0.01)
     runs = record(
-        task, curricula, optimizer, store=tmp_path / "runs.zarr", placement=Placement(parallel=2)
+        task,
+        curricula,
+        optimizer,
+        store=tmp_path / "runs.zarr",
+        placement=Placement(parallel=2),
+        features=0,
     )
     assert runs.attrs["tuning"] == tuned.as_dict()
     for run, batches in enumerate(curricula[:, :, 0]):
