@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bayes_simfluence.inference.exact import Exact
     from bayes_simfluence.inference.nuts import NUTS
     from bayes_simfluence.inference.ridge import Ridge
+    from bayes_simfluence.inference.stack import Stack
     from bayes_simfluence.inference.svi import SVI
     from bayes_simfluence.model import noise, priors
     from bayes_simfluence.model.coefficients import Varying
@@ -62,6 +63,7 @@ _HOME = {
     "data.store": ("append_runs", "example_runs", "export_netcdf", "open_runs", "save_runs"),
     "evaluation.compare": ("compare",),
     "inference.exact": ("Exact",),
+    "inference.stack": ("Stack",),
     "posterior.fit": ("fit",),
     "inference.nuts": ("NUTS",),
     "posterior.posterior": ("Posterior", "load_posterior"),
@@ -102,6 +104,7 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "priors",
     "noise",
     "Exact",
+    "Stack",
     "NUTS",
     "SVI",
     "Ridge",

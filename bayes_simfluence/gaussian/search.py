@@ -284,7 +284,7 @@ def band_of(
     with double_precision():
         at = (model, jnp.asarray(free), runs, jnp.asarray(rows))
         left_out = _left_out(*at)
-        if model.coupled:
+        if runs.residual is not None:
             scale = _scales(left_out, counted)
             residual = _simulated_residuals(model, runs, rows, at[1], scale)
             left_out = _left_out_simulated(*at, residual)

@@ -67,7 +67,7 @@ class Exposure:
         """Whether a batch acts on its own step alone."""
         return self.momentum == 0.0 or self.order == 1
 
-    def hypers(self, *, coupled: bool) -> dict[str, Hyper]:
+    def hypers(self, *, coupled: bool = False) -> dict[str, Hyper]:
         """What is inferred; of a coupled model, the power of the second moment too."""
         free = {}
         for lag in range(1, self.order or 1):

@@ -10,8 +10,9 @@ For one run and one query, on the scale of the link, ``y_t = link(L_t)``:
 with exposures ``e_s`` that the optimizer's memory spreads by ``w_ts`` (``exposure``), coefficients
 ``b_s`` that may vary over training (``coefficients``), their prior over examples (``priors``), a
 time effect ``mu_s`` that all runs share, multiplicative terms ``a`` of the recorded loss before the
-step, and the run's error ``eta`` (``noise``). In a coupled model exposures are multiplied by the examples'
-residuals just before the step, and ``w_ts`` divided by the size of gradients so far (``coupling``).
+step, and the run's error ``eta`` (``noise``). In a coupled model exposures are multiplied by the
+examples' residuals just before the step, and ``w_ts`` is divided by the size of the gradients so
+far (``coupling``).
 
 ``Simfluence()`` is the two-timescale model: both ``u`` and ``v``, smooth coefficients, momentum, a
 smooth error. The paper's (Guu et al. 2023, eq. 2), centred on "nothing happens", is another setting

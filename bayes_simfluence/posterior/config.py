@@ -17,6 +17,7 @@ SAMPLER = ("chains", "warmup", "draws", "target_accept", "max_tree_depth", "chai
 OWN: dict[str, tuple[str, ...]] = {
     "exact": ("hyperparameters", "times"),
     "nuts": SAMPLER,
+    "stack": ("times",),
     "svi": ("guide", "steps", "batch", "learning_rate", "draws"),
     "ridge": ("objective", "penalty", "folds", "band"),
 }
@@ -26,7 +27,7 @@ NUMBER_OF_EXPOSURE = {"memoryless": None, "momentum": "momentum", "order": "orde
 FORMS = (
     "kind", "link", "timescales", "prior", "noise", "exposure", "pooled", "features",
     "loss_power", "run_effect", "observation", "step_size_power", "coefficients", "time_effect",
-    "multiplicative",
+    "coupling", "multiplicative",
 )  # fmt: skip
 """Settings that are short forms of the model's parts."""
 
@@ -35,7 +36,7 @@ FORMS = (
 class FitConfig:
     """Everything that decides a fit besides the runs; saved beside the posterior."""
 
-    method: str = say("how to fit", "exact", ("exact", "nuts", "svi", "ridge"))
+    method: str = say("how to fit", "exact", ("exact", "stack", "nuts", "svi", "ridge"))
     model: dict[str, Any] | None = say("settings of the model's parts, as in a saved fit", None)
     kind: str | None = say(
         "model, by the settings of its parts", None,
@@ -66,11 +67,14 @@ class FitConfig:
     )
     coefficients: int | None = say("knots of a coefficient along training, 1 = constant", None)
     time_effect: str | None = say("shared by all runs", None, ("smooth", "linear", "none"))
+    coupling: str | None = say(
+        "examples act by what they have still to learn, or alike", None, ("residual", "none")
+    )
     multiplicative: bool | None = say("terms that multiply the loss", None)
     hyperparameters: str | None = say(
-        "exact: how they are found", None, ("leave-one-run-out", "evidence", "nuts")
+        "exact: how they are found", None, ("leave-one-run-out", "marginal", "evidence", "nuts")
     )
-    times: int | None = say("exact: times of each run that are conditioned on", None)
+    times: int | None = say("exact, stack: times of each run conditioned on", None)
     chains: int | None = say("nuts: chains", None)
     warmup: int | None = say("nuts: iterations of warm-up", None)
     draws: int | None = say("nuts: kept of each chain; svi: kept", None)
@@ -157,6 +161,10 @@ class FitConfig:
             return Ridge(**{"band": True, **settings})
         if self.method == "svi":
             return _svi(settings)
+        if self.method == "stack":
+            from bayes_simfluence.inference.stack import Stack
+
+            return Stack(**settings)
         from bayes_simfluence.inference.exact import Exact
         from bayes_simfluence.inference.nuts import NUTS
 
@@ -175,7 +183,7 @@ class FitConfig:
         settings["exposure"] = self._exposure(settings["exposure"])
         if self.coefficients is not None:
             settings["coefficients"] = {"knots": self.coefficients}
-        settings |= self._chosen("link", "timescales", "time_effect", "multiplicative")
+        settings |= self._chosen("link", "timescales", "time_effect", "coupling", "multiplicative")
         model = Simfluence.from_dict(settings)
         if not model.prior.stored:
             raise Misuse(

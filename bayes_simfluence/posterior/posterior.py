@@ -47,6 +47,7 @@ from bayes_simfluence.simulators.affine import AffineSimulator
 from bayes_simfluence.simulators.base import Simulator
 from bayes_simfluence.simulators.gaussian import GaussianSimulator
 from bayes_simfluence.simulators.mean import MeanSimulator
+from bayes_simfluence.simulators.pooled import PooledSimulator
 from bayes_simfluence.simulators.sampled import SampledSimulator
 
 VERSION = 1
@@ -54,7 +55,13 @@ VERSION = 1
 
 SIMULATORS: dict[str, type[Simulator]] = {
     simulator.name: simulator
-    for simulator in (AffineSimulator, MeanSimulator, GaussianSimulator, SampledSimulator)
+    for simulator in (
+        AffineSimulator,
+        MeanSimulator,
+        GaussianSimulator,
+        PooledSimulator,
+        SampledSimulator,
+    )
 }
 """The simulators that a saved posterior may hold."""
 FORMER_NAMES = {"paths": "gaussian"}

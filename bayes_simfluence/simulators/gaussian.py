@@ -177,7 +177,8 @@ class GaussianSimulator(Simulator):
         rows = self.rows[self.rows < runs.steps]
         density = np.full((1, draws, *runs.loss[:, 1:].shape), np.nan, np.float32)
         posterior = self._conditioned(runs.steps)
-        planned = self._planned(posterior, runs, rows, runs.residual)
+        residual = runs.residual if self.coupled else None
+        planned = self._planned(posterior, runs, rows, residual)
         with double_precision():
             seen = jnp.asarray(runs.loss[:, 1:][:, rows], float)
             change = link_of(self.model.link, seen) - planned.centre

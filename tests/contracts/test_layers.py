@@ -139,6 +139,7 @@ ROWS = {
         "mean",
         "sampled",
         "gaussian",
+        "pooled",
         "affine",
     ],
     "inference": [
@@ -155,6 +156,7 @@ ROWS = {
         "svi",
         "collapsed",
         "exact",
+        "stack",
     ],
     "posterior": [
         "bands",

@@ -36,6 +36,7 @@ DOCUMENTED = [
     "priors",
     "noise",
     "Exact",
+    "Stack",
     "NUTS",
     "SVI",
     "Ridge",

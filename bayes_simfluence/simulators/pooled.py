@@ -1,0 +1,148 @@
+"""Several simulators as one: every draw is one member's, in shares that were learned."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
+from bayes_simfluence.simulators.base import Named, Simulated, Simulator
+from bayes_simfluence.simulators.gaussian import GaussianSimulator
+
+OF_MEMBERS = 0x3E3B
+"""Folded into a key: which draw is whose."""
+
+
+@dataclass(frozen=True)
+class PooledSimulator(Simulator):
+    """Members that each simulate a share of the draws.
+
+    Attributes:
+        members: simulators of the same queries.
+        weights: their shares, which sum to one.
+    """
+
+    name: ClassVar[str] = "pooled"
+    members: tuple[GaussianSimulator, ...]
+    weights: Float[np.ndarray, " member"]
+
+    @property
+    def draws(self) -> None:
+        """Any number."""
+        return None
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a member lets examples act by their residuals."""
+        return any(member.coupled for member in self.members)
+
+    @property
+    def features(self) -> ExampleFeatures:
+        """Of the members, which all know the same ones."""
+        return self.members[0].features
+
+    @property
+    def by_features(self) -> "PooledSimulator | None":
+        """Itself, where all members go by features of examples."""
+        return self if all(member.by_features for member in self.members) else None
+
+    def with_examples(self, train: Float[np.ndarray, "new feature"]) -> "PooledSimulator":
+        """The same posterior with further training examples after the fitted ones."""
+        return replace(self, members=tuple(one.with_examples(train) for one in self.members))
+
+    def for_queries(self, query: Float[np.ndarray, "new feature"]) -> "PooledSimulator":
+        """The posterior of queries that were never recorded, in the order of their features."""
+        return replace(self, members=tuple(one.for_queries(query) for one in self.members))
+
+    def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
+        """Draws of all members, mixed."""
+        parts = [
+            member.simulate(runs, key=own, draws=count)
+            for member, own, count in self._each(key, draws)
+        ]
+        order = self.owners(key, draws).argsort(kind="stable").argsort()
+        return Simulated(
+            *(np.concatenate(each, axis=1)[:, order] for each in zip(*parts, strict=True))
+        )
+
+    def log_likelihood(
+        self, runs: RunArrays, *, key: jax.Array, draws: int
+    ) -> Float[np.ndarray, "chain draw run step query"]:
+        """Each draw's by its own member; NaN at steps where a member has none."""
+        parts = [
+            member.log_likelihood(runs, key=own, draws=count)
+            for member, own, count in self._each(key, draws)
+        ]
+        order = self.owners(key, draws).argsort(kind="stable").argsort()
+        return np.concatenate(parts, axis=1)[:, order]
+
+    def samples(self, *, key: jax.Array, draws: int) -> Named:
+        """What all members have, each draw its own member's, and which ``member`` that is."""
+        parts = [
+            member.samples(key=own, draws=count) for member, own, count in self._each(key, draws)
+        ]
+        owner = self.owners(key, draws)
+        order = owner.argsort(kind="stable").argsort()
+        shared = [name for name in parts[0] if all(name in part for part in parts)]
+        named = {
+            name: (
+                parts[0][name][0],
+                np.concatenate([part[name][1] for part in parts], axis=1)[:, order],
+            )
+            for name in shared
+        }
+        return {"member": (("chain", "draw"), owner[None]), **named}
+
+    def owners(self, key: jax.Array, draws: int) -> Int[np.ndarray, " draw"]:
+        """Which member each draw is of: shares as near as counts allow, in an order of the key."""
+        exact = self.weights * draws
+        counts = np.floor(exact).astype(int)
+        most_left = np.argsort(-(exact - counts), kind="stable")
+        counts[most_left[: draws - counts.sum()]] += 1
+        own = jax.random.fold_in(key, OF_MEMBERS)
+        order = np.asarray(jax.random.permutation(own, draws))
+        return np.repeat(np.arange(len(counts)), counts)[order]
+
+    def _each(self, key: jax.Array, draws: int) -> list[tuple[GaussianSimulator, jax.Array, int]]:
+        """Members with draws to make, and a key of each one's own."""
+        counts = np.bincount(self.owners(key, draws), minlength=len(self.members))
+        return [
+            (member, jax.random.fold_in(key, at), int(count))
+            for at, (member, count) in enumerate(zip(self.members, counts, strict=True))
+            if count
+        ]
+
+    def arrays(self) -> Named:
+        """The members' own, with a number before the names of arrays and dimensions."""
+        named: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+            "weights": (("member",), self.weights)
+        }
+        for at, member in enumerate(self.members):
+            for name, (dims, array) in member.arrays().items():
+                named[f"{at}.{name}"] = (tuple(f"{at}.{dim}" for dim in dims), array)
+        return named
+
+    def settings(self) -> dict[str, Any]:
+        """Those of the members in turn."""
+        return {"members": [member.settings() for member in self.members]}
+
+    @classmethod
+    def restore(
+        cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
+    ) -> "PooledSimulator":
+        """From ``arrays()`` and ``settings()``."""
+        members = [
+            GaussianSimulator.restore(
+                {
+                    name.removeprefix(f"{at}."): array
+                    for name, array in arrays.items()
+                    if name.startswith(f"{at}.")
+                },
+                own,
+            )
+            for at, own in enumerate(settings["members"])
+        ]
+        return cls(tuple(members), np.asarray(arrays["weights"]))
