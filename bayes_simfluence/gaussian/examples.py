@@ -174,7 +174,7 @@ def conditioned_states(
     # Of an example that no run trained on, what is known is what the others have in common.
     share = seen / jnp.maximum(seen.sum(), 1)
     common = (weights @ share)[..., None]
-    return States(jnp.where(seen, weights, weights + common), start, jnp.asarray(scale))
+    return States(jnp.where(seen[None, None], weights, weights + common), start, jnp.asarray(scale))
 
 
 @partial(jax.jit, static_argnames=("model", "knots"))
@@ -238,7 +238,7 @@ def _residuals(
         for part, pull in pulls.items():
             moved = jnp.einsum("sb,sbj->sj", acting, pull)
             change = change + gathering(model, values, part, run, moment, rows) @ moved
-        return states.start + jnp.pad(change, ((1, 0), (0, 0))) + eta
+        return states.start[None] + jnp.pad(change, ((1, 0), (0, 0))) + eta
 
     def again(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         residual, _, rounds = state
@@ -278,7 +278,7 @@ def _pulls(
 
     def of_step(inputs: tuple[Array, Array, Array]) -> Array:
         batch, curve, shared = inputs
-        varying = jnp.einsum("k,kbj->bj", curve, effects[:, batch]) + shared
+        varying = jnp.einsum("k,kbj->bj", curve, effects[:, batch]) + shared[None]
         return scale * varying + always[batch]
 
     pulls: Array = jax.lax.map(of_step, (jnp.asarray(run.batch), over_time, common))

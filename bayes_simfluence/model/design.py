@@ -31,7 +31,7 @@ def design(
         if model.time_effect != "none":
             shared = time_curve(model, over_time)
             # What any step does, it does by what its examples have still to learn.
-            acting = gathered if run.residual is None else gathered * exposure.sum(axis=1)
+            acting = gathered if run.residual is None else gathered * exposure.sum(axis=1)[None]
             common = values[f"{part}_common"] * acting @ shared
             each = jnp.concatenate([each, common[:, :, None]], axis=2)
         blocks.append(part_scale(values, part) * each.reshape(len(rows), -1))

@@ -1,0 +1,198 @@
+"""Training examples as states: conditioned as plain algebra does it, rolled out step by step."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bayes_simfluence as bs
+from bayes_simfluence.gaussian.designs import designs_and_means, error_covariance
+from bayes_simfluence.gaussian.examples import (
+    WHITE,
+    States,
+    conditioned_states,
+    observed_examples,
+    rolled_out,
+)
+from bayes_simfluence.linalg import double_precision
+from bayes_simfluence.model.arrays import ExampleFeatures
+from bayes_simfluence.model.hyper import natural_values, start
+from bayes_simfluence.model.simfluence import hypers_of
+from bayes_simfluence.posterior.arrays import recorded_arrays
+
+FITTED = slice(0, 10)
+MODEL = bs.Simfluence(coefficients=bs.Varying(knots=2))
+SIZE, SCALE = 1.7, 0.8
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def fitted(recorded):
+    runs = recorded_arrays(recorded.isel(run=slice(0, 3)), residuals=True)
+    return runs.in_units(runs.steps, runs.largest_step_size)
+
+
+@pytest.fixture(scope="module")
+def free(fitted):
+    return jnp.asarray(start(hypers_of(MODEL, fitted.features)))
+
+
+def as_queries(runs):
+    """The runs with their training examples as queries."""
+    features = ExampleFeatures(runs.features.train, runs.features.train)
+    return runs._replace(features=features, query=np.arange(runs.train))
+
+
+def designs_of(free, runs):
+    """Designs and means of every step, time 0 first, in the units of the states."""
+    values = natural_values(hypers_of(MODEL, runs.features), free)
+    steps = jnp.arange(runs.steps)
+    design, mean = designs_and_means(MODEL, values, as_queries(runs), steps, knots=2)
+    error = error_covariance(MODEL, values, jnp.asarray(runs.progress[0]))
+    first = ((0, 0), (1, 0), (0, 0))
+    return np.pad(design / SIZE, first), np.pad(mean, first), np.pad(error, ((1, 0), (1, 0)))
+
+
+def dense(free, fitted, example, used):
+    """Mean and covariance of (weights, start) given an example's observations, by plain algebra."""
+    design, mean, error = designs_of(free, fitted)
+    run, step, slot = np.nonzero((fitted.batch == example) & used[:, None, None])
+    loss = -np.log1p(-np.clip(fitted.residual, 1e-6, 1 - 1e-6))
+    linked = np.log(np.expm1(loss))
+    first = linked[:, 0]
+    level, spread = first.mean(), first.var() + WHITE * SCALE**2
+    rows = np.concatenate([design[run, step], np.ones((len(run), 1))], axis=1)
+    prior = np.diag(np.r_[np.full(design.shape[2], SCALE**2), spread])
+    noise = (run[:, None] == run[None]) * error[np.ix_(step, step)] + WHITE * np.eye(len(run))
+    gain = prior @ rows.T @ np.linalg.inv(rows @ prior @ rows.T + SCALE**2 * noise)
+    missed = linked[run, step, slot] - level - mean[run, step, example]
+    centre = gain @ missed
+    return centre[:-1], level + centre[-1], prior - gain @ rows @ prior
+
+
+def states(free, fitted, left_out, draws=0):
+    with double_precision():
+        return conditioned_states(
+            MODEL, free, fitted, observed_examples(MODEL, fitted), jnp.asarray(SIZE),
+            jnp.asarray(SCALE), jnp.asarray(left_out), KEY, knots=2, draws=draws,
+        )  # fmt: skip
+
+
+def test_states_are_those_of_plain_algebra_with_and_without_a_run(fitted, free):
+    left_out = np.array([[False, False, False], [False, True, False]])
+    found = states(free, fitted, left_out)
+    example = int(fitted.batch[1, 0, 0])
+    with double_precision():
+        for at, group in enumerate(left_out):
+            weights, begin, _ = dense(free, fitted, example, ~group)
+            np.testing.assert_allclose(found.weights[at, :, example], weights, atol=1e-8)
+            assert found.start[at, example] == pytest.approx(begin, abs=1e-8)
+    # Leaving its run out changes what is known of it.
+    assert np.abs(found.weights[0, :, example] - found.weights[1, :, example]).max() > 1e-4
+
+
+def test_draws_have_the_posteriors_mean_and_spread(fitted, free):
+    draws = 2000
+    found = states(free, fitted, np.zeros((0, 3), bool), draws)
+    example = int(fitted.batch[1, 0, 0])
+    with double_precision():
+        weights, begin, covariance = dense(free, fitted, example, np.ones(3, bool))
+    drawn = np.asarray(found.weights[:, :, example])
+    sd = np.sqrt(np.diag(covariance))
+    # Means of 60 weights: beyond 4.5 sd by chance in 1 of 2000 runs of this test.
+    z = (drawn.mean(axis=0) - weights) / (sd[:-1] / np.sqrt(draws))
+    assert np.abs(z).max() < 4.5
+    np.testing.assert_allclose(drawn.std(axis=0), sd[:-1], rtol=0.1)
+    begun = np.asarray(found.start[:, example])
+    assert begun.std() == pytest.approx(sd[-1], rel=0.1)
+    assert begun.mean() == pytest.approx(begin, abs=0.1 * sd[-1])
+    # What was observed narrows them.
+    assert sd[:-1].min() < 0.97 * SCALE
+
+
+def test_an_example_that_no_run_trained_on_is_like_the_others(fitted, free):
+    batch = np.where(fitted.batch == 0, -1, fitted.batch)
+    found = states(free, fitted._replace(batch=batch), np.zeros((1, 3), bool))
+    others = np.asarray(found.weights[0])
+    seen = np.isin(np.arange(fitted.train), batch)
+    np.testing.assert_allclose(others[:, 0], others[:, seen].mean(axis=1), atol=1e-10)
+
+
+def test_rolling_out_is_simulating_step_by_step(fitted, free):
+    """Residuals of a step follow from those of earlier ones, found one step after the other."""
+    rng = np.random.default_rng(0)
+    planned = fitted._replace(residual=None)
+    with double_precision():
+        some = states(free, fitted, np.zeros((1, 3), bool))
+        one = States(some.weights[0], some.start[0], some.scale)
+        white = jnp.asarray(0.3 * rng.normal(size=(3, fitted.steps + 1, fitted.train)))
+        found = rolled_out(MODEL, free, one, planned, jnp.asarray(SIZE), white, knots=2)
+
+        residual = np.zeros(fitted.batch.shape)
+        _, _, error = designs_of(free, fitted)
+        root = np.zeros(error.shape)
+        root[1:, 1:] = np.linalg.cholesky(error[1:, 1:])
+        eta = SCALE * np.einsum("ts,rsi->rti", root, white)
+        for step in range(fitted.steps):
+            design, mean, _ = designs_of(free, fitted._replace(residual=residual))
+            linked = np.asarray(one.start) + mean + design @ np.asarray(one.weights) + eta
+            loss = np.log1p(np.exp(np.asarray(linked)[:, step]))
+            before = np.take_along_axis(1 - np.exp(-loss), fitted.batch[:, step], axis=1)
+            residual[:, step] = np.where(fitted.batch[:, step] >= 0, before, 0.0)
+    np.testing.assert_allclose(found, residual, atol=2e-3)
+    # Not by luck: residuals that stay as they were at first are far from it.
+    assert np.abs(residual - residual[:, :1]).max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def posterior(recorded):
+    return bs.fit(recorded.isel(run=FITTED), method=bs.Exact(times=6), model=MODEL, key=KEY)
+
+
+def test_a_simulation_sees_no_residual_of_its_run(recorded, posterior):
+    other = recorded.isel(run=[10])
+    seen = other.assign(train_loss=other["train_loss"] * 3.0)
+    losses = [posterior.simulate(runs, key=KEY, draws=9)["loss"].values for runs in (other, seen)]
+    np.testing.assert_array_equal(*losses)
+
+
+def test_left_out_runs_are_simulated_without_their_residuals(recorded, posterior):
+    """Their predictions do not follow when their own residuals are changed a little."""
+    assert posterior.simulator.coupled
+    assert posterior.left_out is not None
+    truth = recorded["loss"].isel(run=FITTED).sel(time=posterior.left_out["time"])
+    error = np.abs(posterior.left_out["predicted"].values - truth.values)
+    assert 0 < error.mean() < 0.2
+
+
+def test_coupled_posteriors_are_saved_and_opened(recorded, posterior, tmp_path):
+    path = posterior.save(tmp_path / "posterior.nc")
+    opened, other = bs.load_posterior(path), recorded.isel(run=[10, 11])
+    assert opened.simulator.coupled
+    both = [one.simulate(other, key=KEY, draws=5)["loss"].values for one in (posterior, opened)]
+    np.testing.assert_allclose(*both, rtol=1e-5)
+
+
+def test_densities_are_of_the_recorded_residuals(posterior):
+    idata = posterior.to_arviz(draws=4, groups=["log_likelihood"])
+    assert np.isfinite(idata["log_likelihood"]["loss"].values).all()
+
+
+def test_without_residuals_effects_are_additive_and_the_verdict_says_so(recorded):
+    bare = recorded.isel(run=FITTED).drop_vars("train_loss")
+    fitted = bs.fit(bare, method=bs.Exact(times=4), key=KEY)
+    assert not fitted.simulator.coupled
+    assert "Effects are additive" in str(fitted.verdict)
+    chosen = replace(bs.Simfluence(), coupling="none")
+    said = bs.fit(bare, method=bs.Exact(times=4), model=chosen, key=KEY)
+    assert "Effects are additive" not in str(said.verdict)
+    np.testing.assert_allclose(fitted.simulator.scale, said.simulator.scale)
+
+
+def test_runs_without_residuals_among_others_are_told(recorded):
+    some = recorded.isel(run=slice(0, 4)).copy(deep=True)
+    some["train_loss"][1] = np.nan
+    fitted = bs.fit(some, method=bs.Exact(times=3), key=KEY)
+    assert "1 of 4 runs" in str(fitted.verdict)
