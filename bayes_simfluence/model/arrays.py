@@ -193,7 +193,8 @@ class RunArrays(NamedTuple):
     def exposures(self) -> Float[Array, "step train"]:
         """Of one run: how much of each example every step's batch holds."""
         batch, weight = jnp.asarray(self.batch), jnp.asarray(self.weight, float)
-        return exposures(batch, weight, self.train, self.residual)
+        residual = None if self.residual is None else jnp.asarray(self.residual, float)
+        return exposures(batch, weight, self.train, residual)
 
     def each(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(run, *arguments)`` of each run; arguments have a leading axis of runs."""

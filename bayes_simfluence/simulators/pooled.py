@@ -1,12 +1,12 @@
 """Several simulators as one: every draw is one member's, in shares that were learned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
 from bayes_simfluence.simulators.base import Named, Simulated, Simulator
@@ -60,37 +60,32 @@ class PooledSimulator(Simulator):
     def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
         """Draws of all members, mixed."""
         parts = [
-            member.simulate(runs, key=own, draws=count)
-            for member, own, count in self._each(key, draws)
+            member.simulate(runs, key=own, draws=made)
+            for member, own, made in self._each(key, draws)
         ]
-        order = self.owners(key, draws).argsort(kind="stable").argsort()
-        return Simulated(
-            *(np.concatenate(each, axis=1)[:, order] for each in zip(*parts, strict=True))
-        )
+        return Simulated(*(self._mixed(each, key, draws) for each in zip(*parts, strict=True)))
 
     def log_likelihood(
         self, runs: RunArrays, *, key: jax.Array, draws: int
     ) -> Float[np.ndarray, "chain draw run step query"]:
         """Each draw's by its own member; NaN at steps where a member has none."""
         parts = [
-            member.log_likelihood(runs, key=own, draws=count)
-            for member, own, count in self._each(key, draws)
+            member.log_likelihood(runs, key=own, draws=made)
+            for member, own, made in self._each(key, draws)
         ]
-        order = self.owners(key, draws).argsort(kind="stable").argsort()
-        return np.concatenate(parts, axis=1)[:, order]
+        return self._mixed(parts, key, draws)
 
     def samples(self, *, key: jax.Array, draws: int) -> Named:
         """What all members have, each draw its own member's, and which ``member`` that is."""
         parts = [
-            member.samples(key=own, draws=count) for member, own, count in self._each(key, draws)
+            member.samples(key=own, draws=made) for member, own, made in self._each(key, draws)
         ]
         owner = self.owners(key, draws)
-        order = owner.argsort(kind="stable").argsort()
         shared = [name for name in parts[0] if all(name in part for part in parts)]
         named = {
             name: (
                 parts[0][name][0],
-                np.concatenate([part[name][1] for part in parts], axis=1)[:, order],
+                self._mixed([part[name][1] for part in parts], key, draws),
             )
             for name in shared
         }
@@ -107,13 +102,26 @@ class PooledSimulator(Simulator):
         return np.repeat(np.arange(len(counts)), counts)[order]
 
     def _each(self, key: jax.Array, draws: int) -> list[tuple[GaussianSimulator, jax.Array, int]]:
-        """Members with draws to make, and a key of each one's own."""
+        """Members with draws, a key of each one's own, and how many draws are to be made.
+
+        Quarters of all draws, some of them for nothing, since each number is a program to compile.
+        """
         counts = np.bincount(self.owners(key, draws), minlength=len(self.members))
+        quarter = -(-draws // 4)
         return [
-            (member, jax.random.fold_in(key, at), int(count))
+            (member, jax.random.fold_in(key, at), quarter * -(-int(count) // quarter))
             for at, (member, count) in enumerate(zip(self.members, counts, strict=True))
             if count
         ]
+
+    def _mixed(
+        self, parts: Sequence[np.ndarray], key: jax.Array, draws: int
+    ) -> Shaped[np.ndarray, "chain draw *rest"]:
+        """The members' draws in their places among all."""
+        owner = self.owners(key, draws)
+        counts = [int(count) for count in np.bincount(owner) if count]
+        cut = [part[:, :count] for part, count in zip(parts, counts, strict=True)]
+        return np.concatenate(cut, axis=1)[:, owner.argsort(kind="stable").argsort()]
 
     def arrays(self) -> Named:
         """The members' own, with a number before the names of arrays and dimensions."""

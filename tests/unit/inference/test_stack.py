@@ -59,8 +59,9 @@ def test_draws_are_the_members_own_in_their_shares(posterior):
     planned = planned_arrays(other, posterior.runs["train"].values, posterior.runs["query"].values)
     for at, member in enumerate(pool.members):
         count = int((owners == at).sum())
-        alone = member.simulate(planned, key=jax.random.fold_in(KEY, at), draws=count)
-        np.testing.assert_array_equal(whole[owners == at], alone.mean_loss[0])
+        made = -(-count // 13) * 13  # a quarter of the draws, in as few shapes as may be
+        alone = member.simulate(planned, key=jax.random.fold_in(KEY, at), draws=made)
+        np.testing.assert_array_equal(whole[owners == at], alone.mean_loss[0, :count])
 
 
 def test_a_pool_is_one_posterior(posterior, tmp_path):
@@ -68,13 +69,11 @@ def test_a_pool_is_one_posterior(posterior, tmp_path):
     opened = bs.load_posterior(posterior.save(tmp_path / "pool.nc"))
     both = [one.simulate(other, key=KEY, draws=7)["loss"].values for one in (posterior, opened)]
     np.testing.assert_allclose(*both, rtol=1e-5)
-    idata = posterior.to_arviz(draws=20)
+    idata = posterior.to_arviz(draws=20, groups=["posterior", "log_likelihood"])
     assert np.isfinite(idata["log_likelihood"]["loss"].values).all()
     assert set(np.unique(idata["posterior"]["member"])) <= {0, 1, 2}
     assert {"staying", "momentum"} <= set(idata["posterior"].data_vars)
     assert "Pooled: joint" in str(posterior.verdict)
-    table = bs.compare({"pool": posterior}, other, key=KEY, draws=20)
-    assert np.isfinite(table.loc["pool", "crps"])
 
 
 def test_only_models_with_shared_scales_are_pooled():

@@ -52,17 +52,16 @@ def test_one_draw_without_a_band_stays_a_point():
 
 
 def far_recording(rate):
-    """Runs alike, of which every other one is long trained on few examples and errs by ``rate``."""
+    """Runs alike, but for the first, which trains on few examples and errs by ``rate``."""
     runs = bs.example_runs().isel(run=slice(0, 12), query=slice(0, 8)).copy(deep=True)
     batch = runs["batch"].values.copy()
-    few = np.arange(0, 12, 3)
-    batch[few] = batch[few, :, :1] % 3
+    batch[0] = batch[0, :, :1] % 3
     runs["batch"] = (runs["batch"].dims, batch)
     rng, times = np.random.default_rng(0), np.array([32, 64, 96])
     size = widening_of(runs, None).size
     centre = linked(runs["loss"].sel(time=times))
     error = 0.02 * rng.normal(size=centre.shape)
-    error[few] += rate * 2.0 * size * rng.normal(size=(len(few), 1, 8))
+    error[0] += rate * 2.0 * size * rng.normal(size=8)
     parts = {"predicted": 0.0, "low": -0.033, "high": 0.033}
     left_out = {
         name: (("run", "time", "query"), np.log1p(np.exp(centre + error + edge)))
@@ -73,14 +72,13 @@ def far_recording(rate):
 
 def test_runs_that_are_alike_say_nothing_of_distance():
     runs, left_out = far_recording(0.0)
-    alike = runs.isel(run=[1, 2, 4, 5, 7, 8])
-    assert widening_of(alike, left_out.isel(run=[1, 2, 4, 5, 7, 8])).rate == pytest.approx(BELIEVED)
+    alike = {"run": slice(1, None)}
+    assert widening_of(runs.isel(alike), left_out.isel(alike)).rate == pytest.approx(BELIEVED)
 
 
 def test_the_rate_is_learned_from_far_runs():
-    rates = [widening_of(*far_recording(rate)).rate for rate in (0.0, 0.1, 1.0)]
-    assert rates[0] < 0.2 < BELIEVED
-    assert rates[0] < rates[1] < rates[2]
+    rates = [widening_of(*far_recording(rate)).rate for rate in (0.0, 0.3, 9.0)]
+    assert rates[0] < 0.5 * rates[1] < 0.5 * BELIEVED < BELIEVED < rates[2]
 
 
 def test_queries_that_were_not_fitted_have_the_others_size():
@@ -106,9 +104,8 @@ def test_simulations_spread_where_support_falls(tmp_path):
     model = bs.Simfluence.additive()
     posterior = bs.fit(runs.isel(run=slice(0, 6)), model=model, key=KEY)
     other = runs.isel(run=[6])
-    few = other.assign(
-        batch=(other["batch"].dims, other["batch"].values[:, :, :1] % 3 + 0 * other["batch"].values)
-    )
+    batch = np.broadcast_to(other["batch"].values[:, :, :1] % 3, other["batch"].shape)
+    few = other.assign(batch=(other["batch"].dims, batch))
     opened = bs.load_posterior(posterior.save(tmp_path / "posterior.nc"))
     for one in (posterior, opened):
         with pytest.warns(bs.SupportWarning):
