@@ -170,7 +170,7 @@ def conditioned_states(
         of_example, (*map(jnp.asarray, table), jnp.moveaxis(mean, 2, 0), keys)
     )
     weights, start = jnp.moveaxis(weights, 0, 2), jnp.moveaxis(start, 0, 1) + level
-    seen = observed.known.any(axis=1)
+    seen = jnp.asarray(observed.known).any(axis=1)
     # Of an example that no run trained on, what is known is what the others have in common.
     share = seen / jnp.maximum(seen.sum(), 1)
     common = (weights @ share)[..., None]
