@@ -18,7 +18,7 @@ from bayes_simfluence.checks import keyed, positive_integer
 from bayes_simfluence.progress import Meter
 from bayes_simfluence.recording.batches import over_batches
 from bayes_simfluence.recording.sketch import random_signs, sketched
-from bayes_simfluence.tasks.task import Task
+from bayes_simfluence.tasks.task import Functions, Task
 
 BATCH = 25
 """Examples between two reports of progress."""
@@ -55,22 +55,8 @@ def gradient_features(
     keyed(key)
     rank = min(positive_integer("rank", rank), len(task.train_ids))
     length = positive_integer("sketch", sketch)
-
     signs = random_signs(task.params, key)
-
-    @jax.jit
-    def sketches(
-        params: PyTree, frozen: PyTree, signs: list[Array], examples: PyTree
-    ) -> Float[Array, "batch sketch"]:
-        def loss(params: PyTree, example: PyTree) -> Float[Array, ""]:
-            return task.loss(task.weights(params, frozen), example)
-
-        def sketch_of(example: PyTree) -> Float[Array, " sketch"]:
-            return sketched(jax.grad(loss)(params, example), signs, length)
-
-        return jax.lax.map(sketch_of, examples)
-
-    of_batch = partial(sketches, task.params, task.frozen, signs)
+    of_batch = partial(_sketches, task.functions, length, task.params, task.frozen, signs)
     train, query = (
         np.concatenate(
             [np.asarray(rows, float) for _, rows in over_batches(of_batch, part, BATCH, meter)]
@@ -88,3 +74,18 @@ def gradient_features(
         query=(query @ right / scale).astype(np.float32),
         kept=float(values[:rank].sum() / max(values.sum(), np.finfo(float).tiny)),
     )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _sketches(
+    task: Functions,
+    length: int,
+    params: PyTree,
+    frozen: PyTree,
+    signs: list[Array],
+    examples: PyTree,
+) -> Float[Array, "batch sketch"]:
+    def sketch_of(example: PyTree) -> Float[Array, " sketch"]:
+        return sketched(jax.grad(task.loss_at)(params, frozen, example), signs, length)
+
+    return jax.lax.map(sketch_of, examples)

@@ -3,9 +3,21 @@
 from contextlib import contextmanager
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import bayes_simfluence as bs
+from bayes_simfluence.attribution.influence.influence_functions import (
+    EKFAC,
+    ConjugateGradient,
+    Dense,
+    InGram,
+    LiSSA,
+    influence,
+)
+from bayes_simfluence.networks.layers import dense
+from bayes_simfluence.tasks.task import Task
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 KEY = jax.random.key(0)
@@ -78,3 +90,44 @@ def test_sampled_posteriors_compile_once(counted, recording, method):
     whole_way(recording.isel(run=slice(0, 3)), KEY)
     with counted(at_most=0):
         whole_way(recording.isel(run=slice(3, 6)), other_key)
+
+
+def small_task():
+    """Of shapes that no other test has; every call makes its arrays anew, of the same functions."""
+    inputs = np.random.default_rng(0).normal(size=(17, 3)).astype("f4")
+    data = {"x": jnp.asarray(inputs), "y": jnp.asarray(inputs[:, 0] > 0, int)}
+    return Task(
+        params={"b.weight": jnp.ones((2, 3)), "b.bias": jnp.zeros(2)},
+        loss=small_loss,
+        train=jax.tree.map(lambda leaf: leaf[:13], data),
+        query=jax.tree.map(lambda leaf: leaf[13:], data),
+        train_ids=range(13),
+        query_ids=range(4),
+        outputs=logits,
+        output_loss=nats,
+    )
+
+
+def logits(weights, example):
+    return dense(weights, "b", example["x"])
+
+
+def nats(outputs, example):
+    return -jax.nn.log_softmax(outputs)[example["y"]]
+
+
+def small_loss(weights, example):
+    return nats(logits(weights, example), example)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [EKFAC(), ConjugateGradient(), Dense(), InGram(), LiSSA(depth=3), InGram(ConjugateGradient())],
+    ids=str,
+)
+def test_influence_compiles_once(counted, solver):
+    other_key = jax.random.key(1)
+    influence(small_task(), solver=solver, key=KEY)
+    again = small_task()
+    with counted(at_most=0):
+        influence(again, solver=solver, key=other_key)
