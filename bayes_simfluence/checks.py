@@ -115,6 +115,20 @@ def named(what: str, wanted: Iterable[object], known: Iterable[object]) -> list[
     return [places[name] for name in names]
 
 
+def hashable(what: str, function: Value) -> Value:
+    """The function itself, when it can be hashed: what was compiled for it is found again by it."""
+    try:
+        hash(function)
+    except TypeError as error:
+        raise Misuse(
+            what,
+            got=str(error),
+            expected="a function, by which what was compiled for it is found again",
+            do="define a function once that calls it, and pass that",
+        ) from error
+    return function
+
+
 def keyed(key: Any) -> None:
     """Raise unless ``key`` is one typed PRNG key, as made by ``jax.random.key``."""
     import jax

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bayes_simfluence.checks import Misuse
+from bayes_simfluence.checks import Misuse, hashable
 
 Params = Any
 Example = Any
@@ -125,7 +125,7 @@ class Task:
         named = {name: getattr(self, name) for name in Functions._fields}
         named |= {"metrics": tuple(self.metrics.items()), "query_lengths": lengths}
         for name, part in {**self.metrics, **named}.items():
-            _hashable(name, part)
+            hashable(f"task.{name}", part)
         return Functions(**named)
 
     def weights(self, params: Params, frozen: Params) -> Params:
@@ -160,18 +160,6 @@ class Task:
         if any(part is not None for part in parts):
             _outputs(self, weights, example)
         return self
-
-
-def _hashable(name: str, function: Any) -> None:
-    try:
-        hash(function)
-    except TypeError as error:
-        raise Misuse(
-            f"task.{name}",
-            got=str(error),
-            expected="a function, by which what was compiled for it is found again",
-            do=f"define a function once that calls it, and pass that as {name}",
-        ) from error
 
 
 def _number(name: str, shape: Any) -> None:
