@@ -77,11 +77,10 @@ def of_shape(what: str, array: Any, shape: tuple[int, ...], meaning: str, *, do:
 
 def positive_number(what: str, value: object, *, do: str = "pass a number above zero") -> float:
     """``value`` as a finite ``float`` above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    number = value if isinstance(value, int | float | np.number) else math.nan
+    if isinstance(value, bool) or not math.isfinite(number) or number <= 0:
         raise Misuse(what, got=repr(value), expected="a finite number > 0", do=do)
-    if not math.isfinite(value) or value <= 0:
-        raise Misuse(what, got=repr(value), expected="a finite number > 0", do=do)
-    return float(value)
+    return float(number)
 
 
 def unit_interval(what: str, value: float, *, do: str = "pass a number in [0, 1)") -> float:

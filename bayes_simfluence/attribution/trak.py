@@ -24,7 +24,7 @@ from bayes_simfluence.checks import Misuse, choice_of, keyed, positive_integer
 from bayes_simfluence.progress import Meter, Progress, Silent
 from bayes_simfluence.recording.batches import over_batches
 from bayes_simfluence.recording.checkpoints import SavedWeights
-from bayes_simfluence.recording.sketch import random_signs, sketched
+from bayes_simfluence.recording.features import random_signs, sketched
 from bayes_simfluence.tasks.task import Functions, Task
 
 BATCH = 25

@@ -150,8 +150,7 @@ class CompiledSteps:
         arrays = task.params, fixed_of(task)
         shapes = jax.tree.map(lambda leaf: Shaped(jnp.shape(leaf), jnp.result_type(leaf)), arrays)
         leaves, structure = jax.tree.flatten(shapes)
-        config: Any = jax.config
-        precision = config.jax_enable_x64, config.jax_default_matmul_precision
+        precision = jnp.result_type(float), jax.default_matmul_precision.value
         key = tuple(leaves), structure, (parallel, steps, slots), tuple(devices), precision
         return cls._of(training, *key)
 

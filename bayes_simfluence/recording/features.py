@@ -4,20 +4,22 @@ Inner products of these features approximate those of the gradients, hence what 
 training example does to a query's loss (TracIn with one checkpoint: Pruthi et al. 2020, eq. 1).
 They are what a prior can know of an example before any run: examples with similar gradients have
 similar effects. Each gradient is compressed by random signs and folding (a count sketch: Charikar
-et al. 2002) as it is made, so memory holds one gradient at a time.
+et al. 2002) as it is made, so memory holds one gradient at a time. The inner product of two
+sketches is that of the gradients, on average over the signs; it is off by about
+``1 / sqrt(length)`` of the product of their norms.
 """
 
 from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int8, PyTree
 
 from bayes_simfluence.checks import keyed, positive_integer
 from bayes_simfluence.progress import Meter
 from bayes_simfluence.recording.batches import over_batches
-from bayes_simfluence.recording.sketch import random_signs, sketched
 from bayes_simfluence.tasks.task import Functions, Task
 
 BATCH = 25
@@ -85,7 +87,28 @@ def _sketches(
     signs: list[Array],
     examples: PyTree,
 ) -> Float[Array, "batch sketch"]:
-    def sketch_of(example: PyTree) -> Float[Array, " sketch"]:
-        return sketched(jax.grad(task.loss_at)(params, frozen, example), signs, length)
+    gradient = partial(jax.grad(task.loss_at), params, frozen)
+    return jax.lax.map(lambda example: sketched(gradient(example), signs, length), examples)
 
-    return jax.lax.map(sketch_of, examples)
+
+def random_signs(params: PyTree, key: jax.Array) -> list[Int8[Array, " weight"]]:
+    """A sign for each coordinate of every array."""
+    leaves = jax.tree.leaves(params)
+    keys = jax.random.split(key, len(leaves))
+    return [
+        jax.random.rademacher(drawn, (leaf.size,), jnp.int8)
+        for leaf, drawn in zip(leaves, keys, strict=True)
+    ]
+
+
+def sketched(
+    gradient: PyTree, signs: list[Int8[Array, "..."]], length: int
+) -> Float[Array, " sketch"]:
+    """Signed sums of every ``length``-th coordinate, all arrays one after the other."""
+    folded, start = jnp.zeros(length), 0
+    for leaf, sign in zip(jax.tree.leaves(gradient), signs, strict=True):
+        front = start % length
+        padded = jnp.pad(leaf.ravel() * sign, (front, -(front + leaf.size) % length))
+        folded = folded + padded.reshape(-1, length).sum(axis=0)
+        start += leaf.size
+    return folded

@@ -83,11 +83,6 @@ class GaussianSimulator(Simulator):
             return {name: float(value) for name, value in natural.items()}
 
     @property
-    def draws(self) -> None:
-        """Any number."""
-        return None
-
-    @property
     def features(self) -> ExampleFeatures:
         """Of the fitted examples and queries, or of the queries that it simulates instead."""
         return self.unseen or self.fitted.features

@@ -78,7 +78,6 @@ ROWS = {
         "seq2seq",
     ],
     "recording": [
-        "sketch",
         "batches",
         "features",
         "checkpoints",
