@@ -69,8 +69,9 @@ def gradient_features(
     values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
     scale = np.sqrt(max(values.sum() / len(train), np.finfo(float).tiny))
     # train = vectors sqrt(values) right^T: coordinates along right, for queries too.
-    roots = np.sqrt(np.maximum(values[:rank], np.finfo(float).tiny))
-    right = train.T @ vectors[:, :rank] / roots
+    # Directions that are rounding alone have no coordinates.
+    kept = values[:rank] > len(train) * np.finfo(float).eps * values[0]
+    right = train.T @ vectors[:, :rank] / np.sqrt(np.where(kept, values[:rank], np.inf))
     return Features(
         train=(train @ right / scale).astype(np.float32),
         query=(query @ right / scale).astype(np.float32),
