@@ -77,11 +77,10 @@ def of_shape(what: str, array: Any, shape: tuple[int, ...], meaning: str, *, do:
 
 def positive_number(what: str, value: object, *, do: str = "pass a number above zero") -> float:
     """``value`` as a finite ``float`` above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    number = value if isinstance(value, int | float | np.number) else math.nan
+    if isinstance(value, bool) or not math.isfinite(number) or number <= 0:
         raise Misuse(what, got=repr(value), expected="a finite number > 0", do=do)
-    if not math.isfinite(value) or value <= 0:
-        raise Misuse(what, got=repr(value), expected="a finite number > 0", do=do)
-    return float(value)
+    return float(number)
 
 
 def unit_interval(what: str, value: float, *, do: str = "pass a number in [0, 1)") -> float:
@@ -113,6 +112,20 @@ def named(what: str, wanted: Iterable[object], known: Iterable[object]) -> list[
             do="use ids of the recording",
         )
     return [places[name] for name in names]
+
+
+def hashable(what: str, function: Value) -> Value:
+    """The function itself, when it can be hashed: what was compiled for it is found again by it."""
+    try:
+        hash(function)
+    except TypeError as error:
+        raise Misuse(
+            what,
+            got=str(error),
+            expected="a function, by which what was compiled for it is found again",
+            do="define a function once that calls it, and pass that",
+        ) from error
+    return function
 
 
 def keyed(key: Any) -> None:

@@ -12,10 +12,8 @@ from jaxtyping import Array, Float, PyTree
 from bayes_simfluence.attribution.gradients.checkpoints import check_finite
 from bayes_simfluence.attribution.gradients.per_example import (
     MEMORY,
-    GradientMaker,
     flat,
     flat_gradients,
-    gradient_maker,
 )
 from bayes_simfluence.checks import Misuse, at_most, positive_integer, positive_number
 from bayes_simfluence.recording.checkpoints import named_tensors
@@ -61,7 +59,6 @@ class AdamDiagonal:
         params: PyTree,
         place: int,
         *,
-        maker: GradientMaker | None = None,
         memory: int = MEMORY,
         where: str = "these weights",
     ) -> Float[Array, " weight"]:
@@ -73,7 +70,7 @@ class AdamDiagonal:
             squares = flat(jax.tree.map(jnp.asarray, self.moments[place]))
         else:
             squares = second_moments(
-                task, params, batch_size=self.batch_size, maker=maker, memory=memory, where=where
+                task, params, batch_size=self.batch_size, memory=memory, where=where
             )
         return 1.0 / (jnp.sqrt(squares) + self.epsilon)
 
@@ -92,7 +89,6 @@ def second_moments(
     params: PyTree,
     *,
     batch_size: int,
-    maker: GradientMaker | None = None,
     memory: int = MEMORY,
     where: str = "these weights",
 ) -> Float[Array, " weight"]:
@@ -112,9 +108,8 @@ def second_moments(
     count = len(task.train_ids)
     width = sum(leaf.size for leaf in jax.tree.leaves(params))
     total = squares = jnp.zeros(width)
-    maker = maker or gradient_maker(task)
     sums = np.zeros(count)
-    for places, rows in flat_gradients(maker, params, task.train, memory=memory):
+    for places, rows in flat_gradients(task, params, task.train, memory=memory):
         total, squares = _added(total, squares, rows)
         sums[places] = np.asarray(rows.sum(axis=1))
     check_finite(task, where, train=sums)

@@ -23,7 +23,7 @@ from bayes_simfluence.attribution.gradients.layerwise import (
     partition_of,
     squared_norms,
 )
-from bayes_simfluence.attribution.gradients.per_example import MEMORY, gradient_maker
+from bayes_simfluence.attribution.gradients.per_example import MEMORY
 from bayes_simfluence.attribution.scores import score_array
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.progress import Progress, Silent
@@ -69,14 +69,12 @@ def tracin(
     if preconditioner is not None:
         preconditioner.validate(task, len(checkpoints))
     total = np.zeros((len(task.train_ids), len(task.query_ids)))
-    partition, maker = partition_of(task), gradient_maker(task)
+    partition = partition_of(task)
     with (progress or Silent()).work("TracIn", total.size * len(checkpoints)) as meter:
         for place, (where, params) in enumerate(weights_along(task, checkpoints)):
             scale = None
             if preconditioner is not None:
-                scale = preconditioner.scale(
-                    task, params, place, maker=maker, memory=memory, where=where
-                )
+                scale = preconditioner.scale(task, params, place, memory=memory, where=where)
             gradients = layer_products(
                 task, params, partition=partition, scale=scale, memory=memory, meter=meter
             )

@@ -24,8 +24,8 @@ from bayes_simfluence.checks import Misuse, choice_of, keyed, positive_integer
 from bayes_simfluence.progress import Meter, Progress, Silent
 from bayes_simfluence.recording.batches import over_batches
 from bayes_simfluence.recording.checkpoints import SavedWeights
-from bayes_simfluence.recording.sketch import random_signs, sketched
-from bayes_simfluence.tasks.task import Task
+from bayes_simfluence.recording.features import random_signs, sketched
+from bayes_simfluence.tasks.task import Functions, Task
 
 BATCH = 25
 """Examples between two reports of progress."""
@@ -154,19 +154,26 @@ def _projector(
     # A gradient and its signed copy.
     at_once = max(1, min(BATCH, memory // (8 * width)))
 
-    @jax.jit
-    def made(params: PyTree, frozen: PyTree, signs: list[Array], examples: PyTree) -> _Projected:
-        def loss(params: PyTree, example: PyTree) -> Float[Array, ""]:
-            return task.loss(task.weights(params, frozen), example)
-
-        def of_example(example: PyTree) -> _Projected:
-            value, gradient = jax.value_and_grad(loss)(params, example)
-            error = jnp.maximum(-jnp.expm1(-value), SMALLEST)
-            return -sketched(gradient, signs, length) / error, error
-
-        return jax.lax.map(of_example, examples, batch_size=at_once)
-
+    made = partial(_made, task.functions, length, at_once)
     return lambda params, examples: made(params, task.frozen, signs, examples)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _made(
+    task: Functions,
+    length: int,
+    at_once: int,
+    params: PyTree,
+    frozen: PyTree,
+    signs: list[Array],
+    examples: PyTree,
+) -> _Projected:
+    def of_example(example: PyTree) -> _Projected:
+        value, gradient = jax.value_and_grad(task.loss_at)(params, frozen, example)
+        error = jnp.maximum(-jnp.expm1(-value), SMALLEST)
+        return -sketched(gradient, signs, length) / error, error
+
+    return jax.lax.map(of_example, examples, batch_size=at_once)
 
 
 def _all_projected(

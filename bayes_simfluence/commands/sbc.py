@@ -50,12 +50,16 @@ def _sbc(
     _check(settings.method, simulations)
 
     import jax
+    import numpy as np
 
     from bayes_simfluence.evaluation import calibration, ranks
     from bayes_simfluence.posterior.prior import prior_draw
     from bayes_simfluence.report.plots import plot_ranks
 
-    recorded = _evenly(selected(opened(runs), settings.select, "--select"), count)
+    recorded = selected(opened(runs), settings.select, "--select")
+    size = recorded.sizes["query"]
+    places = np.linspace(0, size - 1, min(count, size)).round().astype(int)
+    recorded = recorded.isel(query=np.unique(places))
     names = [name.strip() for name in quantities.split(",") if name.strip()]
     ranked = calibration.sbc(
         prior_draw(model, recorded),
@@ -92,12 +96,3 @@ def _check(method: str, simulations: int) -> None:
             expected=f"at least {FEWEST}, better 200",
             do="raise it",
         )
-
-
-def _evenly(runs: Any, count: int) -> Any:
-    """``count`` of the queries, or all, evenly spaced."""
-    import numpy as np
-
-    size = runs.sizes["query"]
-    places = np.linspace(0, size - 1, min(count, size)).round().astype(int)
-    return runs.isel(query=np.unique(places))

@@ -214,14 +214,6 @@ def _of_list(places: Places, examples: Sequence[Any] | np.ndarray) -> tuple[Any,
     return (places(examples),)
 
 
-def _of_keys(places: Places, factors: Mapping[Any, float]) -> tuple[Any, ...]:
-    return (dict(zip(places(list(factors)), factors.values(), strict=True)),)
-
-
-def _of_pairs(places: Places, new: Mapping[Any, Any]) -> tuple[Any, ...]:
-    return (dict(zip(places(list(new)), places(list(new.values())), strict=True)),)
-
-
 def _of_batches(
     places: Places, at: int, other: Sequence[Sequence[Any]], *weight: Any
 ) -> tuple[Any, ...]:
@@ -234,8 +226,8 @@ def _of_batches(
 WITH_POSITIONS: Final[Mapping[Edit, Callable[..., tuple[Any, ...]]]] = {
     drop: _of_list,
     keep: _of_list,
-    upweight: _of_keys,
-    replace: _of_pairs,
+    upweight: lambda at, factors: (dict(zip(at(factors), factors.values(), strict=True)),),
+    replace: lambda at, new: (dict(zip(at(new), at(new.values()), strict=True)),),
     insert: _of_batches,
 }
 """Edits whose arguments name examples -> those arguments with positions in place of ids."""

@@ -28,7 +28,11 @@ def read_group(path: Path, group: str = "/") -> xr.Dataset:
     with xr.open_dataset(path, group=group, engine=ENGINE) as opened:
         dataset = opened.load()
     dataset = plain(dataset)
-    dataset.attrs = _decoded(dataset.attrs)
+    attrs = dict(dataset.attrs)
+    as_json = json.loads(attrs.pop(AS_JSON, "[]"))
+    decoded = {name: json.loads(attrs[name]) for name in as_json}
+    scalars = {name: x.item() if isinstance(x, np.generic) else x for name, x in attrs.items()}
+    dataset.attrs = {**scalars, **decoded}
     return dataset
 
 
@@ -54,14 +58,3 @@ def _encoded(attrs: dict[Any, Any]) -> dict[str, Any]:
     ]
     encoded = {name: json.dumps(attrs[name]) for name in as_json}
     return {**attrs, **encoded, AS_JSON: json.dumps(as_json)}
-
-
-def _decoded(attrs: dict[Any, Any]) -> dict[str, Any]:
-    as_json = json.loads(attrs.get(AS_JSON, "[]"))
-    decoded = {name: json.loads(attrs[name]) for name in as_json}
-    scalars = {
-        name: value.item() if isinstance(value, np.generic) else value
-        for name, value in attrs.items()
-        if name != AS_JSON
-    }
-    return {**scalars, **decoded}

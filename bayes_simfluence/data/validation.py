@@ -36,7 +36,12 @@ def validate_runs(runs: xr.Dataset) -> xr.Dataset:
             do="record again or rebuild the dataset with runs_from_arrays(...)",
         )
     for name in ("batch", "loss", "status", *(name for name in OPTIONAL if name in runs)):
-        _present(runs, name)
+        dims = VARIABLES[name][0]
+        if name not in runs or runs[name].dims != dims:
+            got = f"dimensions {runs[name].dims}" if name in runs else "no such variable"
+            raise Misuse(
+                f"runs['{name}']", got=got, expected=f"dimensions {dims}", do="see conventions"
+            )
     validate_metrics(runs)
     for name in ("run", "train", "query", "step", "time"):
         _coordinate(runs, name)
@@ -52,15 +57,6 @@ def validate_runs(runs: xr.Dataset) -> xr.Dataset:
     validate_training(runs)
     _finite_where_complete(runs)
     return runs
-
-
-def _present(runs: xr.Dataset, name: str) -> None:
-    dims = VARIABLES[name][0]
-    if name not in runs or runs[name].dims != dims:
-        got = f"dimensions {runs[name].dims}" if name in runs else "no such variable"
-        raise Misuse(
-            f"runs['{name}']", got=got, expected=f"dimensions {dims}", do="see conventions"
-        )
 
 
 def _coordinate(runs: xr.Dataset, name: str) -> None:

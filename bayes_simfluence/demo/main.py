@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +36,14 @@ from bayes_simfluence.report.tables import markdown
 from bayes_simfluence.tasks.rows import read_rows
 
 FITTED, VALIDATED, HELD_OUT = 16, 2, 6
+SIZES: dict[str, Any] = {
+    "examples": 240,
+    "queries": 40,
+    "per_run": 160,
+    "batch_size": 8,
+    "epochs": 5,
+}
+"""Of the recording."""
 DROPPED = 10
 """Training examples that the counterfactual leaves out."""
 
@@ -124,12 +133,8 @@ def _checkpoint_and_config(folder: Path, seed: int, progress: Progress) -> Recor
         checkpoint=str(folder / "checkpoint"),
         train=str(folder / "train.jsonl"),
         query=str(folder / "query.jsonl"),
-        examples=240,
-        queries=40,
         runs=FITTED + VALIDATED + HELD_OUT,
-        per_run=160,
-        batch_size=8,
-        epochs=5,
+        **SIZES,
         learning_rate=8e-4,
         max_tokens=24,
         parallel=8,

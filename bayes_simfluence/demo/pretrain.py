@@ -43,8 +43,13 @@ def pretrained_checkpoint(
     from transformers import BertConfig
 
     settings = bert.settings_of(BertConfig(**config), tensors)
-    tensors = _trained(tensors, settings, tokens, attended, key=train_key, progress=progress)
-    save_tensors(tensors, folder)
+    # Masked-word training, output weights tied to the word embeddings (Devlin et al. 2019).
+    carry = (tensors, _optimizer(STEPS).init(tensors))
+    with progress.work("pretrain", STEPS) as meter:
+        for keys in jax.random.split(train_key, (STEPS // SEGMENT, SEGMENT)):
+            carry, losses = _some_steps(settings, STEPS, tokens, attended, carry, keys)
+            meter.advance(SEGMENT, f"masked-word loss {float(losses.mean()):.2f}")
+    save_tensors(carry[0], folder)
     return folder
 
 
@@ -114,24 +119,6 @@ def _random_tensors(vocabulary: int, key: jax.Array) -> Tensors:
     for norm in norms:
         tensors[f"{norm}.weight"], tensors[f"{norm}.bias"] = jnp.ones(HIDDEN), jnp.zeros(HIDDEN)
     return tensors
-
-
-def _trained(
-    tensors: Tensors,
-    settings: bert.BertSettings,
-    tokens: Int[Array, "text token"],
-    attended: Bool[Array, "text token"],
-    *,
-    key: jax.Array,
-    progress: Progress,
-) -> Tensors:
-    """Masked-word training with output weights tied to the word embeddings (Devlin et al. 2019)."""
-    carry = (tensors, _optimizer(STEPS).init(tensors))
-    with progress.work("pretrain", STEPS) as meter:
-        for keys in jax.random.split(key, (STEPS // SEGMENT, SEGMENT)):
-            carry, losses = _some_steps(settings, STEPS, tokens, attended, carry, keys)
-            meter.advance(SEGMENT, f"masked-word loss {float(losses.mean()):.2f}")
-    return carry[0]
 
 
 def _optimizer(steps: int) -> optax.GradientTransformation:

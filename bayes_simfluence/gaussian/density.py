@@ -14,10 +14,6 @@ from jaxtyping import Array, Bool, Float, Int
 from bayes_simfluence.linalg import cholesky, solve_lower
 
 
-def _normal(deviation: Array, variance: Array) -> Array:
-    return -0.5 * (jnp.log(2.0 * jnp.pi * variance) + jnp.square(deviation) / variance)
-
-
 def whitening(
     covariance: Float[Array, "step step"], recorded: Bool[np.ndarray, "run step query"]
 ) -> tuple[Float[Array, "pattern step step"], Int[np.ndarray, "run query"]]:
@@ -29,7 +25,6 @@ def whitening(
     runs, steps, queries = recorded.shape
     flat = np.moveaxis(recorded, 1, 2).reshape(-1, steps)
     patterns, place = np.unique(flat, axis=0, return_inverse=True)
-
     return _roots(covariance, patterns), place.reshape(runs, queries)
 
 
@@ -59,5 +54,6 @@ def correlated_log_density(
     white = root @ (jnp.where(recorded, deviation, 0.0) / sd)
     conditional = sd / jnp.diagonal(root)
     # z^2 / 2 of the whitened residual: the deviation from its conditional mean over its sd.
-    density = _normal(white * conditional, jnp.square(conditional))
+    variance = jnp.square(conditional)
+    density = -0.5 * (jnp.log(2.0 * jnp.pi * variance) + jnp.square(white * conditional) / variance)
     return jnp.where(recorded, density, jnp.nan)

@@ -93,7 +93,9 @@ def sampler_verdict(
     chains, draws = stats.diverging.shape
     diverged = int(stats.diverging.sum())
     longest = int(stats.n_steps.max())
-    still = _still_chains(sites)
+    # Chains in which no site ever changed.
+    moved = [np.ptp(value, axis=1).reshape(len(value), -1).any(axis=1) for value in sites.values()]
+    still = np.flatnonzero(~np.any(moved, axis=0)).tolist()
     numbers.update(
         divergences=float(diverged),
         acceptance=float(stats.acceptance_rate.mean()),
@@ -145,9 +147,3 @@ def _complaint(
     if least < LEAST_ESS * min(chains, 4) / 4:
         return "Too few independent draws: raise NUTS(draws=...)"
     return ""
-
-
-def _still_chains(sites: Mapping[str, Float[np.ndarray, "chain draw *shape"]]) -> list[int]:
-    """Chains in which no site ever changed."""
-    moved = [np.ptp(value, axis=1).reshape(len(value), -1).any(axis=1) for value in sites.values()]
-    return np.flatnonzero(~np.any(moved, axis=0)).tolist()

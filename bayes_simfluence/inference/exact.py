@@ -161,11 +161,7 @@ def _check_gaussian(runs: RunArrays, model: Simfluence) -> None:
             expected="at least two, since the error of a run is learned from left-out ones",
             do="record more runs, or fit Simfluence.linear()",
         )
-    _same_times(runs)
-
-
-def _same_times(runs: RunArrays) -> None:
-    """Raise unless all queries were recorded at the same times: they share one covariance."""
+    # All queries share one covariance.
     other = (runs.known != runs.known[..., :1]).any(axis=(0, 1))
     if other.any():
         raise Misuse(

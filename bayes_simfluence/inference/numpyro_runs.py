@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.gaussian.designs import designs_and_means, mean_size
@@ -114,17 +114,14 @@ def in_numpyro(runs: RunArrays, model: Simfluence, method: str) -> NumpyroRuns:
     features = runs.features.where(model.prior.features)
     runs = runs.in_units(runs.steps, largest)._replace(features=features)
     linked = np.asarray(link_of(model.link, jnp.asarray(runs.loss)))
+    reference = jnp.asarray(np.maximum(np.sqrt(np.square(linked[:, 0]).mean(axis=0)), 1e-3))
     return NumpyroRuns(
         model=model,
         runs=runs,
-        units=Units(_reference(linked), _spread(model, runs)),
+        units=Units(reference, _spread(model, runs)),
         gaps=gaps_of(model, linked),
         largest_step_size=largest,
     )
-
-
-def _reference(linked: Float[np.ndarray, "run time query"]) -> Array:
-    return jnp.asarray(np.maximum(np.sqrt(np.square(linked[:, 0]).mean(axis=0)), 1e-3))
 
 
 def _spread(model: Simfluence, runs: RunArrays) -> Array:

@@ -148,11 +148,8 @@ def _read_file(file: Path) -> dict[str, np.ndarray]:
             expected=f"element types among {', '.join(DTYPES)}",
             do="save the model as float32 or bfloat16",
         )
-    return {name: _entry(content, start, entry) for name, entry in entries.items()}
-
-
-def _entry(content: np.ndarray, start: int, entry: dict[str, Any]) -> np.ndarray:
-    first, last = entry["data_offsets"]
-    return (
-        content[start + first : start + last].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    )
+    tensors = {}
+    for name, entry in entries.items():
+        held = content[start:][slice(*entry["data_offsets"])]
+        tensors[name] = held.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors

@@ -128,7 +128,14 @@ class Conformal:
         else:
             scored = _held_out_scores(self.runs, posterior, query, key=key, draws=draws)
         scored = _recorded_enough(scored, self.probability)
-        _long_enough(simulated["time"].values, scored.time)
+        asked, last = simulated["time"].values[-1], scored.time[-1]
+        if asked > last:
+            raise Misuse(
+                "runs to simulate with a conformal band",
+                got=f"time {asked}",
+                expected=f"times up to {last}, the last of the calibration runs",
+                do="cut the curricula, or calibrate on runs as long",
+            )
         score = scored.score
         if self.simultaneous:
             # A query that was never recorded after time 0 stays NaN.
@@ -156,7 +163,7 @@ def _enough(runs: int, probability: float) -> int:
             expected=f"at least {runs_needed(probability)}, without which a conformal band of "
             f"probability {probability:g} is infinitely wide",
             do="record more runs, or lower the probability to at most "
-            f"{_floored(runs / (runs + 1)):g}",
+            f"{math.floor(1000 * (runs / (runs + 1))) / 1000:g}",
         )
     return runs
 
@@ -230,17 +237,3 @@ def _not_fitted(runs: xr.Dataset, fitted: xr.Dataset) -> None:
             expected="runs that the fit did not see",
             do="hold runs out, or pass Conformal() to use predictions of left-out fitted runs",
         )
-
-
-def _long_enough(wanted: np.ndarray, scored: np.ndarray) -> None:
-    if wanted[-1] > scored[-1]:
-        raise Misuse(
-            "runs to simulate with a conformal band",
-            got=f"time {wanted[-1]}",
-            expected=f"times up to {scored[-1]}, the last of the calibration runs",
-            do="cut the curricula, or calibrate on runs as long",
-        )
-
-
-def _floored(value: float) -> float:
-    return math.floor(1000 * value) / 1000

@@ -2,12 +2,12 @@
 
 Written for one run; ``vmap`` and a mesh of devices stand outside. One compilation serves every
 stretch of a recording: how many of its steps to take and after which of them to measure are
-arguments.
+arguments. It serves further recordings too, of the same functions and shapes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -20,9 +20,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from bayes_simfluence.conventions import EMPTY_SLOT, OF_TRAINING
 from bayes_simfluence.recording.measure import Fixed, fixed_of, measure_of
 from bayes_simfluence.recording.settings import Placement
-from bayes_simfluence.tasks.task import Task
+from bayes_simfluence.tasks.task import Functions, Task
 
 AXIS = "run"
+KEPT = 8
+"""Compiled stretches that are kept for further recordings; they keep functions, no arrays."""
 PartitionSpec: Any = jax.sharding.PartitionSpec
 Shaped: Any = jax.ShapeDtypeStruct
 
@@ -99,7 +101,7 @@ class Training:
         always: whether queries are measured after every step.
     """
 
-    task: Task
+    task: Functions
     optimizer: optax.GradientTransformation
     step_size: StepSizeReader
     placement: Placement = field(default_factory=Placement)
@@ -116,6 +118,7 @@ class CompiledSteps:
             as their leading axis.
         steps: most steps of one call.
         begin: the carry of runs that start from the task's parameters.
+        measure: loss and metrics of every query, at one run's parameters.
         place: puts the shared arguments where the compiled steps want them.
         advance: ``(carry, fixed, batches, looks, count) -> (carry, measured)``; takes ``count``
             steps, measures after those where ``looks``, and uses up the memory of ``carry``.
@@ -124,15 +127,47 @@ class CompiledSteps:
     runs: int
     steps: int
     begin: Callable[[PyTree], Carry]
+    measure: Callable[[PyTree, Fixed], dict[str, Float[Array, " query"]]]
     place: Callable[[Fixed], Fixed]
     advance: Any
 
     @classmethod
     def of(
-        cls, training: Training, slots: int, *, steps: int, parallel: int, devices: list[jax.Device]
+        cls,
+        training: Training,
+        task: Task,
+        slots: int,
+        *,
+        steps: int,
+        parallel: int,
+        devices: list[jax.Device],
     ) -> "CompiledSteps":
-        """Compile for ``parallel`` runs at once on each of ``devices``."""
-        runs = parallel * len(devices)
+        """Compiled for ``parallel`` runs at once on each of ``devices``, now or by an earlier call.
+
+        Args:
+            task: whose functions ``training`` has; the shapes of its arrays are used.
+        """
+        arrays = task.params, fixed_of(task)
+        shapes = jax.tree.map(lambda leaf: Shaped(jnp.shape(leaf), jnp.result_type(leaf)), arrays)
+        leaves, structure = jax.tree.flatten(shapes)
+        precision = jnp.result_type(float), jax.default_matmul_precision.value
+        key = tuple(leaves), structure, (parallel, steps, slots), tuple(devices), precision
+        return cls._of(training, *key)
+
+    @classmethod
+    @lru_cache(maxsize=KEPT)
+    def _of(
+        cls,
+        training: Training,
+        leaves: tuple[Shaped, ...],
+        structure: Any,
+        sizes: tuple[int, int, int],
+        devices: tuple[jax.Device, ...],
+        _precision: tuple[Any, ...],
+    ) -> "CompiledSteps":
+        parallel, steps, slots = sizes
+        params, fixed = jax.tree.unflatten(structure, leaves)
+        runs, slotted = parallel * len(devices), (parallel * len(devices), steps, slots)
         mesh = Mesh(np.asarray(devices), (AXIS,))
         over, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((AXIS,), ()))
         begin = jax.jit(partial(_begin, training.optimizer, runs), out_shardings=over)
@@ -146,10 +181,9 @@ class CompiledSteps:
                 out_specs=(split, split),
                 check_vma=False,
             )
-        task, slotted = training.task, (runs, steps, slots)
         advance = jax.jit(stretch, donate_argnums=0).lower(
-            _shaped(jax.eval_shape(begin, task.params), over),
-            _shaped(fixed_of(task), everywhere),
+            _shaped(jax.eval_shape(begin, params), over),
+            _shaped(fixed, everywhere),
             Batches(
                 Shaped(slotted, jnp.int32, sharding=over),
                 Shaped(slotted, jnp.float32, sharding=over) if training.weighted else None,
@@ -157,11 +191,12 @@ class CompiledSteps:
             Shaped((steps,), jnp.bool_, sharding=everywhere),
             Shaped((), jnp.int32, sharding=everywhere),
         )
+        measure = jax.jit(measure_of(training.task, training.placement.query_chunk))
         place = partial(jax.device_put, device=everywhere)
-        return cls(runs, steps, begin, place, advance.compile())
+        return cls(runs, steps, begin, measure, place, advance.compile())
 
 
-def kept_of(task: Task) -> tuple[str, ...]:
+def kept_of(task: Task | Functions) -> tuple[str, ...]:
     """Which variables of ``OF_TRAINING`` a step leaves behind: the residual where the task has it.
 
     Everybody else has it from the loss, by ``data.training.residuals_of``.
@@ -298,6 +333,4 @@ def _begin(optimizer: optax.GradientTransformation, runs: int, params: PyTree) -
 
 
 def _shaped(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    return jax.tree.map(
-        lambda leaf: Shaped(jnp.shape(leaf), jnp.result_type(leaf), sharding=sharding), tree
-    )
+    return jax.tree.map(lambda leaf: Shaped(leaf.shape, leaf.dtype, sharding=sharding), tree)

@@ -4,26 +4,26 @@ Inner products of these features approximate those of the gradients, hence what 
 training example does to a query's loss (TracIn with one checkpoint: Pruthi et al. 2020, eq. 1).
 They are what a prior can know of an example before any run: examples with similar gradients have
 similar effects. Each gradient is compressed by random signs and folding (a count sketch: Charikar
-et al. 2002) as it is made, so memory holds one gradient at a time.
+et al. 2002) as it is made, so memory holds one gradient at a time. The inner product of two
+sketches is that of the gradients, on average over the signs; it is off by about
+``1 / sqrt(length)`` of the product of their norms.
 """
 
 from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int8, PyTree
 
 from bayes_simfluence.checks import Misuse, count_of, keyed, of_shape, positive_integer, shorten
 from bayes_simfluence.progress import Meter, Progress
 from bayes_simfluence.recording.batches import over_batches
-from bayes_simfluence.recording.sketch import random_signs, sketched
-from bayes_simfluence.tasks.task import Task
+from bayes_simfluence.tasks.task import Functions, Task
 
 BATCH = 25
 """Examples between two reports of progress."""
-NOTHING = 1e-13
-"""Of the largest eigenvalue: what rounding leaves of one that is 0."""
 
 
 @dataclass(frozen=True)
@@ -101,22 +101,8 @@ def gradient_features(
     keyed(key)
     rank = min(positive_integer("rank", rank), len(task.train_ids))
     length = positive_integer("sketch", sketch)
-
     signs = random_signs(task.params, key)
-
-    @jax.jit
-    def sketches(
-        params: PyTree, frozen: PyTree, signs: list[Array], examples: PyTree
-    ) -> Float[Array, "batch sketch"]:
-        def loss(params: PyTree, example: PyTree) -> Float[Array, ""]:
-            return task.loss(task.weights(params, frozen), example)
-
-        def sketch_of(example: PyTree) -> Float[Array, " sketch"]:
-            return sketched(jax.grad(loss)(params, example), signs, length)
-
-        return jax.lax.map(sketch_of, examples)
-
-    of_batch = partial(sketches, task.params, task.frozen, signs)
+    of_batch = partial(_sketches, task.functions, length, task.params, task.frozen, signs)
     train, query = (
         np.concatenate(
             [np.asarray(rows, float) for _, rows in over_batches(of_batch, part, BATCH, meter)]
@@ -127,11 +113,10 @@ def gradient_features(
     values, vectors = np.linalg.eigh(train @ train.T)
     values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
     scale = np.sqrt(max(values.sum() / len(train), np.finfo(float).tiny))
-    # train = vectors sqrt(values) right^T: coordinates along right, for queries too. Where there is
-    # nothing but rounding (fewer weights than examples), the coordinate is 0.
-    there = values[:rank] > NOTHING * values[0]
-    roots = np.where(there, np.sqrt(values[:rank]), np.inf)
-    right = train.T @ vectors[:, :rank] / roots
+    # train = vectors sqrt(values) right^T: coordinates along right, for queries too.
+    # Directions that are rounding alone have no coordinates.
+    kept = values[:rank] > len(train) * np.finfo(float).eps * values[0]
+    right = train.T @ vectors[:, :rank] / np.sqrt(np.where(kept, values[:rank], np.inf))
     return Features(
         train=(train @ right / scale).astype(np.float32),
         query=(query @ right / scale).astype(np.float32),
@@ -152,3 +137,39 @@ def _finite(
                 expected="a finite gradient of every example's loss",
                 do="mend the loss, leave these examples out, or record with features=0",
             )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _sketches(
+    task: Functions,
+    length: int,
+    params: PyTree,
+    frozen: PyTree,
+    signs: list[Array],
+    examples: PyTree,
+) -> Float[Array, "batch sketch"]:
+    gradient = partial(jax.grad(task.loss_at), params, frozen)
+    return jax.lax.map(lambda example: sketched(gradient(example), signs, length), examples)
+
+
+def random_signs(params: PyTree, key: jax.Array) -> list[Int8[Array, " weight"]]:
+    """A sign for each coordinate of every array."""
+    leaves = jax.tree.leaves(params)
+    keys = jax.random.split(key, len(leaves))
+    return [
+        jax.random.rademacher(drawn, (leaf.size,), jnp.int8)
+        for leaf, drawn in zip(leaves, keys, strict=True)
+    ]
+
+
+def sketched(
+    gradient: PyTree, signs: list[Int8[Array, "..."]], length: int
+) -> Float[Array, " sketch"]:
+    """Signed sums of every ``length``-th coordinate, all arrays one after the other."""
+    folded, start = jnp.zeros(length), 0
+    for leaf, sign in zip(jax.tree.leaves(gradient), signs, strict=True):
+        front = start % length
+        padded = jnp.pad(leaf.ravel() * sign, (front, -(front + leaf.size) % length))
+        folded = folded + padded.reshape(-1, length).sum(axis=0)
+        start += leaf.size
+    return folded

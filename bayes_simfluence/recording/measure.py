@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from bayes_simfluence.tasks.task import Task
+from bayes_simfluence.tasks.task import Functions, Task
 
 GROUPS = 3
 """Most groups, since each is compiled separately."""
@@ -31,10 +31,10 @@ def fixed_of(task: Task) -> Fixed:
 
 
 def measure_of(
-    task: Task, chunk: int | None
+    task: Functions, chunk: int | None
 ) -> Callable[[PyTree, Fixed], dict[str, Float[Array, " query"]]]:
     """What measures the loss and metrics of every query, ``chunk`` queries at once."""
-    functions = {"loss": task.loss, **task.metrics}
+    functions = {"loss": task.loss, **dict(task.metrics)}
 
     def of_group(weights: PyTree, examples: PyTree) -> dict[str, Float[Array, " some"]]:
         def of_query(example: PyTree) -> dict[str, Float[Array, ""]]:

@@ -63,7 +63,10 @@ def fitting_runs(runs: int, devices: Sequence[Any], *, needed: int, shared: int)
         needed: bytes that a run needs for itself.
         shared: bytes that all runs of a device use together.
     """
-    free = _free_bytes(devices[0], len(devices))
+    memory, host = devices[0].memory_stats() or {}, host_memory()
+    free = None if host is None else host // len(devices)
+    if "bytes_limit" in memory:
+        free = int(memory["bytes_limit"]) - int(memory.get("bytes_in_use", 0))
     per_device = -(-runs // len(devices))
     most = min(MOST, per_device)
     if devices[0].platform == "cpu":
@@ -111,11 +114,3 @@ def host_memory() -> int | None:
     with suppress(OSError, ValueError, AttributeError):
         free = free or [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]
     return min(free, default=None)
-
-
-def _free_bytes(device: Any, devices: int) -> int | None:
-    memory = device.memory_stats() or {}
-    if "bytes_limit" in memory:
-        return int(memory["bytes_limit"]) - int(memory.get("bytes_in_use", 0))
-    host = host_memory()
-    return None if host is None else host // devices

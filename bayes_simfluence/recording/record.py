@@ -11,7 +11,7 @@ import optax
 import xarray as xr
 from jaxtyping import Bool
 
-from bayes_simfluence.checks import Misuse, at_most
+from bayes_simfluence.checks import Misuse, at_most, hashable
 from bayes_simfluence.conventions import EMPTY_SLOT, Curricula
 from bayes_simfluence.data.claims import claimed
 from bayes_simfluence.data.designs import Design
@@ -56,6 +56,8 @@ def record(
     run is written to ``store`` at once; a run whose loss is not finite is kept and marked as
     diverged. Each step's own forward pass leaves the loss of every example in its batch, and for
     text the residual: ``train_loss`` and ``train_residual``, at the weights before the step.
+    Further calls with the task's functions, the optimizer and arrays of the same shapes compile
+    nothing.
 
     Args:
         task: what is trained and measured; its metrics are recorded beside the loss.
@@ -101,10 +103,10 @@ def record(
     accumulate, do = placement.validate().accumulate, "split a batch into fewer parts"
     at_most("accumulate", accumulate, slots, "slots of a batch", do=do)
     training = Training(
-        task,
-        optimizer,
+        task.functions,
+        hashable("optimizer", optimizer),
         step_size_reader(optimizer, task.params, step_size, steps),
-        placement,
+        placement.compiled,
         weighted=weights is not None,
         always=bool(plan.looks.all()),
     )

@@ -1,7 +1,7 @@
 """Settings of ``record`` in groups: what is measured and when, and where the work is done."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,11 @@ class Placement:
         if self.query_chunk is not None:
             positive_integer("query_chunk", self.query_chunk)
         return self
+
+    @property
+    def compiled(self) -> "Placement":
+        """What compiled steps depend on, beside the number of runs at once."""
+        return replace(self, parallel=1, only=None, distributed=None)
 
     @property
     def kept(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The step size of each step, read from the optimizer's state or from its schedule."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from bayes_simfluence.checks import Misuse, positive_number
+from bayes_simfluence.checks import Misuse, hashable, positive_number
 from bayes_simfluence.recording.compiled import StepSizeReader
 
 StepSize = float | Callable[[Any], Any]
@@ -41,10 +42,18 @@ def step_size_reader(
             expected="a learning rate above 0 at one of them",
             do="raise the learning rate: nothing would be trained",
         )
-    if step_size is None:
-        return lambda state, count: jnp.asarray(_rate_in(state), jnp.float32)
-    schedule = step_size if callable(step_size) else lambda count: step_size
-    return lambda state, count: jnp.asarray(schedule(count), jnp.float32)
+    return _Reader(hashable("step_size", step_size))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Of the optimizer's state where there is no ``step_size``."""
+
+    step_size: StepSize | None
+
+    def __call__(self, state: PyTree, count: Int[Array, ""]) -> Float[Array, ""]:
+        size = _rate_in(state) if self.step_size is None else self.step_size
+        return jnp.asarray(size(count) if callable(size) else size, jnp.float32)
 
 
 def _rate_in(state: PyTree) -> Any:

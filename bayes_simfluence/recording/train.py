@@ -22,7 +22,7 @@ from bayes_simfluence.recording.compiled import (
     Training,
     kept_of,
 )
-from bayes_simfluence.recording.measure import Fixed, fixed_of, measure_of
+from bayes_simfluence.recording.measure import Fixed, fixed_of
 from bayes_simfluence.recording.plan import Plan
 from bayes_simfluence.recording.stored import StoredRecording
 from bayes_simfluence.tasks.task import Task
@@ -40,9 +40,13 @@ class Recording:
 
     def compiled(self, parallel: int, devices: list[jax.Device]) -> CompiledSteps:
         """Its steps, compiled for ``parallel`` runs at once on each of ``devices``."""
-        slots = self.stored.batches.members.shape[-1]
         return CompiledSteps.of(
-            self.training, slots, steps=self.plan.longest, parallel=parallel, devices=devices
+            self.training,
+            self.stored.task,
+            self.stored.batches.members.shape[-1],
+            steps=self.plan.longest,
+            parallel=parallel,
+            devices=devices,
         )
 
 
@@ -63,12 +67,11 @@ def record_together(
         Misuse: a score that is not one number for each query.
         WorkFailed: a run could not be written; those before it are safe.
     """
-    training = recording.training
-    task, fixed = training.task, fixed_of(training.task)
-    measured = jax.jit(measure_of(task, training.placement.query_chunk))(task.params, fixed)
+    task, fixed = recording.stored.task, fixed_of(recording.stored.task)
+    compiled = recording.compiled(len(groups[0]), jax.local_devices()[: len(groups)])
+    measured = compiled.measure(task.params, fixed)
     initial = {name: np.asarray(row) for name, row in measured.items()}
     initial |= _scores(task, task.params)
-    compiled = recording.compiled(len(groups[0]), jax.local_devices()[: len(groups)])
     fixed = compiled.place(fixed)
     label = "record" if compiled.runs == 1 else f"record, {compiled.runs} at once"
     total, done = int(wanted.sum()), 0
@@ -104,7 +107,7 @@ def _train(
     notes: _Notes,
 ) -> Iterator[int]:
     """Train ``members``; when all have ended, write those with ``places`` and yield each."""
-    task, plan, stored = recording.training.task, recording.plan, recording.stored
+    task, plan, stored = recording.stored.task, recording.plan, recording.stored
     batches = jax.tree.map(lambda leaf: leaf[members], stored.batches)
     rates = np.full((len(members), plan.steps), np.nan, np.float32)
     kept = {name: np.full(batches.members.shape, np.nan, np.float32) for name in kept_of(task)}

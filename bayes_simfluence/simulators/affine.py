@@ -1,6 +1,6 @@
 """The affine recurrence of a loss, rolled out with given or drawn coefficients."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -160,13 +160,6 @@ class AffineSimulator(Simulator):
     def settings(self) -> dict[str, Any]:
         """The form of the recurrence."""
         return {"keep": self.keep, "count": self.count}
-
-    @classmethod
-    def restore(
-        cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
-    ) -> "AffineSimulator":
-        """From ``arrays()`` and ``settings()``."""
-        return cls(**{**arrays, **settings})
 
 
 @partial(jax.jit, static_argnames=("train", "count"))

@@ -43,6 +43,7 @@ class Simulator(Protocol):
     @property
     def draws(self) -> int | None:
         """Draws that it holds; None = any number on request."""
+        return None
 
     @property
     def coupled(self) -> bool:
@@ -74,16 +75,19 @@ class Simulator(Protocol):
         the sum over steps is the log density of the run. NaN where the loss is NaN (not recorded)
         and at steps that the simulator has no density for; None when it has none at all.
         """
+        return None
 
     def arrays(self) -> Named:
         """What to save: name -> (dimensions, values)."""
 
     def settings(self) -> dict[str, Any]:
         """Plain values to save."""
+        return {}
 
     @classmethod
     def restore(cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> "Simulator":
-        """The simulator of saved arrays and settings."""
+        """The simulator of saved ``arrays()`` and ``settings()``."""
+        return cls(**{**arrays, **settings})
 
 
 class FeatureSimulator(Simulator, Protocol):

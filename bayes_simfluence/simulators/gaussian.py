@@ -95,11 +95,6 @@ class GaussianSimulator(Simulator):
             return {name: float(value) for name, value in natural.items()}
 
     @property
-    def draws(self) -> None:
-        """Any number."""
-        return None
-
-    @property
     def coupled(self) -> bool:
         """Whether examples act by their residuals."""
         return self.model.coupled

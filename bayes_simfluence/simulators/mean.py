@@ -1,8 +1,7 @@
 """A simulator that does not look at curricula: every run goes the way that runs go on average."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -17,6 +16,8 @@ from bayes_simfluence.simulators.base import Named, Simulated, Simulator, resamp
 class MeanSimulator(Simulator):
     """One trajectory for all runs, and whole residuals of left-out runs as its band.
 
+    Resampled residuals have no density.
+
     Attributes:
         change: mean change of the loss since time 0, nats.
         residual: true minus simulated losses of left-out runs.
@@ -25,11 +26,6 @@ class MeanSimulator(Simulator):
     name: ClassVar[str] = "mean"
     change: Float[np.ndarray, "time query"]
     residual: Float[np.ndarray, "fitted time query"]
-
-    @property
-    def draws(self) -> None:
-        """Any number."""
-        return None
 
     def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
         """The mean change on top of each run's initial losses."""
@@ -50,24 +46,9 @@ class MeanSimulator(Simulator):
         """The one trajectory there is."""
         return {"change": (("chain", "draw", "time", "query"), self.change[None, None])}
 
-    def log_likelihood(self, runs: RunArrays, *, key: jax.Array, draws: int) -> None:
-        """Resampled residuals have no density."""
-        return None
-
     def arrays(self) -> Named:
         """Mean change and residuals."""
         return {
             "change": (("time", "query"), self.change),
             "residual": (("fitted", "time", "query"), self.residual),
         }
-
-    def settings(self) -> dict[str, Any]:
-        """None."""
-        return {}
-
-    @classmethod
-    def restore(
-        cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
-    ) -> "MeanSimulator":
-        """From ``arrays()`` and ``settings()``."""
-        return cls(**arrays, **settings)

@@ -30,11 +30,6 @@ class PooledSimulator(Simulator):
     weights: Float[np.ndarray, " member"]
 
     @property
-    def draws(self) -> None:
-        """Any number."""
-        return None
-
-    @property
     def coupled(self) -> bool:
         """Whether a member lets examples act by their residuals."""
         return any(member.coupled for member in self.members)

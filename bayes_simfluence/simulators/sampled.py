@@ -60,10 +60,11 @@ class SampledSimulator(Simulator):
     def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
         """Each kept draw rolled out once, with errors of its own."""
         chosen, shape = self._chosen(draws)
+        knots = self.model.coefficients.count(max(1.0, runs.steps / self.recorded))
         with double_precision():
             later = simulated(
                 self.model, chosen, self.units, self._in_units(runs),
-                jax.random.split(key, shape[0] * shape[1]), knots=self._knots(runs.steps),
+                jax.random.split(key, shape[0] * shape[1]), knots=knots,
             )  # fmt: skip
         initial = np.broadcast_to(
             runs.initial[None, :, None], (len(later[0]), len(runs.batch), 1, len(runs.query))
@@ -105,12 +106,15 @@ class SampledSimulator(Simulator):
             Misuse: losses left out that are not integrated over and that the fit has no draws of.
         """
         chosen, shape = self._chosen(draws)
+        # Sites of which each query has its own, besides the coefficients.
+        both = self.model.per_query and self.model.error.by_step
+        own = ("scale", "noise") if both else ("scale",)
         with double_precision():
             linked = link_of(self.model.link, jnp.asarray(runs.loss, float))
             gaps = gaps_of(self.model, np.asarray(linked))
             drawn = self._drawn(gaps.positions, runs.query)
             density = _densities(
-                self.model, gaps, self._of_query(), chosen, self.units,
+                self.model, gaps, own, chosen, self.units,
                 self._in_units(runs), linked, jnp.asarray(drawn),
             )  # fmt: skip
             jacobian = log_slope(self.model.link, jnp.asarray(runs.loss[:, 1:], float))
@@ -134,11 +138,6 @@ class SampledSimulator(Simulator):
             )
         return np.array([places[position] for position in asked], int)
 
-    def _of_query(self) -> tuple[str, ...]:
-        """Sites of which each query has its own, besides the coefficients."""
-        both = self.model.per_query and self.model.error.by_step
-        return ("scale", "noise") if both else ("scale",)
-
     def _chosen(self, draws: int) -> tuple[dict[str, Array], tuple[int, int]]:
         """Draws spread evenly over each chain, chain after chain; and how many of each."""
         chains, held = self.sites["scale"].shape[:2]
@@ -150,9 +149,6 @@ class SampledSimulator(Simulator):
                 for name, value in self.sites.items()
             }
         return chosen, (chains, each)
-
-    def _knots(self, steps: int) -> int:
-        return self.model.coefficients.count(max(1.0, steps / self.recorded))
 
     def _in_units(self, runs: RunArrays) -> RunArrays:
         return runs.in_units(self.recorded, self.largest_step_size)._replace(features=self.features)

@@ -126,16 +126,6 @@ def _in_gram(solver: Solver | None, pilot: Pilot) -> xr.DataArray:
     return _influence(InGram(solver, pilot.gram), pilot)
 
 
-def _damped(pilot: Pilot) -> xr.DataArray:
-    """Exact, with .1 of the mean eigenvalue in Gram coordinates: far more than over all weights."""
-    return _influence(InGram(gram=pilot.gram), pilot, SHARE_OF_MEAN * pilot.gram.mean_within)
-
-
-def _lissa(pilot: Pilot) -> xr.DataArray:
-    # The smallest scale that is sure to converge with batches of single examples.
-    return _in_gram(LiSSA(scale=pilot.gram.largest), pilot)
-
-
 def _influence(solver: Solver, pilot: Pilot, damping: float | None = None) -> xr.DataArray:
     return influence(
         pilot.task,
@@ -173,9 +163,13 @@ ATTRIBUTIONS: Mapping[str, Callable[[Pilot], xr.DataArray]] = {
         pilot.task, pilot.checkpoints(10), key=pilot.key, progress=pilot.progress
     ),
     "influence-exact": partial(_in_gram, None),
-    "influence-damped": _damped,
+    # Exact, with .1 of the mean eigenvalue in Gram coordinates: far more than over all weights.
+    "influence-damped": lambda pilot: _influence(
+        InGram(gram=pilot.gram), pilot, SHARE_OF_MEAN * pilot.gram.mean_within
+    ),
     "influence-cg": partial(_in_gram, ConjugateGradient()),
-    "influence-lissa": _lissa,
+    # The smallest scale that is sure to converge with batches of single examples.
+    "influence-lissa": lambda pilot: _in_gram(LiSSA(scale=pilot.gram.largest), pilot),
     "influence-arnoldi": partial(_in_gram, Arnoldi()),
     "influence-ekfac": partial(_influence, EKFAC()),
 }

@@ -59,12 +59,14 @@ def _checkpoints(cell: Cell, retry: bool, progress: Progress) -> None:
             expected=f"the settings of {cell.config.runs or cell.store}",
             do="copy them from the YAML file beside the recording",
         )
+    checkpoints = cell.study.protocol.checkpoints
+    count = config.steps if checkpoints == ALL else int(checkpoints)
     record(
         task,
         batch,
         optimizer_of(config),
         store=cell.pilot,
-        evaluation=Evaluation(evaluate_every=config.steps, checkpoints=_count(cell, config)),
+        evaluation=Evaluation(evaluate_every=config.steps, checkpoints=count),
         placement=config.placement,
         features=0,
         resume=True,
@@ -133,11 +135,6 @@ STAGES: dict[str, Stage] = {
     "compare": _compare,
 }
 """In their order; the report of the whole study follows."""
-
-
-def _count(cell: Cell, config: RecordConfig) -> int:
-    checkpoints = cell.study.protocol.checkpoints
-    return config.steps if checkpoints == ALL else int(checkpoints)
 
 
 def _as_text(ids: Iterable[object]) -> list[str]:

@@ -71,9 +71,10 @@ def causal_task(
     examples, lengths = completed(model, texts, max_tokens, end=True)
     provenance = {"task": "causal", "prompt": prompt, "completion": completion, **lengths}
     prepared = Prepared(model, model.tensors, tuning, key, rows, examples, metrics, provenance)
+    network = model.network  # alone: the losses outlive the tensors
 
     def logits(weights: Tensors, example: Examples) -> Logits:
-        return completion_logits(model.network, weights, example["tokens"], example["attended"])
+        return completion_logits(network, weights, example["tokens"], example["attended"])
 
     def target(example: Examples) -> Target:
         return example["tokens"][1:], example["target"][1:]

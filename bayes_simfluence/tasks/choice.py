@@ -7,7 +7,7 @@ the prompt (Brown et al. 2020, 2.4; the loss is L_LN of Liu et al. 2022, eq. 3).
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
@@ -69,6 +69,7 @@ def choice_task(
     examples = {name: {**arrays[name], "label": labels[name]} for name in rows}
     provenance = {"task": "choice", "options": list(options), **lengths}
     prepared = Prepared(model, tensors, tuning, key, rows, examples, metrics, provenance)
+    scorer = replace(scorer, model=replace(model, tensors={}))  # the losses outlive the tensors
 
     def scores(weights: Tensors, example: Examples) -> Float[Array, " option"]:
         def score(option: Examples) -> Float[Array, ""]:

@@ -63,9 +63,10 @@ def classification_task(
     examples = {name: {**arrays[name], "label": codes[name]} for name in rows}
     provenance = {"task": "classification", "labels": list(labels), **lengths}
     prepared = Prepared(model, tensors, tuning, key, rows, examples, metrics, provenance)
+    network = model.network  # alone: the losses outlive the tensors
 
     def logits(weights: Tensors, example: Examples) -> Float[Array, " label"]:
-        return head_logits(model.network, weights, sequence_of(example), pooling)
+        return head_logits(network, weights, sequence_of(example), pooling)
 
     return label_task(prepared, logits)
 

@@ -131,15 +131,12 @@ def _greedy(
 ) -> Int[Array, " token"]:
     """The buffer with the likeliest token at each place, up to ``stop`` or the end token."""
 
-    def goes_on(state: State) -> Bool[Array, ""]:
-        return (state[1] < stop) & ~state[2]
-
     def write(state: State) -> State:
         buffer, at, _ = state
         token = next_logits(buffer, at).argmax().astype(buffer.dtype)
         return buffer.at[at].set(token), at + 1, token == end
 
-    return jax.lax.while_loop(goes_on, write, start)[0]
+    return jax.lax.while_loop(lambda state: (state[1] < stop) & ~state[2], write, start)[0]
 
 
 def _end(model: Pretrained) -> int:

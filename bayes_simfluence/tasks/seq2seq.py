@@ -80,9 +80,10 @@ def seq2seq_task(
     written = {"labels": words} if words else {"completion": completion}
     provenance = {"task": "seq2seq", "prompt": prompt, **written, **lengths, **target_lengths}
     prepared = Prepared(model, model.tensors, tuning, key, rows, examples, metrics, provenance)
+    network = model.network  # alone: the losses outlive the tensors
 
     def logits(weights: Tensors, example: Examples) -> Logits:
-        return target_logits(model.network, weights, sequence_of(example), example["target"])
+        return target_logits(network, weights, sequence_of(example), example["target"])
 
     def margin_of_labels(weights: Tensors, example: Examples) -> Float[Array, ""]:
         def loss_of(answer: Examples) -> Float[Array, ""]:

@@ -2,17 +2,50 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bayes_simfluence.checks import Misuse
+from bayes_simfluence.checks import Misuse, hashable
 
 Params = Any
 Example = Any
+
+
+class Functions(NamedTuple):
+    """The functions of a task, by which compiled programs are told apart; named as in ``Task``.
+
+    JAX keeps programs, and what they were compiled for, until ``jax.clear_caches()``: functions
+    that close over weights keep those too.
+    """
+
+    loss: Callable[[Params, Example], Float[Array, ""]]
+    assemble: Callable[[Params, Params], Params] | None
+    cut: Callable[[Example, int], Example] | None
+    outputs: Callable[[Params, Example], Float[Array, "..."]] | None
+    output_loss: Callable[[Float[Array, "..."], Example], Float[Array, ""]] | None
+    output_draw: Callable[[Float[Array, "..."], Example, jax.Array], Float[Array, "..."]] | None
+    output_residual: Callable[[Float[Array, "..."], Example], Float[Array, ""]] | None
+    query_lengths: tuple[int, ...] | None
+    metrics: tuple[tuple[str, Callable[[Params, Example], Float[Array, ""]]], ...]
+
+    def weights(self, params: Params, frozen: Params) -> Params:
+        """What ``loss`` takes: the trained parameters in their place among the frozen weights.
+
+        Compiled programs take ``frozen`` as an argument: closed over, it would be a constant.
+        """
+        return params if self.assemble is None else self.assemble(params, frozen)
+
+    def loss_at(self, params: Params, frozen: Params, example: Example) -> Float[Array, ""]:
+        """The loss of one example."""
+        return self.loss(self.weights(params, frozen), example)
+
+    def outputs_at(self, params: Params, frozen: Params, example: Example) -> Float[Array, "..."]:
+        """The outputs of one example; the task has them."""
+        return self.outputs(self.weights(params, frozen), example)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -81,19 +114,31 @@ class Task:
     )
     output_residual: Callable[[Float[Array, "..."], Example], Float[Array, ""]] | None = None
 
-    def weights(self, params: Params, frozen: Params) -> Params:
-        """What ``loss`` takes: the trained parameters in their place among the frozen weights.
+    @property
+    def functions(self) -> Functions:
+        """The task without its arrays and ids.
 
-        Compiled programs take ``frozen`` as an argument: closed over, it would be a constant.
+        Raises:
+            Misuse: a function that cannot be hashed.
         """
-        return params if self.assemble is None else self.assemble(params, frozen)
+        lengths = None if self.query_lengths is None else tuple(map(int, self.query_lengths))
+        named = {name: getattr(self, name) for name in Functions._fields}
+        named |= {"metrics": tuple(self.metrics.items()), "query_lengths": lengths}
+        for name, part in {**self.metrics, **named}.items():
+            hashable(f"task.{name}", part)
+        return Functions(**named)
+
+    def weights(self, params: Params, frozen: Params) -> Params:
+        """What ``loss`` takes, as ``Functions.weights``."""
+        return self.functions.weights(params, frozen)
 
     def validate(self) -> "Task":
         """The task itself when its parts fit together.
 
         Raises:
             Misuse: arrays and ids of different length, parameters that are not floating, a loss
-                that is not one number for one example, outputs that do not fit their loss.
+                that is not one number for one example or cannot be hashed, outputs that do not
+                fit their loss.
         """
         for name in ("train", "query"):
             _leading(name, getattr(self, name), len(getattr(self, f"{name}_ids")))
@@ -108,7 +153,7 @@ class Task:
                     do="close over integer arrays in the loss instead",
                 )
         example = jax.tree.map(lambda leaf: leaf[0], self.query)
-        weights = jax.eval_shape(self.weights, self.params, self.frozen)
+        weights = jax.eval_shape(self.functions.weights, self.params, self.frozen)
         for name, function in (("loss", self.loss), *self.metrics.items()):
             _number(name, jax.eval_shape(function, weights, example))
         parts = (self.outputs, self.output_loss, self.output_residual)

@@ -133,7 +133,9 @@ def load_adapter(folder: PathLike) -> Adapter:
     """
     config = _read_config(Path(folder) / CONFIG)
     file = Path(folder) / TENSORS
-    named = _read_tensors(file)
+    do = "copy it again; pickled adapters (adapter_model.bin) are not read"
+    with readable(file, SafetensorError, OSError, expected="a whole safetensors file", do=do):
+        named = {name: jnp.asarray(x, jnp.float32) for name, x in load_file(file).items()}
     method = METHODS[config["peft_type"]]
     wrong = [
         name
@@ -244,9 +246,3 @@ def _read_config(file: Path) -> dict[str, Any]:
             do="merge the adapter into its checkpoint with peft, and load that",
         )
     return config
-
-
-def _read_tensors(file: Path) -> Tensors:
-    do = "copy it again; pickled adapters (adapter_model.bin) are not read"
-    with readable(file, SafetensorError, OSError, expected="a whole safetensors file", do=do):
-        return {name: jnp.asarray(x, jnp.float32) for name, x in load_file(file).items()}

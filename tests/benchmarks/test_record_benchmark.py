@@ -52,7 +52,7 @@ def middle_task():
 def bare_loop(task, optimizer):
     """The whole of a run as one ``lax.scan``: a step, then all queries; no empty slots."""
     evaluate = jax.vmap(task.loss, in_axes=(None, 0))
-    measure, fixed = measure_of(task, None), fixed_of(task)
+    measure, fixed = measure_of(task.functions, None), fixed_of(task)
 
     def batch_loss(params, members):
         return evaluate(params, jax.tree.map(lambda leaf: leaf[members], task.train)).mean()

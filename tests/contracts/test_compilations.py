@@ -1,11 +1,29 @@
 """How many programs are compiled on the way from runs to a comparison: few, and each once."""
 
+import dataclasses
+import gc
+import weakref
 from contextlib import contextmanager
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 import bayes_simfluence as bs
+from bayes_simfluence.attribution.influence.influence_functions import (
+    EKFAC,
+    ConjugateGradient,
+    Dense,
+    InGram,
+    LiSSA,
+    influence,
+)
+from bayes_simfluence.networks.layers import dense
+from bayes_simfluence.recording.record import record
+from bayes_simfluence.recording.settings import Evaluation, Placement
+from bayes_simfluence.tasks.task import Task
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 KEY = jax.random.key(0)
@@ -78,3 +96,83 @@ def test_sampled_posteriors_compile_once(counted, recording, method):
     whole_way(recording.isel(run=slice(0, 3)), KEY)
     with counted(at_most=0):
         whole_way(recording.isel(run=slice(3, 6)), other_key)
+
+
+def small_task():
+    """Of shapes that no other test has; every call makes its arrays anew, of the same functions."""
+    inputs = np.random.default_rng(0).normal(size=(17, 3)).astype("f4")
+    data = {"x": jnp.asarray(inputs), "y": jnp.asarray(inputs[:, 0] > 0, int)}
+    return Task(
+        params={"b.weight": jnp.ones((2, 3)), "b.bias": jnp.zeros(2)},
+        loss=small_loss,
+        train=jax.tree.map(lambda leaf: leaf[:13], data),
+        query=jax.tree.map(lambda leaf: leaf[13:], data),
+        train_ids=range(13),
+        query_ids=range(4),
+        outputs=logits,
+        output_loss=nats,
+    )
+
+
+def logits(weights, example):
+    return dense(weights, "b", example["x"])
+
+
+def nats(outputs, example):
+    return -jax.nn.log_softmax(outputs)[example["y"]]
+
+
+def small_loss(weights, example):
+    return nats(logits(weights, example), example)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [EKFAC(), ConjugateGradient(), Dense(), InGram(), LiSSA(depth=3), InGram(ConjugateGradient())],
+    ids=str,
+)
+def test_influence_compiles_once(counted, solver):
+    other_key = jax.random.key(1)
+    influence(small_task(), solver=solver, key=KEY)
+    again = small_task()
+    with counted(at_most=0):
+        influence(again, solver=solver, key=other_key)
+
+
+@pytest.mark.parametrize("placement", [{}, {"parallel": "auto"}, {"parallel": 2, "accumulate": 2}])
+def test_recording_compiles_once(counted, tmp_path, placement):
+    """For other weights and curricula; another optimizer is another program."""
+    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+
+    def recorded(name, seed, optimizer, **changes):
+        drawn = np.random.default_rng(seed).integers(13, size=(4, 7, 5))
+        task = dataclasses.replace(small_task(), **changes)
+        evaluation, where = Evaluation(checkpoints=2), Placement(only=np.arange(4), **placement)
+        return record(
+            task,
+            drawn,
+            optimizer,
+            store=tmp_path / name,
+            evaluation=evaluation,
+            placement=where,
+        )
+
+    first = recorded("first", 0, optimizer)
+    other = jax.tree.map(lambda leaf: leaf + 1, small_task().params)
+    with counted(at_most=0):
+        second = recorded("second", 1, optimizer, params=other)
+        again = recorded("again", 0, optimizer)
+    assert not np.array_equal(first["loss"], second["loss"])
+    np.testing.assert_array_equal(first["loss"], again["loss"])
+    steeper = recorded("steeper", 0, optax.inject_hyperparams(optax.sgd)(learning_rate=0.9))
+    assert not np.array_equal(first["loss"], steeper["loss"])
+
+
+def test_recordings_keep_no_arrays_alive(tmp_path):
+    """What is compiled and kept has the functions of a task alone."""
+    task = small_task()
+    kept = [weakref.ref(leaf) for leaf in jax.tree.leaves((task.params, task.train, task.query))]
+    record(task, np.zeros((1, 2, 1), int), optax.sgd(0.1), store=tmp_path / "runs", step_size=0.1)
+    del task
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)

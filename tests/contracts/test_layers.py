@@ -81,7 +81,6 @@ ROWS = {
         "seq2seq",
     ],
     "recording": [
-        "sketch",
         "batches",
         "features",
         "checkpoints",

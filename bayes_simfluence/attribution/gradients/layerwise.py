@@ -22,11 +22,11 @@ from jaxtyping import Array, Float, PyTree
 from bayes_simfluence.attribution.gradients.factors import Factors, Way
 from bayes_simfluence.attribution.gradients.linear_layers import layers_of, probes_of, with_probes
 from bayes_simfluence.attribution.gradients.per_example import MEMORY, Products, flat
-from bayes_simfluence.attribution.gradients.trace import Use, trace_bytes, traced
+from bayes_simfluence.attribution.gradients.trace import Use, trace_bytes
 from bayes_simfluence.networks.layers import wide
 from bayes_simfluence.progress import Meter
 from bayes_simfluence.recording.batches import batches_of, over_batches
-from bayes_simfluence.tasks.task import Task
+from bayes_simfluence.tasks.task import Functions, Task
 
 DIRECT = -1
 """Stands for all leaves without factors together, among the numbers of leaves."""
@@ -42,7 +42,7 @@ memory bounds it (measured on a CPU at the sizes of MiniLM)."""
 
 @dataclass(frozen=True)
 class Partition:
-    """How the gradients of a task are taken apart; keep it, so that checkpoints share compilations.
+    """How the gradients of a task are taken apart; keep it, so that it is found out once.
 
     Attributes:
         shapes: number of a leaf of the parameters -> its two lengths, of those that have factors.
@@ -62,11 +62,11 @@ class Partition:
 
 def partition_of(task: Task) -> Partition:
     """Find out how a task's loss uses its parameters; nothing is computed."""
-    leaves = jax.tree.leaves(task.params)
+    leaves, functions = jax.tree.leaves(task.params), task.functions
     layers, traced_bytes = [], 1
     for examples in (task.train, task.query):
         example = jax.eval_shape(partial(jax.tree.map, lambda leaf: leaf[0]), examples)
-        closed = traced(task, task.loss, task.params, task.frozen, example)
+        closed = jax.make_jaxpr(functions.loss_at)(task.params, task.frozen, example)
         layers.append(layers_of(closed, len(leaves)))
         traced_bytes = max(traced_bytes, trace_bytes(closed))
     train, query = layers
@@ -83,12 +83,11 @@ def partition_of(task: Task) -> Partition:
     direct = tuple(at for at in range(len(leaves)) if at not in shapes)
     kept = sum(_factor_size(tokens[at], shape) for at, shape in shapes.items())
     kept += sum(jnp.size(leaves[at]) for at in direct)
-    made = _maker(task, direct)
     return Partition(
         shapes=shapes,
         tokens={at: tokens[at] for at in shapes},
         direct=direct,
-        parts=lambda params, examples: made(params, task.frozen, examples),
+        parts=lambda params, examples: _parts(functions, direct, params, task.frozen, examples),
         kept=4 * kept,
         traced=traced_bytes,
     )
@@ -212,9 +211,12 @@ def squared_norms(
     return norms
 
 
-def _maker(task: Task, direct: Sequence[int]) -> Callable[[PyTree, PyTree, PyTree], _Parts]:
-    def of_example(params: PyTree, frozen: PyTree, example: PyTree) -> _Parts:
-        closed = traced(task, task.loss, params, frozen, example)
+@partial(jax.jit, static_argnums=(0, 1))
+def _parts(
+    task: Functions, direct: tuple[int, ...], params: PyTree, frozen: PyTree, examples: PyTree
+) -> _Parts:
+    def of_example(example: PyTree) -> _Parts:
+        closed = jax.make_jaxpr(task.loss_at)(params, frozen, example)
         leaves, rest = jax.tree.leaves(params), jax.tree.leaves((frozen, example))
         layers = layers_of(closed, len(leaves))
         layers = {at: layer for at, layer in layers.items() if at not in direct}
@@ -235,11 +237,7 @@ def _maker(task: Task, direct: Sequence[int]) -> Callable[[PyTree, PyTree, PyTre
         }
         return {**parts, DIRECT: flat(gradients) if gradients else jnp.zeros(0)}
 
-    @jax.jit
-    def of_examples(params: PyTree, frozen: PyTree, examples: PyTree) -> _Parts:
-        return jax.vmap(lambda example: of_example(params, frozen, example))(examples)
-
-    return of_examples
+    return jax.vmap(of_example)(examples)
 
 
 def _factors(uses: Sequence[Use], entered: Sequence[Array], slopes: Sequence[Array]) -> Factors:

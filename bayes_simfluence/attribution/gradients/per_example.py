@@ -4,7 +4,7 @@ This is the plain way: every gradient is written out, a batch of examples at a t
 faster is tested against it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -14,13 +14,10 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from bayes_simfluence.recording.batches import over_batches
-from bayes_simfluence.tasks.task import Task
+from bayes_simfluence.tasks.task import Functions, Task
 
 MEMORY = 2**30
 """Bytes of gradients held at once, unless the caller says otherwise."""
-
-GradientMaker = Callable[[PyTree, PyTree], Float[Array, "batch weight"]]
-"""Trained parameters and examples (leading axis) -> each example's gradient as a row."""
 
 
 class Products(NamedTuple):
@@ -41,35 +38,26 @@ def flat(tree: PyTree) -> Float[Array, " weight"]:
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def gradient_maker(task: Task) -> GradientMaker:
-    """The compiled gradients of a task; keep it, so that all checkpoints share its compilation."""
-
-    @jax.jit
-    def made(params: PyTree, frozen: PyTree, examples: PyTree) -> Float[Array, "batch weight"]:
-        def of_example(example: PyTree) -> Float[Array, " weight"]:
-            def loss(params: PyTree) -> Float[Array, ""]:
-                return task.loss(task.weights(params, frozen), example)
-
-            return flat(jax.grad(loss)(params))
-
-        return jax.vmap(of_example)(examples)
-
-    return lambda params, examples: made(params, task.frozen, examples)
+@partial(jax.jit, static_argnums=0)
+def _gradients(
+    task: Functions, params: PyTree, frozen: PyTree, examples: PyTree
+) -> Float[Array, "batch weight"]:
+    return jax.vmap(lambda example: flat(jax.grad(task.loss_at)(params, frozen, example)))(examples)
 
 
 def flat_gradients(
-    maker: GradientMaker, params: PyTree, examples: PyTree, *, memory: int = MEMORY
+    task: Task, params: PyTree, examples: PyTree, *, memory: int = MEMORY
 ) -> Iterator[tuple[slice, Float[Array, "batch weight"]]]:
     """Gradients of all examples, a batch of them at a time: where they stand, their rows."""
     width = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return over_batches(partial(maker, params), examples, memory // (4 * width))
+    of_batch = partial(_gradients, task.functions, params, task.frozen)
+    return over_batches(of_batch, examples, memory // (4 * width))
 
 
 def gradient_products(
     task: Task,
     params: PyTree,
     *,
-    maker: GradientMaker | None = None,
     scale: Float[Array, " weight"] | None = None,
     memory: int = MEMORY,
 ) -> Products:
@@ -77,13 +65,12 @@ def gradient_products(
 
     Args:
         params: the trained parameters at which gradients are taken.
-        maker: of this task, to share its compilation between checkpoints.
         scale: a positive weight for each coordinate (the diagonal of a preconditioner); all norms
             are then in that metric.
         memory: bytes of gradients held at once; the training examples' gradients are computed
             again for each part of the queries that fits.
     """
-    batches = partial(flat_gradients, maker or gradient_maker(task), params, memory=memory // 2)
+    batches = partial(flat_gradients, task, params, memory=memory // 2)
     counts = len(task.train_ids), len(task.query_ids)
     products = Products(np.zeros(counts), np.zeros(counts[0]), np.zeros(counts[1]))
     for columns, queries in batches(task.query):

@@ -9,12 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
-from jaxtyping import Array, PyTree
-
-from bayes_simfluence.tasks.task import Task
+from jaxtyping import Array
 
 CALLS = ("jit", "pjit")
 """Primitives that run a trace of their own."""
@@ -77,21 +74,6 @@ class _Place(NamedTuple):
 
 _Pair = tuple[Any, Any]
 """A value, and its mark: ``_Held``, ``_Left`` or None."""
-
-
-def traced(
-    task: Task, function: Callable[..., Any], params: PyTree, frozen: PyTree, example: PyTree
-) -> ClosedJaxpr:
-    """The trace of the task's loss, or outputs, of one example.
-
-    Its first arguments are the leaves of the trained parameters, those of ``frozen`` and of the
-    example follow.
-    """
-
-    def of_params(params: PyTree, frozen: PyTree, example: PyTree) -> Any:
-        return function(task.weights(params, frozen), example)
-
-    return jax.make_jaxpr(of_params)(params, frozen, example)
 
 
 def trace_bytes(closed: ClosedJaxpr) -> int:

@@ -7,6 +7,7 @@ the curvature of the network itself. Nothing here adds damping.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from bayes_simfluence.attribution.gradients.per_example import flat
 from bayes_simfluence.checks import Misuse, choice_of
 from bayes_simfluence.linalg import symmetric_eigen
-from bayes_simfluence.tasks.task import Task
+from bayes_simfluence.tasks.task import Functions, Task
 
 Curvature = Literal["ggn", "hessian"]
 CURVATURES = ("ggn", "hessian")
@@ -42,7 +43,7 @@ class Operands(NamedTuple):
 
 
 Product = Callable[[Operands, Vectors], Vectors]
-"""The curvature times each vector."""
+"""The curvature times each vector; hashable, so that compiled loops take it as it is."""
 
 BATCH = 16
 """Training examples whose activations are held at once."""
@@ -92,13 +93,7 @@ def _check_parts(task: Task, params: PyTree) -> None:
             do="pass outputs and output_loss to the task, or take curvature='hessian'",
         )
     first = jax.tree.map(lambda leaf: leaf[0], task.train)
-
-    @jax.jit
-    def both(params: PyTree, frozen: PyTree, example: PyTree) -> tuple[Array, Array]:
-        parts = task.output_loss(outputs_of_one(task, params, frozen, example), example)  # type: ignore[misc]
-        return task.loss(task.weights(params, frozen), example), parts
-
-    loss, parts = map(float, both(params, task.frozen, first))
+    loss, parts = map(float, _both(task.functions, params, task.frozen, first))
     if not np.isclose(loss, parts, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise Misuse(
             "task.output_loss",
@@ -108,10 +103,17 @@ def _check_parts(task: Task, params: PyTree) -> None:
         )
 
 
+@partial(jax.jit, static_argnums=0)
+def _both(task: Functions, params: PyTree, frozen: PyTree, example: PyTree) -> tuple[Array, Array]:
+    """The loss of an example, and what its two parts make of it."""
+    parts = task.output_loss(task.outputs_at(params, frozen, example), example)  # type: ignore[misc]
+    return task.loss_at(params, frozen, example), parts
+
+
 def output_size(task: Task, params: PyTree) -> int:
     """Number of outputs of one example."""
     first = jax.tree.map(lambda leaf: leaf[0], task.train)
-    shape = jax.eval_shape(partial(outputs_of_one, task), params, task.frozen, first)
+    shape = jax.eval_shape(task.functions.outputs_at, params, task.frozen, first)
     return int(shape.size)
 
 
@@ -119,83 +121,72 @@ def _width(params: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def outputs_of_one(
-    task: Task, params: PyTree, frozen: PyTree, example: PyTree
-) -> Float[Array, "..."]:
-    """The outputs of one example; the task has them."""
-    return task.outputs(task.weights(params, frozen), example)  # type: ignore[misc]
-
-
-def curvature_product(task: Task, params: PyTree, curvature: Curvature) -> Product:
+@dataclass(frozen=True)
+class CurvatureProduct:
     """Products with the curvature of the mean loss, compiled.
 
     Activations of ``BATCH`` examples are held at once, and are shared by all vectors.
-
-    Args:
-        params: of the shapes of those at which products are taken.
     """
-    unflat = ravel_pytree(params)[1]
-    summed = _ggn_summed(task, unflat) if curvature == "ggn" else _hessian_summed(task, unflat)
 
-    @jax.jit
-    def product(operands: Operands, vectors: Vectors) -> Vectors:
+    task: Functions
+    curvature: Curvature
+
+    @partial(jax.jit, static_argnums=0)
+    def __call__(self, operands: Operands, vectors: Vectors) -> Vectors:
+        """The curvature times each vector."""
         size = len(jax.tree.leaves(operands.examples)[0])
         batch = min(BATCH, size)
+        summed = _ggn_summed if self.curvature == "ggn" else _hessian_summed
         # The last batch is filled up with examples that do not count.
         numbers = jnp.arange(-(-size // batch) * batch).reshape(-1, batch)
 
         def step(total: Vectors, at: Int[Array, " batch"]) -> tuple[Vectors, None]:
             rows = jnp.minimum(at, size - 1)
             some = jax.tree.map(lambda leaf: leaf[rows], operands.examples)
-            return total + summed(operands._replace(examples=some), at < size, vectors), None
+            at_rows = operands._replace(examples=some)
+            return total + summed(self.task, at_rows, at < size, vectors), None
 
         return jax.lax.scan(step, jnp.zeros_like(vectors), numbers)[0] / size
 
-    return product
 
+def _ggn_summed(
+    task: Functions, operands: Operands, counts: Bool[Array, " batch"], vectors: Vectors
+) -> Vectors:
+    params, frozen, examples = operands
+    unflat = ravel_pytree(params)[1]
 
-Summed = Callable[[Operands, Bool[Array, " batch"], Vectors], Vectors]
-Unflat = Callable[[Float[Array, " weight"]], PyTree]
-
-
-def _ggn_summed(task: Task, unflat: Unflat) -> Summed:
     def curved(outputs: Array, example: PyTree, slope: Array, counts: Array) -> Array:
         gradient = jax.grad(task.output_loss)  # type: ignore[arg-type]
         product = jax.jvp(lambda at: gradient(at, example), (outputs,), (slope,))[1]
         return jnp.where(counts, product, 0.0)
 
-    def summed(operands: Operands, counts: Bool[Array, " batch"], vectors: Vectors) -> Vectors:
-        params, frozen, examples = operands
+    def of_params(params: PyTree) -> Array:
+        weights = task.weights(params, frozen)
+        return jax.vmap(lambda example: task.outputs(weights, example))(examples)  # type: ignore[misc]
 
-        def of_params(params: PyTree) -> Array:
-            weights = task.weights(params, frozen)
-            return jax.vmap(lambda example: task.outputs(weights, example))(examples)  # type: ignore[misc]
+    outputs, push = jax.linearize(of_params, params)
+    pull = jax.linear_transpose(push, params)
 
-        outputs, push = jax.linearize(of_params, params)
-        pull = jax.linear_transpose(push, params)
+    def product(vector: Float[Array, " weight"]) -> Float[Array, " weight"]:
+        slopes = jax.vmap(curved)(outputs, examples, push(unflat(vector)), counts)
+        return flat(pull(slopes)[0])
 
-        def product(vector: Float[Array, " weight"]) -> Float[Array, " weight"]:
-            slopes = jax.vmap(curved)(outputs, examples, push(unflat(vector)), counts)
-            return flat(pull(slopes)[0])
-
-        return jax.lax.map(product, vectors)
-
-    return summed
+    return jax.lax.map(product, vectors)
 
 
-def _hessian_summed(task: Task, unflat: Unflat) -> Summed:
-    def summed(operands: Operands, counts: Bool[Array, " batch"], vectors: Vectors) -> Vectors:
-        params, frozen, examples = operands
+def _hessian_summed(
+    task: Functions, operands: Operands, counts: Bool[Array, " batch"], vectors: Vectors
+) -> Vectors:
+    params, frozen, examples = operands
+    unflat = ravel_pytree(params)[1]
 
-        def total(params: PyTree) -> Float[Array, ""]:
-            weights = task.weights(params, frozen)
-            losses = jax.vmap(lambda example: task.loss(weights, example))(examples)
-            return jnp.where(counts, losses, 0.0).sum()
+    def total(params: PyTree) -> Float[Array, ""]:
+        weights = task.weights(params, frozen)
+        losses = jax.vmap(lambda example: task.loss(weights, example))(examples)
+        return jnp.where(counts, losses, 0.0).sum()
 
-        push = jax.linearize(jax.grad(total), params)[1]
-        return jax.lax.map(lambda vector: flat(push(unflat(vector))), vectors)
-
-    return summed
+    push = jax.linearize(jax.grad(total), params)[1]
+    return jax.lax.map(lambda vector: flat(push(unflat(vector))), vectors)
 
 
 def dense_curvature(
@@ -206,21 +197,30 @@ def dense_curvature(
     Raises:
         Misuse: too many weights.
     """
-    start, unflat = ravel_pytree(params)
-    if len(start) > MOST_DENSE:
+    if _width(params) > MOST_DENSE:
         raise Misuse(
             "solver",
-            got=f"a dense curvature of {len(start)} weights",
+            got=f"a dense curvature of {_width(params)} weights",
             expected=f"at most {MOST_DENSE}",
             do="take ConjugateGradient(), InGram() or EKFAC()",
         )
+    operands = Operands(params, task.frozen, task.train)
+    return np.asarray(_dense(task.functions, curvature, operands), float) / len(task.train_ids)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _dense(
+    task: Functions, curvature: Curvature, operands: Operands
+) -> Float[Array, "weight weight"]:
+    """The sum of the examples' curvatures."""
+    start, unflat = ravel_pytree(operands.params)
 
     def of_one(example: PyTree) -> Float[Array, "weight weight"]:
         def loss(at: Array) -> Array:
-            return task.loss(task.weights(unflat(at), task.frozen), example)
+            return task.loss_at(unflat(at), operands.frozen, example)
 
         def outputs(at: Array) -> Array:
-            return outputs_of_one(task, unflat(at), task.frozen, example)
+            return task.outputs_at(unflat(at), operands.frozen, example)
 
         if curvature == "hessian":
             return jax.hessian(loss)(start)
@@ -228,16 +228,13 @@ def dense_curvature(
         jacobian = jax.jacrev(outputs)(start).reshape(-1, len(start))
         return jacobian.T @ hessian @ jacobian
 
-    @jax.jit
-    def summed(examples: PyTree) -> Float[Array, "weight weight"]:
-        nothing = jnp.zeros((len(start), len(start)), start.dtype)
-        return jax.lax.scan(lambda total, at: (total + of_one(at), None), nothing, examples)[0]
-
-    return np.asarray(summed(task.train), float) / len(task.train_ids)
+    nothing = jnp.zeros((len(start), len(start)), start.dtype)
+    summed = jax.lax.scan(lambda total, at: (total + of_one(at), None), nothing, operands.examples)
+    return summed[0]
 
 
 def _output_hessian(
-    task: Task, outputs: Float[Array, "..."], example: PyTree
+    task: Functions, outputs: Float[Array, "..."], example: PyTree
 ) -> Float[Array, "output output"]:
     def loss(at: Float[Array, " output"]) -> Float[Array, ""]:
         return task.output_loss(at.reshape(outputs.shape), example)  # type: ignore[misc]
@@ -246,7 +243,7 @@ def _output_hessian(
 
 
 def output_factor(
-    task: Task, outputs: Float[Array, "..."], example: PyTree
+    task: Functions, outputs: Float[Array, "..."], example: PyTree
 ) -> Float[Array, "output output"]:
     """Rows ``u_k`` with ``sum_k u_k u_k^T`` the Hessian of the output loss."""
     values, vectors = symmetric_eigen(_output_hessian(task, outputs, example))
@@ -254,7 +251,7 @@ def output_factor(
 
 
 def output_slopes(
-    task: Task,
+    task: Functions,
     outputs: Float[Array, "*outputs"],
     example: PyTree,
     key: jax.Array,
@@ -294,17 +291,22 @@ def mean_eigenvalue(task: Task, params: PyTree, key: jax.Array, *, draws: int | 
     Args:
         draws: as in ``output_slopes``, for each training example.
     """
-
-    @jax.jit
-    def lengths(params: PyTree, frozen: PyTree, examples: PyTree, keys: jax.Array) -> Array:
-        def length(pair: tuple[PyTree, jax.Array]) -> Float[Array, ""]:
-            example, key = pair
-            outputs, pull = jax.vjp(lambda at: outputs_of_one(task, at, frozen, example), params)
-            slopes = output_slopes(task, outputs, example, key, draws)
-            return jax.lax.map(lambda slope: jnp.square(flat(pull(slope)[0])).sum(), slopes).sum()
-
-        return jax.lax.map(length, (examples, keys))
-
     keys = jax.random.split(key, len(task.train_ids))
-    traces = np.asarray(lengths(params, task.frozen, task.train, keys), float)
+    operands = Operands(params, task.frozen, task.train)
+    traces = np.asarray(_lengths(task.functions, draws, operands, keys), float)
     return float(traces.mean()) / _width(params)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _lengths(
+    task: Functions, draws: int | None, operands: Operands, keys: jax.Array
+) -> Float[Array, " example"]:
+    params, frozen, examples = operands
+
+    def length(pair: tuple[PyTree, jax.Array]) -> Float[Array, ""]:
+        example, key = pair
+        outputs, pull = jax.vjp(lambda at: task.outputs_at(at, frozen, example), params)
+        slopes = output_slopes(task, outputs, example, key, draws)
+        return jax.lax.map(lambda slope: jnp.square(flat(pull(slope)[0])).sum(), slopes).sum()
+
+    return jax.lax.map(length, (examples, keys))

@@ -13,6 +13,7 @@ examples at a time, in float32.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,13 +28,12 @@ from bayes_simfluence.attribution.gradients.linear_layers import (
     probes_of,
     with_probes,
 )
-from bayes_simfluence.attribution.gradients.trace import traced
-from bayes_simfluence.attribution.influence.curvature import output_slopes
+from bayes_simfluence.attribution.influence.curvature import Operands, output_slopes
 from bayes_simfluence.attribution.influence.problem import SHARE_OF_MEAN, Problem, Solved, regular
 from bayes_simfluence.checks import Misuse, positive_integer, shorten
 from bayes_simfluence.networks.layers import wide
 from bayes_simfluence.recording.batches import batches_of
-from bayes_simfluence.tasks.task import Task
+from bayes_simfluence.tasks.task import Functions
 
 BATCH = 8
 """Examples whose activations and gradients of one layer are held at once."""
@@ -80,7 +80,7 @@ class EKFAC:
         if self.draws is not None:
             positive_integer("draws", self.draws)
         layers, names = _covered(problem), _names(problem.params)
-        passes = _Passes(problem.task, layers, self.draws)
+        passes = _Passes(problem.task.functions, tuple(layers.items()), self.draws)
         bases = _bases(problem, passes)
         inverses, damping = _inverses(problem, _eigenvalues(problem, passes, bases), names)
         covered = sum(math.prod(_block_shape(layer)) for layer in layers.values())
@@ -117,7 +117,7 @@ def _covered(problem: Problem) -> Layers:
             do="take InGram(), Arnoldi or ConjugateGradient",
         )
     example = jax.tree.map(lambda leaf: leaf[0], task.train)
-    closed = traced(task, task.outputs, params, task.frozen, example)  # type: ignore[arg-type]
+    closed = jax.make_jaxpr(task.functions.outputs_at)(params, task.frozen, example)
     leaves = len(jax.tree.leaves(params))
     layers = {
         leaf: layer
@@ -150,9 +150,14 @@ def _block_shape(layer: Layer) -> tuple[int, int]:
 class _Passes:
     """Forward and backward passes of one example that keep what the layers' gradients are of."""
 
-    task: Task
-    layers: Layers
+    task: Functions
+    layers_by_leaf: tuple[tuple[int, Layer], ...]
     draws: int | None
+
+    @property
+    def layers(self) -> Layers:
+        """The layers by the number of their matrix."""
+        return dict(self.layers_by_leaf)
 
     def pseudo(
         self, params: PyTree, frozen: PyTree, example: PyTree, key: jax.Array
@@ -180,7 +185,7 @@ class _Passes:
     def _passed(
         self, params: PyTree, frozen: PyTree, example: PyTree
     ) -> tuple[Array, Any, Entered]:
-        closed = traced(self.task, self.task.outputs, params, frozen, example)  # type: ignore[arg-type]
+        closed = jax.make_jaxpr(self.task.outputs_at)(params, frozen, example)
         leaves = len(jax.tree.leaves(params))
         args = jax.tree.leaves((params, frozen, example))
 
@@ -201,62 +206,72 @@ def _rows(uses: dict[int, list[Array]]) -> Blocks:
     return {leaf: wide(jnp.concatenate(arrays)) for leaf, arrays in uses.items()}
 
 
+Summand = Callable[[Bases | None, Entered, Slopes], PyTree]
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _summed(
-    problem: Problem,
     passes: _Passes,
+    summand: Summand,
     start: PyTree,
     bases: Bases | None,
-    summand: Callable[[Any, Entered, Slopes], PyTree],
+    operands: Operands,
+    keys: jax.Array,
 ) -> PyTree:
     """``start`` plus ``summand(bases, entered, slopes)`` of all training examples, in batches.
 
     The arguments of the summand have a leading axis of examples; its pseudo slopes are 0 for the
     examples that fill the last batch up.
     """
-    task, size = problem.task, len(problem.task.train_ids)
+    params, frozen, examples = operands
+    size = len(keys)
     batch = min(BATCH, size)
     numbers = jnp.arange(-(-size // batch) * batch).reshape(-1, batch)
 
-    @jax.jit
-    def total(
-        params: PyTree, frozen: PyTree, bases: Bases | None, examples: PyTree, keys: jax.Array
-    ) -> PyTree:
-        def step(total: PyTree, at: Int[Array, " batch"]) -> tuple[PyTree, None]:
-            rows = jnp.minimum(at, size - 1)
-            some = jax.tree.map(lambda leaf: leaf[rows], examples)
-            entered, slopes = jax.vmap(passes.pseudo, (None, None, 0, 0))(
-                params, frozen, some, keys[rows]
-            )
-            counts = (at < size)[:, None, None, None]
-            slopes = {leaf: jnp.where(counts, block, 0.0) for leaf, block in slopes.items()}
-            return jax.tree.map(jnp.add, total, summand(bases, entered, slopes)), None
+    def step(total: PyTree, at: Int[Array, " batch"]) -> tuple[PyTree, None]:
+        rows = jnp.minimum(at, size - 1)
+        some = jax.tree.map(lambda leaf: leaf[rows], examples)
+        entered, slopes = jax.vmap(passes.pseudo, (None, None, 0, 0))(
+            params, frozen, some, keys[rows]
+        )
+        counts = (at < size)[:, None, None, None]
+        slopes = {leaf: jnp.where(counts, block, 0.0) for leaf, block in slopes.items()}
+        return jax.tree.map(jnp.add, total, summand(bases, entered, slopes)), None
 
-        return jax.lax.scan(step, start, numbers)[0]
+    return jax.lax.scan(step, start, numbers)[0]
 
-    keys = jax.random.split(problem.key, size)
-    return total(problem.params, task.frozen, bases, task.train, keys)
+
+def _covariances(_: Any, entered: Entered, slopes: Slopes) -> tuple[Blocks, Blocks]:
+    """Of what enters and of pseudo slopes; a row that no slope reaches (padding) is left out."""
+    inward, outward = {}, {}
+    for leaf, d in slopes.items():
+        reached = (d != 0).any(axis=(1, 3))
+        a = jnp.where(reached[:, :, None], entered[leaf], 0.0)
+        inward[leaf] = jnp.einsum("pri,prj->ij", a, a)
+        outward[leaf] = jnp.einsum("psri,psrj->ij", d, d)
+    return inward, outward
+
+
+def _squares(bases: Any, entered: Entered, slopes: Slopes) -> Blocks:
+    """Of the coordinates of pseudo gradients."""
+    of_draws = jax.vmap(_rotated, in_axes=(None, 0, None, None))
+    of_examples = jax.vmap(of_draws, in_axes=(0, 0, None, None))
+    return {
+        leaf: jnp.square(
+            of_examples(entered[leaf], d, bases.inward[leaf], bases.outward[leaf])
+        ).sum(axis=(0, 1))
+        for leaf, d in slopes.items()
+    }
 
 
 def _bases(problem: Problem, passes: _Passes) -> Bases:
-    """Eigenvectors of the covariances of what enters and of pseudo slopes.
-
-    A row that no slope reaches (padding) does not count.
-    """
-
-    def covariances(_: Any, entered: Entered, slopes: Slopes) -> tuple[Blocks, Blocks]:
-        inward, outward = {}, {}
-        for leaf, d in slopes.items():
-            reached = (d != 0).any(axis=(1, 3))
-            a = jnp.where(reached[:, :, None], entered[leaf], 0.0)
-            inward[leaf] = jnp.einsum("pri,prj->ij", a, a)
-            outward[leaf] = jnp.einsum("psri,psrj->ij", d, d)
-        return inward, outward
-
+    """Eigenvectors of the covariances of what enters and of pseudo slopes."""
     start = tuple(
         {leaf: jnp.zeros((_block_shape(layer)[axis],) * 2) for leaf, layer in passes.layers.items()}
         for axis in (1, 0)
     )
-    sums = _summed(problem, passes, start, None, covariances)
+    keys = jax.random.split(problem.key, len(problem.task.train_ids))
+    sums = _summed(passes, _covariances, start, None, problem.operands, keys)
     names = _names(problem.params)
     for leaf, matrix in (*sums[0].items(), *sums[1].items()):
         if not np.isfinite(matrix).all():
@@ -284,19 +299,9 @@ def _rotated(
 
 def _eigenvalues(problem: Problem, passes: _Passes, bases: Bases) -> Blocks:
     """Mean squared coordinates of the pseudo gradients: the corrected eigenvalues."""
-    of_draws = jax.vmap(_rotated, in_axes=(None, 0, None, None))
-    of_examples = jax.vmap(of_draws, in_axes=(0, 0, None, None))
-
-    def squares(bases: Bases, entered: Entered, slopes: Slopes) -> Blocks:
-        return {
-            leaf: jnp.square(
-                of_examples(entered[leaf], d, bases.inward[leaf], bases.outward[leaf])
-            ).sum(axis=(0, 1))
-            for leaf, d in slopes.items()
-        }
-
     start = {leaf: jnp.zeros(_block_shape(layer)) for leaf, layer in passes.layers.items()}
-    sums = _summed(problem, passes, start, bases, squares)
+    keys = jax.random.split(problem.key, len(problem.task.train_ids))
+    sums = _summed(passes, _squares, start, bases, problem.operands, keys)
     return {leaf: block / len(problem.task.train_ids) for leaf, block in sums.items()}
 
 
@@ -316,44 +321,50 @@ def _inverses(problem: Problem, values: Blocks, names: list[str]) -> tuple[Block
     return inverses, problem.damping
 
 
+@partial(jax.jit, static_argnums=0)
+def _of_queries(
+    passes: _Passes,
+    params: PyTree,
+    frozen: PyTree,
+    bases: Bases,
+    inverses: Blocks,
+    examples: PyTree,
+) -> tuple[Blocks, Float[Array, " query"]]:
+    def of_query(example: PyTree) -> tuple[Blocks, Float[Array, ""]]:
+        blocks, total = passes.rotated(params, frozen, bases, example)
+        return {leaf: block * inverses[leaf] for leaf, block in blocks.items()}, total
+
+    return jax.lax.map(of_query, examples)
+
+
+@partial(jax.jit, static_argnums=0)
+def _of_trains(
+    passes: _Passes, params: PyTree, frozen: PyTree, bases: Bases, solved: Blocks, examples: PyTree
+) -> tuple[Float[Array, "query train"], Float[Array, " train"]]:
+    blocks, totals = jax.vmap(lambda example: passes.rotated(params, frozen, bases, example))(
+        examples
+    )
+    # Queries first and rows flat: the products are 15 times faster than in another order.
+    parts = [
+        solved[leaf].reshape(len(solved[leaf]), -1) @ block.reshape(len(block), -1).T
+        for leaf, block in blocks.items()
+    ]
+    return sum(parts[1:], start=parts[0]), totals
+
+
 def _products(
     problem: Problem, passes: _Passes, bases: Bases, inverses: Blocks
 ) -> Float[np.ndarray, "train query"]:
     """Products of all gradients, queries in groups whose rotated gradients fit into memory."""
     task = problem.task
-
-    @jax.jit
-    def of_queries(
-        params: PyTree, frozen: PyTree, bases: Bases, inverses: Blocks, examples: PyTree
-    ) -> tuple[Blocks, Float[Array, " query"]]:
-        def of_query(example: PyTree) -> tuple[Blocks, Float[Array, ""]]:
-            blocks, total = passes.rotated(params, frozen, bases, example)
-            return {leaf: block * inverses[leaf] for leaf, block in blocks.items()}, total
-
-        return jax.lax.map(of_query, examples)
-
-    @jax.jit
-    def of_trains(
-        params: PyTree, frozen: PyTree, bases: Bases, solved: Blocks, examples: PyTree
-    ) -> tuple[Float[Array, "query train"], Float[Array, " train"]]:
-        blocks, totals = jax.vmap(lambda example: passes.rotated(params, frozen, bases, example))(
-            examples
-        )
-        # Queries first and rows flat: the products are 15 times faster than in another order.
-        parts = [
-            solved[leaf].reshape(len(solved[leaf]), -1) @ block.reshape(len(block), -1).T
-            for leaf, block in blocks.items()
-        ]
-        return sum(parts[1:], start=parts[0]), totals
-
     products = np.zeros((len(task.train_ids), len(task.query_ids)))
     covered = 4 * sum(math.prod(_block_shape(layer)) for layer in passes.layers.values())
-    at, where, done = (problem.params, task.frozen, bases), "the given weights", 0
+    at, where, done = (passes, problem.params, task.frozen, bases), "the given weights", 0
     for columns, queries in batches_of(task.query, problem.memory // covered):
-        solved, totals = of_queries(*at, inverses, queries)
+        solved, totals = _of_queries(*at, inverses, queries)
         check_finite(task, where, query=totals, start=columns.start)
         for rows, trains in batches_of(task.train, BATCH):
-            block, totals = of_trains(*at, solved, trains)
+            block, totals = _of_trains(*at, solved, trains)
             check_finite(task, where, train=totals, start=rows.start)
             products[rows, columns] = np.asarray(block, float).T
         problem.meter.advance(columns.stop - done)

@@ -9,7 +9,9 @@ as many vectors as the gradients have dimensions, and the coordinates follow fro
 inner products alone, which ``layerwise`` computes without whole gradients.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +27,10 @@ from bayes_simfluence.attribution.influence.curvature import (
     check_curvature,
     output_factor,
     output_size,
-    outputs_of_one,
 )
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.progress import Progress, Silent
-from bayes_simfluence.tasks.task import Task
+from bayes_simfluence.tasks.task import Functions, Task
 
 MOST_ROWS = 8192
 """Vectors up to which their inner products are factored."""
@@ -85,13 +86,6 @@ class Gram:
         Args:
             of: that task; its ids are kept.
         """
-
-        def outputs(weights: Array, example: PyTree) -> Array:
-            return example["rows"] @ weights
-
-        def output_loss(output: Array, example: PyTree) -> Array:
-            return (example["curved"] * output**2 / 2 + example["slope"] * output).sum()
-
         kept = self.rows.shape[1]
         first = np.eye(kept)[0]
         train = {"rows": self.rows, "curved": self.curved, "slope": self.slope}
@@ -102,14 +96,26 @@ class Gram:
         }
         return Task(
             params=jnp.zeros(self.rows.shape[2]),
-            loss=lambda weights, example: output_loss(outputs(weights, example), example),
-            outputs=outputs,
-            output_loss=output_loss,
+            loss=_parabola,
+            outputs=_along_rows,
+            output_loss=_parabola_along,
             train=jax.tree.map(jnp.asarray, train),
             query=jax.tree.map(jnp.asarray, query),
             train_ids=of.train_ids,
             query_ids=of.query_ids,
         )
+
+
+def _along_rows(weights: Array, example: PyTree) -> Array:
+    return example["rows"] @ weights
+
+
+def _parabola_along(output: Array, example: PyTree) -> Array:
+    return (example["curved"] * output**2 / 2 + example["slope"] * output).sum()
+
+
+def _parabola(weights: Array, example: PyTree) -> Array:
+    return _parabola_along(_along_rows(weights, example), example)
 
 
 def fits_gram(task: Task, params: PyTree) -> bool:
@@ -179,18 +185,21 @@ class _Slopes(NamedTuple):
 
 
 def _slopes(task: Task, params: PyTree, examples: PyTree) -> _Slopes:
-    @jax.jit
-    def of_all(params: PyTree, frozen: PyTree, examples: PyTree) -> tuple[Array, Array]:
-        def of_example(example: PyTree) -> tuple[Array, Array]:
-            outputs = outputs_of_one(task, params, frozen, example)
-            slope = jax.grad(task.output_loss)(outputs, example)  # type: ignore[arg-type]
-            return output_factor(task, outputs, example), slope
-
-        return jax.lax.map(of_example, examples)
-
-    arrays = of_all(params, task.frozen, examples)
+    arrays = _factors_and_slopes(task.functions, params, task.frozen, examples)
     factor, slope = (np.asarray(array, float) for array in arrays)
     return _Slopes(factor, slope.reshape(len(slope), -1), slope.shape[1:])
+
+
+@partial(jax.jit, static_argnums=0)
+def _factors_and_slopes(
+    task: Functions, params: PyTree, frozen: PyTree, examples: PyTree
+) -> tuple[Array, Array]:
+    def of_example(example: PyTree) -> tuple[Array, Array]:
+        outputs = task.outputs_at(params, frozen, example)
+        slope = jax.grad(task.output_loss)(outputs, example)  # type: ignore[arg-type]
+        return output_factor(task, outputs, example), slope
+
+    return jax.lax.map(of_example, examples)
 
 
 def _rows(
@@ -217,6 +226,15 @@ def _rows(
     return rows, curved[:, used].astype(float), slope[:, used]
 
 
+class _RowLoss(NamedTuple):
+    """The loss whose gradient is the Jacobian's product with ``row["slope"]``."""
+
+    outputs: Callable[[Any, PyTree], Array]
+
+    def __call__(self, weights: Any, row: PyTree) -> Float[Array, ""]:
+        return (self.outputs(weights, row["example"]) * row["slope"]).sum()
+
+
 def _row_task(
     task: Task,
     params: PyTree,
@@ -226,10 +244,6 @@ def _row_task(
     """A task whose gradients are the Jacobians' products with these slopes."""
     count, kept, *shape = rows.shape
 
-    def loss(weights: Any, row: PyTree) -> Float[Array, ""]:
-        outputs = task.outputs(weights, row["example"])  # type: ignore[misc]
-        return (outputs * row["slope"]).sum()
-
     def made(examples: PyTree, slopes: np.ndarray) -> PyTree:
         return {"example": examples, "slope": jnp.asarray(slopes, jnp.float32)}
 
@@ -237,7 +251,7 @@ def _row_task(
     return replace(
         task,
         params=params,
-        loss=loss,
+        loss=_RowLoss(task.outputs),  # type: ignore[arg-type]
         train=made(repeated, rows.reshape(-1, *shape)),
         query=made(task.query, queries.reshape(-1, *shape)),
         train_ids=range(count * kept),

@@ -61,12 +61,11 @@ class ConjugateGradient:
         """As in ``Solver``."""
         positive_number("tolerance", self.tolerance)
         positive_integer("iterations", self.iterations)
-        descend = jax.jit(partial(self._descend, problem.product))
         residuals: list[float] = []
         converged: list[bool] = []
 
         def solve(right: Vectors) -> Vectors:
-            done, reached = descend(problem.operands, right, problem.damped)
+            done, reached = self._descend(problem.product, problem.operands, right, problem.damped)
             _check_descent(problem, float(done.curvature))
             start = jnp.maximum(_dots(right, right), np.finfo(np.float32).tiny)
             residuals.append(float(jnp.sqrt(done.gamma / start).max()))
@@ -83,6 +82,7 @@ class ConjugateGradient:
             "damping": problem.damped,
         }
 
+    @partial(jax.jit, static_argnums=(0, 1))
     def _descend(
         self, product: Product, operands: Operands, b: Vectors, damping: Float[Array, ""] | float
     ) -> tuple[_Descent, Bool[Array, " vector"]]:
@@ -179,13 +179,12 @@ class LiSSA:
         if self.batch is not None:
             size = positive_integer("batch", self.batch)
             at_most("batch", size, count, "examples", do="lower it")
-        series = jax.jit(partial(self._series, problem.product, count))
         changes: list[float] = []
 
         def solve(right: Vectors) -> Vectors:
             total = jnp.zeros_like(right)
             for key in jax.random.split(problem.key, self.repeats):
-                done = series(problem.operands, right, problem.damped, key)
+                done = self._series(problem.product, problem.operands, right, problem.damped, key)
                 self._check(problem, done)
                 change, length = done.summed - done.before, _dots(done.summed, done.summed)
                 ratio = _dots(change, change) / jnp.maximum(length, 1e-30)
@@ -198,16 +197,17 @@ class LiSSA:
         attributes = {"solver": "LiSSA", **settings, "batch": self.batch or count}
         return values, {**attributes, "last_change": max(changes), "damping": problem.damped}
 
+    @partial(jax.jit, static_argnums=(0, 1))
     def _series(
         self,
         product: Product,
-        count: int,
         operands: Operands,
         right: Vectors,
         damping: Float[Array, ""] | float,
         key: jax.Array,
     ) -> _Series:
         length = jnp.sqrt(_dots(right, right))
+        count = len(jax.tree.leaves(operands.examples)[0])
 
         def running(state: _Series) -> Bool[Array, ""]:
             return (state.term < self.depth) & ~state.grown.any()

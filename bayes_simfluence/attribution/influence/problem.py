@@ -10,16 +10,12 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from bayes_simfluence.attribution.gradients.checkpoints import check_finite
-from bayes_simfluence.attribution.gradients.per_example import (
-    GradientMaker,
-    flat_gradients,
-    gradient_maker,
-)
+from bayes_simfluence.attribution.gradients.per_example import flat_gradients
 from bayes_simfluence.attribution.influence.curvature import (
     Curvature,
+    CurvatureProduct,
     Operands,
     Product,
-    curvature_product,
     mean_eigenvalue,
 )
 from bayes_simfluence.checks import Misuse, WorkFailed
@@ -57,17 +53,12 @@ class Problem:
     @cached_property
     def product(self) -> Product:
         """Products with the curvature, without damping."""
-        return curvature_product(self.task, self.params, self.curvature)
+        return CurvatureProduct(self.task.functions, self.curvature)
 
     @property
     def operands(self) -> Operands:
         """What ``product`` takes for the curvature of all training examples."""
         return Operands(self.params, self.task.frozen, self.task.train)
-
-    @cached_property
-    def maker(self) -> GradientMaker:
-        """Gradients of single examples."""
-        return gradient_maker(self.task)
 
     @cached_property
     def damped(self) -> float:
@@ -89,7 +80,7 @@ class Problem:
         Raises:
             Misuse: a gradient that is not finite; its example is named.
         """
-        batches = flat_gradients(self.maker, self.params, getattr(self.task, part), memory=memory)
+        batches = flat_gradients(self.task, self.params, getattr(self.task, part), memory=memory)
         for rows, gradients in batches:
             sums = {part: gradients.sum(axis=1)}
             check_finite(self.task, "the given weights", **sums, start=rows.start)

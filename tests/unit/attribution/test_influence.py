@@ -9,8 +9,8 @@ import pytest
 
 from bayes_simfluence.attribution.gradients.per_example import flat
 from bayes_simfluence.attribution.influence.curvature import (
+    CurvatureProduct,
     Operands,
-    curvature_product,
     dense_curvature,
     mean_eigenvalue,
     output_slopes,
@@ -95,7 +95,7 @@ def test_products_are_those_of_the_matrix_written_out(task, rng, curvature):
     matrix = dense_curvature(task, task.params, curvature)
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-5)
     vectors = jnp.asarray(rng.normal(size=(2, WEIGHTS)), jnp.float32)
-    product = curvature_product(task, task.params, curvature)
+    product = CurvatureProduct(task.functions, curvature)
     whole = Operands(task.params, task.frozen, task.train)
     np.testing.assert_allclose(product(whole, vectors), vectors @ matrix, atol=1e-4)
     # A batch has the curvature of its own examples.
@@ -118,13 +118,13 @@ def test_the_trace_is_that_of_the_matrix(task, key):
 def test_slopes_have_the_hessian_of_the_output_loss(task, key):
     logits, example = jnp.asarray([0.3, -1.0, 2.0]), {"y": jnp.asarray(1)}
     expected = jax.hessian(lambda at: output_loss(at, example))(logits)
-    whole = output_slopes(task, logits, example, key, None)
+    whole = output_slopes(task.functions, logits, example, key, None)
     np.testing.assert_allclose(whole.T @ whole, expected, atol=1e-6)
-    drawn = output_slopes(task, logits, example, key, 20_000)
+    drawn = output_slopes(task.functions, logits, example, key, 20_000)
     np.testing.assert_allclose(drawn.T @ drawn, expected, atol=0.01)
     # Two classes leave one direction: every single draw is exact.
     two = jnp.asarray([0.3, -1.0])
-    drawn = output_slopes(task, two, example, key, 1)
+    drawn = output_slopes(task.functions, two, example, key, 1)
     expected = jax.hessian(lambda at: output_loss(at, example))(two)
     np.testing.assert_allclose(drawn.T @ drawn, expected, atol=1e-6)
 

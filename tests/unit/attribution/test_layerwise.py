@@ -16,7 +16,6 @@ from bayes_simfluence.attribution.gradients.layerwise import (
 )
 from bayes_simfluence.attribution.gradients.per_example import (
     flat,
-    gradient_maker,
     gradient_products,
 )
 from bayes_simfluence.networks import bert, gpt2, t5
@@ -101,11 +100,11 @@ def network_task(family, tuning, *, options=0):
 def same(task, *, scaled=(False, True), memory=(2**24,)):
     """Both ways agree, at other weights than the initial ones."""
     params = jax.tree.map(lambda leaf: leaf + 0.05, task.params)
-    maker, partition = gradient_maker(task), partition_of(task)
+    partition = partition_of(task)
     width = flat(params).size
     drawn = jnp.asarray(np.random.default_rng(3).uniform(0.5, 2.0, width), jnp.float32)
     for scale in (drawn if weighed else None for weighed in scaled):
-        expected = gradient_products(task, params, maker=maker, scale=scale)
+        expected = gradient_products(task, params, scale=scale)
         for some in memory:
             products = layer_products(task, params, partition=partition, scale=scale, memory=some)
             norms = squared_norms(task, params, partition=partition, scale=scale, memory=some)

@@ -10,7 +10,7 @@ import pytest
 from bayes_simfluence.attribution.trak import newton_effects, trak
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.recording.checkpoints import SavedWeights, named_tensors
-from bayes_simfluence.recording.sketch import random_signs, sketched
+from bayes_simfluence.recording.features import random_signs, sketched
 from bayes_simfluence.tasks.task import Task
 
 TRAIN, QUERY, DIMENSIONS = 9, 4, 5

@@ -1,4 +1,4 @@
-"""The demo, at full size: what it writes and what it says."""
+"""The demo: what it writes, and at full size (with the statistical suites) what it says."""
 
 import json
 from importlib.resources import files
@@ -9,18 +9,25 @@ import pytest
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.demo import pretrain
-from bayes_simfluence.demo.main import FITTED, run_demo
+from bayes_simfluence.demo import main, pretrain
+from bayes_simfluence.demo.main import run_demo
 from bayes_simfluence.demo.pretrain import pretrained_checkpoint
 from bayes_simfluence.networks.checkpoint import load_checkpoint, load_tokenizer
 from bayes_simfluence.progress import Silent
 
-pytestmark = pytest.mark.optimized
+SMALL = {"examples": 40, "queries": 6, "per_run": 32, "batch_size": 4, "epochs": 3}
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    return run_demo(tmp_path_factory.mktemp("demo") / "out")
+@pytest.fixture(
+    scope="module", params=["small", pytest.param("full", marks=pytest.mark.statistical)]
+)
+def demo(request, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "small":
+            patch.setattr(main, "SIZES", SMALL)
+            patch.setattr(main, "HELD_OUT", 2)
+            patch.setattr(pretrain, "STEPS", 50)
+        yield run_demo(tmp_path_factory.mktemp("demo") / "out")
 
 
 def test_it_writes_everything_it_promises(demo):
@@ -33,14 +40,23 @@ def test_it_writes_everything_it_promises(demo):
     runs = bs.open_runs(demo.folder / "runs.zarr")
     assert runs.sizes["run"] >= 16
     assert len({batch.tobytes() for batch in runs["batch"].values}) == runs.sizes["run"]
-    assert bs.load_posterior(demo.folder / "posterior.nc").runs.sizes["run"] == FITTED
+    assert bs.load_posterior(demo.folder / "posterior.nc").runs.sizes["run"] == main.FITTED
+
+
+def table_of(demo):
+    return pd.read_csv(demo.folder / "table.csv", index_col="method")
 
 
 def test_the_table_compares_the_methods(demo):
-    table = pd.read_csv(demo.folder / "table.csv", index_col="method")
-    assert list(table.index) == [
+    assert list(table_of(demo).index) == [
         "bayes", "ridge (paper)", "mean trajectory", "initial loss kept",
     ]  # fmt: skip
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("demo", ["full"], indirect=True)
+def test_the_model_predicts_best(demo):
+    table = table_of(demo)
     assert table.loc["bayes", "mse"] < table.loc["ridge (paper)", "mse"]
     assert table.loc["bayes", "crps"] < table.loc["mean trajectory", "crps"]
 

@@ -1,5 +1,7 @@
 """Gradient features against the full gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +80,21 @@ def test_a_sketch_longer_than_the_gradient_keeps_every_inner_product(key):
         coordinates.train @ coordinates.query.T, train @ query.T / unit, atol=1e-4
     )
     np.testing.assert_allclose(coordinates.kept, 1.0, atol=1e-6)
+
+
+def test_gradients_of_few_dimensions_have_no_coordinates_of_rounding(key):
+    """Training examples that come twice leave eigenvalues of 0, on either side of it."""
+    task = one_matrix(train=4)
+    twice = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), task.train)
+    task = dataclasses.replace(task, train=twice, train_ids=range(8))
+    train, query = gradients(task)
+    coordinates = gradient_features(task, rank=8, sketch=64, key=key)
+    unit = mean_square(train)
+    np.testing.assert_allclose(
+        coordinates.train @ coordinates.query.T, train @ query.T / unit, atol=1e-4
+    )
+    np.testing.assert_allclose(coordinates.train[:, 4:], 0.0, atol=1e-6)
+    np.testing.assert_array_equal(coordinates.query[:, 4:], 0.0)
 
 
 @pytest.mark.parametrize("sketch", [64, 512])

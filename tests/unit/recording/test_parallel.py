@@ -80,10 +80,13 @@ def test_other_numbers_are_refused(squares, curricula, tmp_path, parallel):
 def test_the_compiler_counts_more_memory_for_more_work(squares):
     from bayes_simfluence.recording.compiled import CompiledSteps, Training
 
-    training = Training(squares, optax.adam(0.1), lambda state, count: np.float32(0.1))
+    training = Training(squares.functions, optax.adam(0.1), lambda state, count: np.float32(0.1))
     sizes = [
         p.run_bytes(
-            CompiledSteps.of(training, 2, steps=4, parallel=at_once, devices=jax.devices()[:1]), 0
+            CompiledSteps.of(
+                training, squares, 2, steps=4, parallel=at_once, devices=jax.devices()[:1]
+            ),
+            0,
         )
         for at_once in (1, 8)
     ]

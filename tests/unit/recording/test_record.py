@@ -46,6 +46,15 @@ def small_task(scale=1.0):
     )
 
 
+class Unhashable:
+    """A loss that compares its arrays."""
+
+    __hash__ = None
+
+    def __call__(self, params, example):
+        return params["v"].sum()
+
+
 def some_curricula(runs=3, steps=12, slots=2, seed=0):
     keys = jax.random.split(jax.random.key(seed), runs)
     drawn = [with_replacement(6, batch_size=slots, steps=steps, key=key) for key in keys]
@@ -193,6 +202,8 @@ def test_resuming_another_recording_is_refused(tmp_path):
         ({"params": {"w": jnp.arange(3)}}, "floating weights only"),
         ({"train_ids": list("abc")}, "give every leaf a leading axis"),
         ({"loss": lambda params, example: params["v"]}, "one number for one example"),
+        ({"loss": Unhashable()}, r"task.loss: got unhashable type: 'Unhashable'"),
+        ({"metrics": {"far": Unhashable()}}, r"task.far: got unhashable type: 'Unhashable'"),
     ],
 )
 def test_a_task_that_does_not_fit_is_refused(tmp_path, change, match):

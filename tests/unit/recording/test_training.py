@@ -155,7 +155,9 @@ def test_remat_keeps_less_for_the_backward_pass():
 
     def kept(remat):
         task = Task([jnp.eye(16)] * 3, loss, jnp.ones((8, 16)), jnp.ones((1, 16)), range(8), [0])
-        training = Training(task, optax.sgd(0.1), lambda state, count: 0.1, Placement(remat=remat))
+        training = Training(
+            task.functions, optax.sgd(0.1), lambda state, count: 0.1, Placement(remat=remat)
+        )
         batched = jax.vmap(training_loss(training), in_axes=(None, 0))
         backward = jax.vjp(lambda params: batched(params, task.train), task.params)[1]
         return sum(leaf.size for leaf in jax.tree.leaves(backward))

@@ -367,7 +367,7 @@ def test_queries_without_their_padding_have_the_same_losses(kind, toy, rows_of, 
     whole = dataclasses.replace(task.validate(), query_lengths=None, cut=None)
     assert len(length_groups(task.query_lengths)) > 1
     cut, expected = (
-        jax.jit(measure_of(variant, None))(variant.params, fixed_of(variant))
+        jax.jit(measure_of(variant.functions, None))(variant.params, fixed_of(variant))
         for variant in (task, whole)
     )
     for name, value in expected.items():
