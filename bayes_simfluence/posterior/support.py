@@ -29,9 +29,9 @@ ENOUGH = 0.5
 MEANING = (
     "1 = all of the run so far is like what the fitted runs did; it falls to 0 the farther the run "
     "has been from it, 1 / (1 + largest distance so far), and never rises again. Below "
-    f"{ENOUGH} bands, which widen with the distance, may be too narrow. It looks at step size, batch size, length, class balance "
-    "over windows (by gradient features; without them only where examples are few), repetition and "
-    "unseen examples, not at losses."
+    f"{ENOUGH} bands, which widen with the distance, may be too narrow. It looks at step size, "
+    "batch size, length, class balance over windows (by gradient features; without them only where "
+    "examples are few), repetition and unseen examples, not at losses."
 )
 
 
