@@ -29,6 +29,7 @@ SMALL = {
     "06_causal_recording.py": [],
     "07_wrong_labels.py": [],
     "08_data_mixtures.py": [f"--data={SHARED / 'regmix'}", "--runs=48"],
+    "09_counterfactuals.py": ["--small", "--runs=5"],
 }
 WRITTEN = {
     "01_record_fit_simulate.py": ["runs.zarr", "posterior.nc", "curves.png"],
@@ -39,8 +40,19 @@ WRITTEN = {
     "06_causal_recording.py": ["runs.zarr", "gpt2-small-text/model.safetensors"],
     "07_wrong_labels.py": ["wrong-labels.png", "wrong-labels.md", "pilot.zarr"],
     "08_data_mixtures.py": ["mixtures.png", "mixtures.md"],
+    "09_counterfactuals.py": [
+        "counterfactuals.png",
+        "counterfactuals.md",
+        "counterfactuals.json",
+        "runs.zarr",
+    ],
 }
-LONG = ["02_results_study.py", "03_tasks_study.py", "07_wrong_labels.py"]
+LONG = [
+    "02_results_study.py",
+    "03_tasks_study.py",
+    "07_wrong_labels.py",
+    "09_counterfactuals.py",
+]
 """Studies: they run with the long suites, at a small size."""
 READS = {"08_data_mixtures.py": SHARED / "regmix"}
 SIZES = ("1m", "60m", "1B")
