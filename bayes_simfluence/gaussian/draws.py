@@ -88,6 +88,14 @@ class _Keys(NamedTuple):
     def of(cls, key: jax.Array) -> "_Keys":
         return cls(*jax.random.split(key, 3))
 
+    def scale_of(self, number: Int[Array, ""], own: bool) -> Array:
+        """Of the scales: one for all queries, which are jointly Student-t, or each query's own.
+
+        What is not known of recorded queries' scales is how far all of them are off, since a run's
+        errors go together; of queries that were not recorded, how they differ from one another.
+        """
+        return jax.random.fold_in(self.scale, number) if own else self.scale
+
 
 def _source(
     conditioned: Conditioned,
@@ -117,7 +125,7 @@ def common_sources(
     return made
 
 
-@partial(jax.jit, static_argnames=("draws", "knots", "parts"))
+@partial(jax.jit, static_argnames=("draws", "knots", "parts", "own_scales"))
 def drawn_weights(
     conditioned: Conditioned,
     common: Sources,
@@ -128,19 +136,21 @@ def drawn_weights(
     draws: int,
     knots: int,
     parts: int,
+    own_scales: bool = False,
 ) -> DrawnWeights:
     """The key's draws for one query, whatever is made of them."""
     keys = _Keys.of(key)
     own = _source(conditioned, keys.own, query.number, draws=draws, knots=knots, parts=parts)
-    return DrawnWeights(query.of(own.deviation, common.deviation), _scales(keys.scale, df, draws))
+    scale = _scales(keys.scale_of(query.number, own_scales), df, draws)
+    return DrawnWeights(query.of(own.deviation, common.deviation), scale)
 
 
 def _scales(key: jax.Array, df: Float[Array, ""], draws: int) -> Float[Array, " draw"]:
-    """Scaled inverse chi-square scales, the same for all queries: they are jointly Student-t."""
+    """Scaled inverse chi-square scales."""
     return jnp.sqrt(df / (2.0 * jax.random.gamma(key, 0.5 * df, (draws,))))
 
 
-@partial(jax.jit, static_argnames=("draws", "knots", "parts"))
+@partial(jax.jit, static_argnames=("draws", "knots", "parts", "own_scales"))
 def drawn_trajectories(
     conditioned: Conditioned,
     designs: Float[Array, "scenario run step weight"],
@@ -153,6 +163,7 @@ def drawn_trajectories(
     draws: int,
     knots: int,
     parts: int,
+    own_scales: bool = False,
 ) -> tuple[Float[Array, "query draw run step"], Float[Array, "query draw run step"]]:
     """Deviations from the posterior mean: of the coefficients alone, and with the run's error.
 
@@ -164,13 +175,13 @@ def drawn_trajectories(
         queries, key: decide the draws.
         df: degrees of freedom of the scales.
         draws, knots, parts: how many.
+        own_scales: each query's scale is drawn for itself.
     """
     scenarios, runs, steps, weights = designs.shape
     flat = designs.reshape(scenarios, -1, weights)
     sizes: Any = {"draws": draws, "knots": knots, "parts": parts}
     common = common_sources(conditioned, key, factors=queries.loading.shape[1], **sizes)
     keys = _Keys.of(key)
-    scale = _scales(keys.scale, df, draws)[:, None, None]
 
     def of_source(source: Sources) -> tuple[Array, Array]:
         # An equal share of the draws for each scenario, filled up and cut.
@@ -187,7 +198,8 @@ def drawn_trajectories(
     def of_query(inputs: tuple[Dependence, Array]) -> tuple[Array, Array]:
         query, sd = inputs
         own = of_source(_source(conditioned, keys.own, query.number, **sizes))
-        size = scale * sd[None, None]
+        scale = _scales(keys.scale_of(query.number, own_scales), df, draws)
+        size = scale[:, None, None] * sd[None, None]
         mean, error = (size * query.of(*pair) for pair in zip(own, factors, strict=True))
         return mean, mean + error
 

@@ -3,6 +3,7 @@
 Each is one compiled function of arrays; ``simulators.gaussian`` holds the arrays and makes draws.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from bayes_simfluence.gaussian.designs import assembled, linked_change
 from bayes_simfluence.gaussian.linear_gaussian import Conditioned
 from bayes_simfluence.linalg import cholesky
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
+from bayes_simfluence.model.coupling import second_moment
 from bayes_simfluence.model.design import mean_effect
 from bayes_simfluence.model.hyper import natural_values
 from bayes_simfluence.model.link import link_of
@@ -71,6 +73,25 @@ def plan(
     mean = jnp.einsum("rtw,wq->rtq", designs, weights[:, runs.query])
     centre = linked[:, None] + made.mean[..., runs.query] + mean
     return Planned(designs, centre, error, cholesky(error))
+
+
+@partial(jax.jit, static_argnames="model")
+def typical_step(
+    model: Simfluence, free: Float[Array, " hyper"], fitted: RunArrays
+) -> Float[Array, ""]:
+    """With what factor a fitted run's example acts at a step, on average; 1 if not coupled."""
+    if fitted.residual is None:
+        return jnp.ones(())
+    values = natural_values(hypers_of(model, fitted.features), free)
+
+    def of_run(run: RunArrays) -> Array:
+        # An exposure without memory and step size: the factor of the second moment alone.
+        plain = replace(model.exposure, momentum=0.0, step_size_power=0.0, order=None)
+        weights = plain.weights(values, jnp.ones(len(run.progress)), second_moment(run))
+        return (jnp.diagonal(weights) * run.exposures().sum(axis=1)).mean()
+
+    means: Array = fitted.each(of_run)
+    return means.mean()
 
 
 @partial(jax.jit, static_argnames=("model", "part"))

@@ -35,6 +35,7 @@ from bayes_simfluence.gaussian.fitted import (
     conditioned_weights,
     effects_alone,
     plan,
+    typical_step,
 )
 from bayes_simfluence.gaussian.queries import carried_loadings, own_sd
 from bayes_simfluence.gaussian.search import interpolated_inflation, typical
@@ -182,12 +183,15 @@ class GaussianSimulator(Simulator):
             spread = jnp.asarray(self._spread(runs, rows))
         single, dependence = posterior.conditioned.single(), self._dependence(runs.query)
         sizes: Any = {"draws": draws, "knots": posterior.knots, "parts": len(self.model.parts)}
+        own_scales = self.unseen is not None
         with jax.enable_x64(False):
             common = common_sources(single, key, factors=self.loadings.shape[1], **sizes)
         for at in range(len(runs.query)):
             with jax.enable_x64(False):
                 query = Dependence(*(array[at] for array in dependence))
-                drawn = drawn_weights(single, common, query, key, jnp.float32(self.df), **sizes)
+                drawn = drawn_weights(
+                    single, common, query, key, jnp.float32(self.df), own_scales=own_scales, **sizes
+                )
             with double_precision():
                 sd = jnp.asarray(drawn.scale, float)[:, None] * spread[at][None]
                 mean = jnp.einsum(
@@ -202,7 +206,8 @@ class GaussianSimulator(Simulator):
         """Hyperparameters (every draw the same), scales, and effects of examples.
 
         ``staying[chain, draw, query, train]`` and ``fading`` are what a step on this example alone
-        adds to the loss on the scale of the link, averaged over training; negative = helpful.
+        adds to the loss on the scale of the link, averaged over training; negative = helpful. In a
+        coupled model, a step that acts as those of the fitted runs did on average.
         """
         named: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
             name: (("chain", "draw"), np.full((1, draws), value))
@@ -212,8 +217,13 @@ class GaussianSimulator(Simulator):
         train = self.fitted.train
         for part in self.model.parts:
             with double_precision():
-                functional, centre = effects_alone(
-                    self.model, jnp.asarray(self.free), self.fitted.features, posterior, part=part
+                free = jnp.asarray(self.free)
+                acting = typical_step(self.model, free, self.fitted)
+                functional, centre = (
+                    acting * effect
+                    for effect in effects_alone(
+                        self.model, free, self.fitted.features, posterior, part=part
+                    )
                 )
             deviation, _ = self._deviations(
                 posterior,
@@ -338,6 +348,7 @@ class GaussianSimulator(Simulator):
                 draws=draws,
                 knots=posterior.knots,
                 parts=len(self.model.parts),
+                own_scales=self.unseen is not None,
             )
         return drawn
 
