@@ -27,6 +27,8 @@ RATES = np.geomspace(0.02, 20.0, 61)
 COUNTS_AS = 4.0
 """Independent points that a left-out run counts as: its errors are much alike."""
 QUANTILE_90 = 1.6449
+# One program each, not one for every operation.
+_link_of, _loss_of = (jax.jit(function, static_argnums=0) for function in (link_of, loss_of))
 
 
 class Widening(NamedTuple):
@@ -129,13 +131,13 @@ def widened(
     result = loss.copy()
     for run in np.flatnonzero(far.any(axis=1)):
         linked = _linked(loss[:, :, run], widening.positive) + far[run][:, None] * error[:, :, 0]
-        moved = np.asarray(loss_of(widening.link, jnp.asarray(linked)), loss.dtype)
+        moved = np.asarray(_loss_of(widening.link, jnp.asarray(linked)), loss.dtype)
         result[:, :, run] = np.where(far[run][:, None] > 0, moved, loss[:, :, run])
     return result
 
 
 def _linked(loss: Float[np.ndarray, "*shape"], positive: bool) -> Float[np.ndarray, "*shape"]:
-    return np.asarray(link_of("log-odds" if positive else "identity", jnp.asarray(loss)))
+    return np.asarray(_link_of("log-odds" if positive else "identity", jnp.asarray(loss)))
 
 
 def _rate(

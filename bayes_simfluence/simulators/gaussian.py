@@ -98,7 +98,7 @@ class GaussianSimulator(Simulator):
     @property
     def coupled(self) -> bool:
         """Whether examples act by their residuals."""
-        return self.model.coupled
+        return self.fitted.residual is not None
 
     @property
     def features(self) -> ExampleFeatures:

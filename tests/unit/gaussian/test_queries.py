@@ -107,7 +107,7 @@ def test_draws_have_the_correlation_and_each_query_its_own_variance(rng):
     draws = 40_000
     mean, whole = drawn_trajectories(
         conditioned,
-        designs,
+        designs[None],
         np.sqrt(0.3) * np.eye(2, dtype=np.float32),
         np.ones((3, 2), np.float32),
         Dependence(numbers, loadings, own_sd(loadings)),

@@ -41,7 +41,7 @@ def problem():
     """Arrays of the search, as the fit makes them."""
     found = recorded_arrays(recording())
     fitted = found._replace(step_size=found.step_size / found.step_size.max())
-    return Simfluence(), fitted, even_rows(STEPS, TIMES)
+    return Simfluence(coupling="none"), fitted, even_rows(STEPS, TIMES)
 
 
 def gaussian_at(model, values, fitted, rows):
