@@ -133,6 +133,7 @@ def test_a_posterior_of_version_0_1_opens(posteriors, held_out, tmp_path):
     about = groups["/"].attrs
     assert about["simulator"] == "gaussian"
     about["simulator"] = "paths"
+    del about["has_widening"]
     about["simulator_settings"]["freedom"] = about["simulator_settings"].pop("df")
     arrays = groups["simulator"].drop_vars("weight")
     groups["simulator"] = arrays.rename(log_inflation="widening")
