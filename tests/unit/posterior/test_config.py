@@ -192,7 +192,10 @@ def test_a_rate_makes_an_optimizer():
     ("settings", "match"),
     [
         ({"methods": "nuts"}, "unknown names methods; expected names among method, model"),
-        ({"method": "magic"}, "method: got 'magic'; expected one of exact, stack, nuts, svi, ridge"),
+        (
+            {"method": "magic"},
+            "method: got 'magic'; expected one of exact, stack, nuts, svi, ridge",
+        ),
         ({"kind": "magic"}, "kind: got 'magic'"),
         ({"prior": "custom"}, r"prior: got 'custom'; expected one of normal.*in Python"),
         ({"prior": "normal:3"}, "prior: got 'normal:3'; expected normal without a number"),
