@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,8 @@ FITS = {
     "Stack, diverse runs": ("diverse", bs.Simfluence(), bs.Stack),
 }
 """Name -> runs, model and method of a fit."""
+SAID = (0.0, 0.1, 0.3, 0.7, 0.9, 1.0)
+"""Ends of the groups of P(lower)."""
 SHOWN = ("default, random runs", "default, diverse runs")
 """Fits of the picture."""
 
@@ -322,9 +324,13 @@ def compared(
         truth, true_unedited = truth[:, [0, -1]], true_unedited[:, [0, -1]]
     change, true = ours.loss - unedited.loss, truth - true_unedited
     said, lower = (change[:, :, -1] < 0).mean(axis=0), true[:, -1] < 0
+    group = np.digitize(said, SAID[1:-1])
     return {
         "difference": covered(change, true),
         "lower": [float(said.mean()), float(lower.mean()), float(np.square(said - lower).mean())],
+        "lower_by_said": [
+            [int((group == at).sum()), int(lower[group == at].sum())] for at in range(len(SAID) - 1)
+        ],
     }
 
 
@@ -429,12 +435,43 @@ def page(results: Mapping[str, Any]) -> str:
             f"{size['batch_size']}, {size['queries']} queries; {JUDGED} runs of each kind below. "
             f"Seed {size['seed']}, {size['draws']} draws. {spent(results['minutes'])}",
             table(["curricula", "what was trained"], {k: [v.trained] for k, v in KINDS.items()}),
-            "## Side by side\n\nA star: at least one of the runs was flagged.",
+            "## Side by side",
+            "### Cover of the 90% band, mean over kinds, all steps / last step",
+            cover_table(fits),
+            "Below, a star: at least one run of the kind was flagged.",
             *(part for pair in side_by_side.items() for part in pair),
+            "### P(lower at the end than unedited), said, and how often it was",
+            lower_table(fits),
             "## Fit by fit",
             *each,
         ]
     )
+
+
+def cover_table(fits: Mapping[str, Any]) -> str:
+    """Covers averaged over kinds: those of which no run was flagged, and the others."""
+    names = ("query", "mean", "classes", "difference")
+    rows = {}
+    for fit, about in fits.items():
+        for which, wanted in (("no flag", False), ("flagged", True)):
+            kinds = [one for one in about["kinds"].values() if (one["flagged"] > 0) == wanted]
+            found = [[one[name] for one in kinds if name in one] for name in names]
+            rows[f"{fit}; {len(kinds)} kinds, {which}"] = [
+                " / ".join(map(number, np.mean(each, axis=0))) if each else "" for each in found
+            ]
+    return table(["fit", *(COLUMNS[name] for name in names)], rows)
+
+
+def lower_table(fits: Mapping[str, Any]) -> str:
+    """How often losses were lower, by the P(lower) that was said, over all kinds."""
+    rows = {}
+    for name, fit in fits.items():
+        told = [one["lower_by_said"] for one in fit["kinds"].values() if "lower_by_said" in one]
+        rows[name] = [
+            f"{was / count:.2f} of {count}" if count else "" for count, was in np.sum(told, axis=0)
+        ]
+    groups = [f"{low:.1f} to {high:.1f}" for low, high in pairwise(SAID)]
+    return table(["fit", *groups], rows)
 
 
 def spent(minutes: Mapping[str, float]) -> str:
