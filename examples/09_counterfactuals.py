@@ -264,10 +264,20 @@ def recorded(work: Path, config: RecordConfig) -> Recorded:
 
 @dataclass(frozen=True)
 class Simulated:
-    """Draws of losses ``(draw, run, time, query)``, and support ``(run, time)``."""
+    """Draws with and without the noise of a run, and support.
+
+    Attributes:
+        loss, mean_loss: ``(draw, run, time, query)``, nats.
+        support: ``(run, time)``.
+    """
 
     loss: np.ndarray
+    mean_loss: np.ndarray
     support: np.ndarray
+
+    def of_runs(self, order: np.ndarray) -> "Simulated":
+        """The runs in another order."""
+        return Simulated(self.loss[:, order], self.mean_loss[:, order], self.support[order])
 
 
 def simulated(posterior: bs.Posterior, runs: xr.Dataset, key: jax.Array, draws: int) -> Simulated:
@@ -275,9 +285,9 @@ def simulated(posterior: bs.Posterior, runs: xr.Dataset, key: jax.Array, draws: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bs.SupportWarning)
         made = posterior.simulate(runs, key=key, draws=draws)
-    dims = ("run", "time", "query")
-    loss = made["loss"].stack(sample=("chain", "draw")).transpose("sample", *dims)
-    return Simulated(np.asarray(loss.values, float), made["support"].values)
+    stacked = made.stack(sample=("chain", "draw")).transpose("sample", "run", "time", "query")
+    loss, mean_loss = (np.asarray(stacked[name].values, float) for name in ("loss", "mean_loss"))
+    return Simulated(loss, mean_loss, made["support"].values)
 
 
 def covered(draws: np.ndarray, truth: np.ndarray) -> list[float]:
@@ -344,13 +354,13 @@ def following(fitted: xr.Dataset, truth: np.ndarray) -> np.ndarray:
 def judge(
     posterior: bs.Posterior, runs: Recorded, key: jax.Array, draws: int
 ) -> Iterator[tuple[str, dict[str, Any], np.ndarray]]:
-    """Kind, figures, and the band of the mean over queries of its first run."""
+    """Kind, figures, and of the mean over queries of its first run low, middle and high."""
     like, reference = runs.kinds[LIKE], runs.fitted["random"]
     unedited = simulated(posterior, like, key, draws)
     # A run's error is drawn by its place: in another, unedited runs have errors of their own.
     order = np.roll(np.arange(JUDGED), 1)
     moved = simulated(posterior, like.isel(run=order), key, draws)
-    apart = Simulated(moved.loss[:, np.argsort(order)], moved.support)
+    apart = moved.of_runs(np.argsort(order))
     with Bars().work("simulate", len(KINDS)) as meter:
         for name, kind in runs.kinds.items():
             ours = unedited if name == LIKE else simulated(posterior, kind, key, draws)
@@ -359,10 +369,11 @@ def judge(
             if name != LIKE:
                 true_like = np.asarray(like["loss"].values, float)
                 told |= compared(ours, unedited, truth, true_like)
-                told["own_errors"] = compared(ours, apart, truth, true_like)
-            low, high = tails(0.90)
-            of_mean = ours.loss[:, 0].mean(axis=-1)
-            yield name, told, np.quantile(of_mean, [low, 0.5, high], axis=0)
+                own = compared(ours, apart, truth, true_like)
+                told |= {f"{figure}_own_errors": value for figure, value in own.items()}
+            low, high = np.quantile(ours.loss[:, 0].mean(axis=-1), tails(0.90), axis=0)
+            middle = np.median(ours.mean_loss[:, 0].mean(axis=-1), axis=0)
+            yield name, told, np.stack([low, middle, high])
             meter.advance(1, name)
 
 
@@ -388,6 +399,7 @@ COLUMNS = {
     "mean": "mean over queries",
     "classes": "class means",
     "difference": "difference",
+    "difference_own_errors": "difference, own errors",
     "lower": "P(lower): said / was / Brier",
     "support": "least support",
     "flagged": "flagged",
@@ -450,7 +462,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 def cover_table(fits: Mapping[str, Any]) -> str:
     """Covers averaged over kinds: those of which no run was flagged, and the others."""
-    names = ("query", "mean", "classes", "difference")
+    names = ("query", "mean", "classes", "difference", "difference_own_errors")
     rows = {}
     for fit, about in fits.items():
         for which, wanted in (("no flag", False), ("flagged", True)):
@@ -513,7 +525,7 @@ def picture(
         Line2D([], [], color="0.45", linestyle=":", label="trained, unedited run"),
     ]
     names = [
-        Patch(color=colour, alpha=0.5, label=f"{name}: median, 90% band")
+        Patch(color=colour, alpha=0.5, label=f"{name}: mean loss, 90% band")
         for colour, name in zip(COLOURS, bands, strict=False)
     ]
     figure.legend(
@@ -538,7 +550,8 @@ def study(work: Path, options: argparse.Namespace) -> tuple[dict[str, Any], Figu
     fit_key, draw_key = jax.random.split(jax.random.key(options.seed))
     told: dict[str, Any] = {}
     bands: dict[str, dict[str, np.ndarray]] = {}
-    for name, (design, model, method) in islice(FITS.items(), options.fits):
+    chosen = ((name, fit) for name, fit in FITS.items() if options.stack or fit[2] is not bs.Stack)
+    for name, (design, model, method) in islice(chosen, options.fits):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", bs.FitWarning)
             posterior = bs.fit(
@@ -574,6 +587,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draws", type=int, default=199)
     parser.add_argument("--times", type=int, default=24, help="fewer, for a trial")
+    parser.add_argument("--stack", action="store_true", help="also Stack(), as long again or more")
     parser.add_argument("--fits", type=int, default=len(FITS), help="fewer, for a trial")
     parser.add_argument("--small", action="store_true", help="fewer, shorter runs, for a trial")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")

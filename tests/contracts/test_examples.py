@@ -172,7 +172,9 @@ def test_covers_of_the_counterfactuals_page(counterfactuals):
     truth, unedited = rng.normal(2.0, 0.5, (2, 4, 6, 10))
     error = rng.normal(0.0, 1.0, (999, 4, 1, 1))
     support = np.array([[1.0, 0.9], [1.0, 0.6], [1.0, 0.4], [1.0, 1.0]])
-    made = [counterfactuals["Simulated"](one + error, support) for one in (truth, unedited)]
+    made = [
+        counterfactuals["Simulated"](one + error, one[None], support) for one in (truth, unedited)
+    ]
     sides = np.arange(10) % 2
     told = counterfactuals["judged"](made[0], truth, truth + 0.5, sides)
     assert told["mse"] < 0.02 and told["mse_of_mean_trajectory"] == pytest.approx(0.25)
@@ -186,7 +188,7 @@ def test_covers_of_the_counterfactuals_page(counterfactuals):
     groups = difference["lower_by_said"]
     assert groups[0] == [(~lower).sum(), 0] and groups[-1] == [lower.sum(), lower.sum()]
     longer = np.concatenate([truth, truth[:, -1:] - 9.0], axis=1)
-    ours = counterfactuals["Simulated"](longer + error, support)
+    ours = counterfactuals["Simulated"](longer + error, longer[None], support)
     assert counterfactuals["compared"](ours, made[1], longer, unedited)["lower"][:2] == [1.0, 1.0]
 
 
