@@ -474,6 +474,13 @@ def cover_table(fits: Mapping[str, Any]) -> str:
     return table(["fit", *(COLUMNS[name] for name in names)], rows)
 
 
+def between_marks(whole: str, text: str) -> str:
+    """The page with ``text`` between its marks, or at its end where there are none."""
+    head, _, rest = whole.partition(MARKS[0])
+    tail = rest.partition(MARKS[1])[2] or "\n"
+    return f"{head}{MARKS[0]}\n{text}\n{MARKS[1]}{tail}"
+
+
 def lower_table(fits: Mapping[str, Any]) -> str:
     """How often losses were lower, by the P(lower) that was said, over all kinds."""
     rows = {}
@@ -605,9 +612,7 @@ def main() -> None:
     save_figure(figure, image, overwrite=options.overwrite)
     target = options.out / "counterfactuals.md"
     whole = target.read_text("utf-8") if target.exists() else "# Counterfactuals\n\n"
-    head, _, rest = whole.partition(MARKS[0])
-    tail = rest.partition(MARKS[1])[2] or "\n"
-    target.write_text(f"{head}{MARKS[0]}\n{page(results)}\n{MARKS[1]}{tail}", "utf-8")
+    target.write_text(between_marks(whole, page(results)), "utf-8")
     print(f"written: {target}")
 
 

@@ -192,6 +192,14 @@ def test_covers_of_the_counterfactuals_page(counterfactuals):
     assert counterfactuals["compared"](ours, made[1], longer, unedited)["lower"][:2] == [1.0, 1.0]
 
 
+def test_the_prose_of_the_counterfactuals_page_stays(counterfactuals):
+    begin, end = counterfactuals["MARKS"]
+    replaced = counterfactuals["between_marks"]
+    first = replaced("# Title\n\nprose\n", "old")
+    assert first == f"# Title\n\nprose\n{begin}\nold\n{end}\n"
+    assert replaced(f"{first}more\n", "new") == first.replace("old", "new") + "more\n"
+
+
 def test_the_counterfactuals_page_is_not_overwritten_by_accident(tmp_path):
     (tmp_path / "counterfactuals.json").write_text("mine")
     done = run("09_counterfactuals.py", tmp_path)
