@@ -1,6 +1,7 @@
 """Every script in ``examples/`` runs, at a small size where it has one."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ SMALL = {
     "06_causal_recording.py": [],
     "07_wrong_labels.py": [],
     "08_data_mixtures.py": [f"--data={SHARED / 'regmix'}", "--runs=48"],
-    "09_counterfactuals.py": ["--small", "--runs=5"],
+    "09_counterfactuals.py": ["--small", "--runs=5", "--fits=1", "--times=4", "--draws=40"],
 }
 WRITTEN = {
     "01_record_fit_simulate.py": ["runs.zarr", "posterior.nc", "curves.png"],
@@ -44,7 +45,6 @@ WRITTEN = {
         "counterfactuals.png",
         "counterfactuals.md",
         "counterfactuals.json",
-        "runs.zarr",
     ],
 }
 LONG = [
@@ -126,6 +126,85 @@ def test_mixtures_of_any_domains_are_groups_with_shares(tmp_path):
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "|" in line][2:]
     mse = {name: float(text.split()[0]) for name, text, *_ in rows}
     assert mse["first tokens apart"] < 0.1 * mse["additive"]
+
+
+@pytest.fixture(scope="module")
+def counterfactuals():
+    """What the script of the counterfactuals page defines."""
+    return runpy.run_path(str(ROOT / "examples" / "09_counterfactuals.py"))
+
+
+def test_kinds_of_counterfactuals_are_what_they_say(counterfactuals):
+    """Of a run of 40 examples, even ones of class 0, in five epochs of batches of 8."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    members = rng.choice(60, 40, replace=False)
+    batches = np.concatenate([rng.permutation(members) for _ in range(5)]).reshape(25, 8)
+    source = counterfactuals["Source"](batches, 1, labels, rng)
+    kinds = {name: kind.make(source) for name, kind in counterfactuals["KINDS"].items()}
+    used = {name: set(made[made >= 0].tolist()) for name, made in kinds.items()}
+    own = set(members.tolist())
+    assert all(one <= own for one in used.values())
+    lost = {name: len(own) - len(one) for name, one in used.items()}
+    of_side = sum(labels[list(own)])
+    assert lost["one dropped"] == 1 and lost["ten dropped"] == 10
+    assert lost["thirty dropped"] == 20  # never more than half
+    assert lost["one class halved"] == of_side // 2
+    assert lost["half subset"] == 20 and lost["sixteen repeated"] == 24
+    assert used["one class only"] == {one for one in own if labels[one] == 1}
+    for name in ("one dropped", "one class halved", "half batches"):
+        kept = kinds[name] >= 0
+        assert (kinds[name][kept] == batches[kept]).all()
+    assert (kinds["half batches"] >= 0).sum(axis=1).tolist() == [4] * 25
+    assert (kinds["reversed"] == batches[::-1]).all()
+    flat = kinds["sorted by class"].ravel()
+    assert (np.diff(labels[flat]) <= 0).all() and sorted(flat) == sorted(batches.ravel())
+    assert kinds["1.5 x steps"].shape == (37, 8)
+    assert (kinds["1.5 x steps"][:25] == batches).all()
+    for name in ("half subset", "sixteen repeated", "one class only"):
+        counts = np.unique(kinds[name], return_counts=True)[1]
+        assert kinds[name].shape == (25, 8) and np.ptp(counts) <= 1
+
+
+def test_covers_of_the_counterfactuals_page(counterfactuals):
+    """Draws around the truth with errors in common to all queries, and to both runs."""
+    rng = np.random.default_rng(1)
+    truth, unedited = rng.normal(2.0, 0.5, (2, 4, 6, 10))
+    error = rng.normal(0.0, 1.0, (999, 4, 1, 1))
+    support = np.array([[1.0, 0.9], [1.0, 0.6], [1.0, 0.4], [1.0, 1.0]])
+    made = [
+        counterfactuals["Simulated"](one + error, one[None], support) for one in (truth, unedited)
+    ]
+    sides = np.arange(10) % 2
+    told = counterfactuals["judged"](made[0], truth, truth + 0.5, sides)
+    assert told["mse"] < 0.02 and told["mse_of_mean_trajectory"] == pytest.approx(0.25)
+    assert told["query"] == told["mean"] == told["classes"] == [1.0, 1.0]
+    assert told["support"] == 0.4 and told["flagged"] == 1
+    shifted = counterfactuals["judged"](made[0], truth + 2.0, truth, sides)
+    assert shifted["query"] == [0.0, 0.0] and shifted["mse"] == pytest.approx(4.0, rel=0.1)
+    difference = counterfactuals["compared"](*made, truth, unedited)
+    lower = truth[:, -1] < unedited[:, -1]
+    assert difference["lower"] == [lower.mean(), lower.mean(), 0.0]
+    groups = difference["lower_by_said"]
+    assert groups[0] == [(~lower).sum(), 0] and groups[-1] == [lower.sum(), lower.sum()]
+    longer = np.concatenate([truth, truth[:, -1:] - 9.0], axis=1)
+    ours = counterfactuals["Simulated"](longer + error, longer[None], support)
+    assert counterfactuals["compared"](ours, made[1], longer, unedited)["lower"][:2] == [1.0, 1.0]
+
+
+def test_the_prose_of_the_counterfactuals_page_stays(counterfactuals):
+    begin, end = counterfactuals["MARKS"]
+    replaced = counterfactuals["between_marks"]
+    first = replaced("# Title\n\nprose\n", "old")
+    assert first == f"# Title\n\nprose\n{begin}\nold\n{end}\n"
+    assert replaced(f"{first}more\n", "new") == first.replace("old", "new") + "more\n"
+
+
+def test_the_counterfactuals_page_is_not_overwritten_by_accident(tmp_path):
+    (tmp_path / "counterfactuals.json").write_text("mine")
+    done = run("09_counterfactuals.py", tmp_path)
+    assert done.returncode == 1 and "got something that exists" in done.stderr
+    assert (tmp_path / "counterfactuals.json").read_text() == "mine"
 
 
 @pytest.mark.parametrize("script", sorted(NEEDS))
