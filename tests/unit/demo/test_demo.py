@@ -15,6 +15,8 @@ from bayes_simfluence.demo.pretrain import pretrained_checkpoint
 from bayes_simfluence.networks.checkpoint import load_checkpoint, load_tokenizer
 from bayes_simfluence.progress import Silent
 
+# Ten of 32 examples dropped leaves what was recorded; at full size ten of 160 do not.
+pytestmark = pytest.mark.filterwarnings("ignore::bayes_simfluence.SupportWarning")
 SMALL = {"examples": 40, "queries": 6, "per_run": 32, "batch_size": 4, "epochs": 3}
 
 
