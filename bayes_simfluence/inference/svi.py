@@ -185,7 +185,7 @@ def _descent(model: CompiledModel, guide: Any, optimizer: optax.GradientTransfor
     return _Descent(jax.jit(start), jax.jit(advance), jax.jit(draw, static_argnums=3))
 
 
-def _is_flat(windows: list[Float[np.ndarray, " step"]]) -> bool:
+def _is_flat(windows: list[Float[np.ndarray, " _"]]) -> bool:
     """Whether the last two windows went down by less than twice what chance would do.
 
     Successive losses are nearly independent: each step draws its own noise.

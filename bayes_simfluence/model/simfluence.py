@@ -75,9 +75,9 @@ class Simfluence:
         time_effect: what all runs have in common at a step: a ``smooth`` curve, ``linear`` in time
             (the same at every step), ``none``.
         coupling: ``residual``: an example acts by its residual, what it has still to learn, and is
-            simulated together with the queries (``Exact`` alone, on recordings that know the
-            losses of each step's examples; elsewhere effects are additive and the verdict says
-            so). ``none``: it acts alike however well it is known.
+            simulated together with the queries (``Exact`` and ``Stack``, on recordings that know
+            the losses of each step's examples; elsewhere effects are additive and the verdict says
+            so). ``none``: it acts alike however well it is known, as ``per-query`` scales have it.
         scales: ``shared``: the sizes of errors and of multiplicative terms are relative to one
             scale of each query, which is the sd of a run's change (units of the link), and what
             stays may grow. ``per-query``, as published: each query has its own sd of coefficients
@@ -131,6 +131,9 @@ class Simfluence:
         return cls.linear(**{"terms": "multiplicative", **parts})
 
     def __post_init__(self) -> None:
+        if self.per_query:
+            # Published regressions take a step's batch as it is, so equal parts are equal models.
+            object.__setattr__(self, "coupling", "none")
         if isinstance(self.prior, Distribution):
             object.__setattr__(self, "prior", Custom(self.prior))
         choice_of("Simfluence(terms=...)", self.terms, TERMS)

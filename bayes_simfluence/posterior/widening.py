@@ -60,10 +60,12 @@ def widening_of(runs: xr.Dataset, left_out: xr.Dataset | None) -> Widening:
     >>> widening_of(like, None).rate  # nothing but what is believed
     2.0
     """
-    loss = runs["loss"].values
-    positive = bool(np.nanmin(loss) > 0)
-    change = _linked(loss, positive)
-    change = change[:, 1:] - change[:, :1]
+    positive = bool(np.nanmin(runs["loss"].values) > 0)
+    # At the times that the fit looked at, where it says which.
+    times = runs["time"].values[1:] if left_out is None else left_out["time"].values
+    start, later = runs["loss"].sel(time=[0]), runs["loss"].sel(time=times)
+    with np.errstate(over="ignore", invalid="ignore"):
+        change = _linked(later.values, positive) - _linked(start.values, positive)
     known = np.isfinite(change)
     change = np.where(known, change, 0.0)
     counts = np.maximum(known.sum(axis=(0, 1)), 1)
@@ -137,7 +139,8 @@ def widened(
 
 
 def _linked(loss: Float[np.ndarray, "*shape"], positive: bool) -> Float[np.ndarray, "*shape"]:
-    return np.asarray(_link_of("log-odds" if positive else "identity", jnp.asarray(loss)))
+    link: Link = "log-odds" if positive else "identity"
+    return np.asarray(_link_of(link, jnp.asarray(loss)), float)
 
 
 def _rate(

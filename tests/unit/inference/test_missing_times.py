@@ -21,7 +21,7 @@ from bayes_simfluence.gaussian.search import (
 from bayes_simfluence.inference.ridge import PENALTIES
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.hyper import natural_values
-from bayes_simfluence.model.simfluence import KINDS, Simfluence, hypers_of
+from bayes_simfluence.model.simfluence import KINDS, hypers_of
 from bayes_simfluence.posterior.arrays import recorded_arrays
 
 RUNS, STEPS, TIMES, QUERY = 4, 16, 4, 3
@@ -77,7 +77,7 @@ def test_times_that_are_not_used_do_not_matter():
 def test_only_recorded_points_are_in_the_scales_the_band_and_the_verdict(posterior):
     """Against conditioning the dense Gaussian of recorded points on all other runs' ones."""
     runs, simulator = recorded_arrays(thinned(recording(), UNLIKE)), posterior.simulator
-    model, rows = Simfluence(), simulator.rows
+    model, rows = simulator.model, simulator.rows
     fitted = runs._replace(step_size=runs.step_size / runs.step_size.max())
     loss = np.log(np.expm1(runs.loss))
     change = (loss[:, 1:] - loss[:, :1])[:, rows].reshape(-1, QUERY)

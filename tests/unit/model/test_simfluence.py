@@ -239,7 +239,7 @@ def test_a_published_kind_is_nothing_but_the_settings_of_its_parts(kind):
 
 
 def test_shared_scales_with_published_parts_are_another_model():
-    model = Simfluence(terms="both", **{**PUBLISHED, "scales": "shared"})
+    model = Simfluence(terms="both", **{**PUBLISHED, "scales": "shared"}, coupling="none")
     assert model != Simfluence.linear()
     assert not (model.per_query or model.markov)
     assert model.kind == Simfluence().kind == "two-timescale"
