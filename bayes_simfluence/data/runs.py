@@ -17,9 +17,8 @@ from bayes_simfluence.conventions import (
     UNRECORDED,
     VARIABLES,
 )
-from bayes_simfluence.data.training import checked_training
 from bayes_simfluence.data.validation import check_later_losses, refuse_losses, validate_runs
-from bayes_simfluence.data.weights import checked_weights
+from bayes_simfluence.data.weights import checked_weights, for_each_slot
 
 Ids = Sequence[Any] | np.ndarray
 
@@ -105,7 +104,8 @@ def runs_from_arrays(
             variables[name] = np.asarray(feature, dtype=np.float32)
     for name, values in zip(OF_TRAINING, (train_loss, train_residual), strict=True):
         if values is not None:
-            variables[name] = checked_training(name, values, batch)
+            do = "fill empty slots with NaN, and runs of which it is not known"
+            variables[name] = for_each_slot(name, values, batch, do=do)
     dataset = runs_dataset(
         variables,
         weight=weight,

@@ -6,14 +6,12 @@ optional. A complete run has one at every example that counts in its batch (in a
 and has weight) or nowhere, which is NaN throughout.
 """
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.conventions import COMPLETE, EMPTY_SLOT, OF_TRAINING, VARIABLES, Curricula
+from bayes_simfluence.conventions import COMPLETE, EMPTY_SLOT, OF_TRAINING, VARIABLES
 from bayes_simfluence.data.weights import weights_of
 
 ROUNDING = 1e-6
@@ -66,28 +64,6 @@ def with_training(runs: xr.Dataset, name: str) -> xr.Dataset:
     return runs.assign(
         {name: (dims, np.full(runs["batch"].shape, np.nan, np.float32), dict(attrs))}
     )
-
-
-def checked_training(
-    name: str, values: Any, batch: Curricula
-) -> Float[np.ndarray, "run step slot"]:
-    """``values`` as an array of the shape of ``batch``.
-
-    Raises:
-        Misuse: another shape.
-    """
-    try:
-        array = np.asarray(values, np.float32)
-    except (TypeError, ValueError):
-        array = np.zeros(0, np.float32)
-    if array.shape != batch.shape:
-        raise Misuse(
-            name,
-            got=f"shape {np.shape(values) if array.size else 'that is not rectangular'}",
-            expected=f"the shape of batch, {batch.shape}: one number for each slot",
-            do="fill empty slots with NaN, and runs of which it is not known",
-        )
-    return array
 
 
 def whole_or_nothing(

@@ -42,18 +42,31 @@ def checked_weights(weight: Any, batch: Curricula) -> Float[np.ndarray, "run ste
     Raises:
         Misuse: another shape.
     """
+    do = "give every slot a weight >= 0; leave weight out where all are 1"
+    array = for_each_slot("weight", weight, batch, do=do)
+    return np.where(batch == EMPTY_SLOT, np.float32(0), array)
+
+
+def for_each_slot(
+    name: str, values: Any, batch: Curricula, *, do: str
+) -> Float[np.ndarray, "run step slot"]:
+    """``values`` as an array of the shape of ``batch``.
+
+    Raises:
+        Misuse: another shape.
+    """
     try:
-        array = np.asarray(weight, np.float32)
+        array = np.asarray(values, np.float32)
     except (TypeError, ValueError):
         array = np.zeros(0, np.float32)
     if array.shape != batch.shape:
         raise Misuse(
-            "weight",
-            got=f"shape {np.shape(weight) if array.size else 'that is not rectangular'}",
+            name,
+            got=f"shape {np.shape(values) if array.size else 'that is not rectangular'}",
             expected=f"the shape of batch, {batch.shape}: one number for each slot",
-            do="give every slot a weight >= 0; leave weight out where all are 1",
+            do=do,
         )
-    return np.where(batch == EMPTY_SLOT, np.float32(0), array)
+    return array
 
 
 def validate_weights(runs: xr.Dataset) -> None:

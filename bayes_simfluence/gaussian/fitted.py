@@ -87,7 +87,8 @@ def typical_step(
     def of_run(run: RunArrays) -> Array:
         # An exposure without memory and step size: the factor of the second moment alone.
         plain = replace(model.exposure, momentum=0.0, step_size_power=0.0, order=None)
-        weights = plain.weights(values, jnp.ones(len(run.progress)), second_moment(run))
+        moment = second_moment(run, jnp.asarray(model.prior.alike(run.features).train))
+        weights = plain.weights(values, jnp.ones(len(run.progress)), moment)
         return (jnp.diagonal(weights) * run.exposures().sum(axis=1)).mean()
 
     means: Array = fitted.each(of_run)

@@ -12,15 +12,10 @@ from scipy.optimize import minimize
 from scipy.stats import t as student_t
 
 from bayes_simfluence.gaussian.designs import assembled, linked_change
-from bayes_simfluence.gaussian.examples import (
-    States,
-    conditioned_states,
-    observed_examples,
-    rolled_out,
-)
 from bayes_simfluence.gaussian.fitted import conditioned_weights
 from bayes_simfluence.gaussian.linear_gaussian import LeftOut, LinearGaussian
 from bayes_simfluence.gaussian.queries import query_loadings
+from bayes_simfluence.gaussian.rollout import left_out_residuals
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.hyper import log_prior, natural_values, start
@@ -32,8 +27,6 @@ Criterion = Literal["leave-one-run-out", "marginal", "evidence", "nuts"]
 CRITERIA: tuple[Criterion, ...] = ("leave-one-run-out", "marginal", "evidence", "nuts")
 COARSE, COARSE_STEPS, FINE_STEPS = 12, 60, 8
 """Times per run and most L-BFGS iterations of the search; iterations of its polish."""
-GROUPS = 8
-"""Most groups of runs without which training examples' states are inferred."""
 INFLATION_KNOTS = 5
 """Fewer follow the error along training less well; more do not help left-out runs."""
 
@@ -236,34 +229,6 @@ def _left_out_simulated(
     return LeftOut(error, left_out.variance)
 
 
-def _simulated_residuals(
-    model: Simfluence,
-    runs: RunArrays,
-    rows: Int[np.ndarray, " row"],
-    free: Float[Array, " hyper"],
-    scale: Float[np.ndarray, " query"],
-) -> Float[np.ndarray, "run step slot"]:
-    """Residuals of the fitted runs as simulated from the others, a group left out at a time."""
-    knots, count = model.coefficients.count(1.0), len(runs.batch)
-    _, size = conditioned_weights(model, free, runs, jnp.asarray(rows), knots=knots)
-    groups = [np.arange(first, count, GROUPS) for first in range(min(GROUPS, count))]
-    left_out = np.stack([np.isin(np.arange(count), group) for group in groups])
-    states = conditioned_states(
-        model, free, runs, observed_examples(model, runs), size, typical(scale), left_out,
-        jax.random.key(0), knots=knots,
-    )  # fmt: skip
-    found = np.zeros(runs.batch.shape)
-    for at, group in enumerate(groups):
-        # Groups of one size, so that one program serves all.
-        padded = np.resize(group, len(groups[0]))
-        white = np.zeros((len(padded), runs.steps + 1, runs.train))
-        own = States(states.weights[at], states.start[at], states.scale)
-        planned = runs.take(padded)._replace(residual=None)
-        residual = rolled_out(model, free, own, planned, size, white, knots=knots)
-        found[group] = np.asarray(residual)[: len(group)]
-    return found
-
-
 def band_of(
     model: Simfluence,
     runs: RunArrays,
@@ -285,8 +250,9 @@ def band_of(
         at = (model, jnp.asarray(free), runs, jnp.asarray(rows))
         left_out = _left_out(*at)
         if runs.residual is not None:
-            scale = _scales(left_out, counted)
-            residual = _simulated_residuals(model, runs, rows, at[1], scale)
+            _, size = conditioned_weights(*at, knots=model.coefficients.count(1.0))
+            of_example = typical(_scales(left_out, counted))
+            residual = left_out_residuals(model, at[1], runs, size, of_example)
             left_out = _left_out_simulated(*at, residual)
         error, variance = np.asarray(left_out.error), np.asarray(left_out.variance)[..., None]
         truth = np.asarray(link_of(model.link, jnp.asarray(runs.loss, float)))[:, 1:][:, rows]

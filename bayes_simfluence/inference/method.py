@@ -30,6 +30,17 @@ class LeftOutRuns(NamedTuple):
     high: Float[np.ndarray, "run time query"] | None = None
 
 
+RUN_COUNTS_AS = 4.0
+"""Independent points that a left-out run counts as where something is learned from several of them:
+its errors are much alike."""
+QUANTILE_90 = 1.6449
+
+
+def sd_of_band(low: Float[np.ndarray, "*shape"], high: Float[np.ndarray, "*shape"]) -> np.ndarray:
+    """Sd of normal predictions with the 90% band ``low`` to ``high``."""
+    return (high - low) / (2.0 * QUANTILE_90)
+
+
 @dataclass(frozen=True)
 class Fitted:
     """What a method returns; ``fit`` makes the ``Posterior`` of it.

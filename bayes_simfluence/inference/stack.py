@@ -7,7 +7,7 @@ towards equal ones by as much as a few runs can be wrong.
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,13 @@ from scipy.special import ndtri
 from bayes_simfluence.checks import Misuse, positive_integer
 from bayes_simfluence.gaussian.search import Criterion
 from bayes_simfluence.inference.exact import Exact
-from bayes_simfluence.inference.method import FitContext, Fitted, LeftOutRuns
+from bayes_simfluence.inference.method import (
+    RUN_COUNTS_AS,
+    FitContext,
+    Fitted,
+    LeftOutRuns,
+    sd_of_band,
+)
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.coefficients import Varying
@@ -26,14 +32,11 @@ from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.simulators.gaussian import GaussianSimulator
 from bayes_simfluence.simulators.pooled import PooledSimulator
 
-COUNTS_AS = 4.0
-"""Independent points that a left-out run counts as: its errors are much alike."""
 TOWARDS_EQUAL = 2.0
 """Points that each member is given before any is seen (a Dirichlet prior)."""
 ROUNDS = 200
 QUANTILES = 200
 """Points of the pool's predictive distributions."""
-QUANTILE_90 = 1.6449
 
 
 class Member(NamedTuple):
@@ -97,21 +100,21 @@ class Stack:
                 expected="scales='shared', as Simfluence() has",
                 do="fit it with Exact(), NUTS() or SVI()",
             )
-        fitted = []
-        for member in self.members(model):
-            own = runs if member.model.coupled else runs._replace(residual=None)
-            fitted.append(Exact(member.criterion, self.times).fit(own, member.model, context))
-        left_out = [one.left_out for one in fitted if one.left_out is not None]
+        members = self.members(model)
+        fitted = [
+            Exact(member.criterion, self.times).fit(_for(member.model, runs), member.model, context)
+            for member in members
+        ]
+        # What Exact leaves behind for a model with shared scales.
+        simulators = tuple(cast(GaussianSimulator, one.simulator) for one in fitted)
+        left_out = [cast(LeftOutRuns, one.left_out) for one in fitted]
         truth = runs.loss[:, left_out[0].time]
         centre, sd = _on_link(model, left_out)
         weights = stacking_weights(_log_densities(model, truth, centre, sd))
-        simulators = [one.simulator for one in fitted]
-        pool = PooledSimulator(
-            tuple(one for one in simulators if isinstance(one, GaussianSimulator)), weights
-        )
         pooled = _pooled_left_out(model, left_out[0].time, centre, sd, weights)
-        names = [member.name for member in self.members(model)]
-        return Fitted(pool, _verdict(fitted[0].verdict, names, weights, truth, pooled), pooled)
+        names = [member.name for member in members]
+        verdict = _verdict(fitted[0].verdict, names, weights, truth, pooled)
+        return Fitted(PooledSimulator(simulators, weights), verdict, pooled)
 
 
 def stacking_weights(
@@ -131,9 +134,14 @@ def stacking_weights(
     for _ in range(ROUNDS):
         share = weights[:, None] * np.exp(relative)
         share = share / share.sum(axis=0)
-        counts = COUNTS_AS * share.sum(axis=1) + TOWARDS_EQUAL
+        counts = RUN_COUNTS_AS * share.sum(axis=1) + TOWARDS_EQUAL
         weights = counts / counts.sum()
     return np.asarray(weights)
+
+
+def _for(model: Simfluence, runs: RunArrays) -> RunArrays:
+    """The runs as a member takes them: residuals for coupled ones alone."""
+    return runs if model.coupled else runs._replace(residual=None)
 
 
 def _on_link(
@@ -144,12 +152,9 @@ def _on_link(
     def linked(loss: Float[np.ndarray, "run time query"]) -> np.ndarray:
         return np.asarray(link_of(model.link, jnp.asarray(loss)))
 
-    centre, width = [], []
-    for one in left_out:
-        if one.low is not None and one.high is not None:
-            centre.append(linked(one.predicted))
-            width.append((linked(one.high) - linked(one.low)) / (2.0 * QUANTILE_90))
-    return np.stack(centre), np.maximum(np.stack(width), 1e-9)
+    centre = np.stack([linked(one.predicted) for one in left_out])
+    bands = [(linked(np.asarray(one.low)), linked(np.asarray(one.high))) for one in left_out]
+    return centre, np.maximum(np.stack([sd_of_band(*band) for band in bands]), 1e-9)
 
 
 def _log_densities(

@@ -33,13 +33,13 @@ def loss_of_residual(residual: Float[Array, "*shape"]) -> Float[Array, "*shape"]
     return -jnp.log1p(-jnp.clip(residual, LEAST, 1.0 - LEAST))
 
 
-def second_moment(run: RunArrays) -> Float[Array, " step"]:
+def second_moment(run: RunArrays, features: Float[Array, "train feature"]) -> Float[Array, " step"]:
     """Running mean of the batch gradient's squared size, bias-corrected, of one run.
 
     The gradient is the sum of the batch's gradient features by exposure; without features, of
     examples that all pull alike.
     """
-    exposure, features = run.exposures(), jnp.asarray(run.features.train)
+    exposure = run.exposures()
     along = exposure @ features if features.shape[1] else exposure.sum(axis=1, keepdims=True)
     return running_mean(jnp.square(along).sum(axis=1))
 

@@ -89,7 +89,9 @@ def gather(
     model: Simfluence, values: Values, run: RunArrays, part: str, rows: Int[Array, " row"]
 ) -> Float[Array, "row source"]:
     """How much of each step's batch a later time holds: memory of optimizer, then of the loss."""
-    moment = None if run.residual is None else second_moment(run)
+    moment = None
+    if run.residual is not None:
+        moment = second_moment(run, jnp.asarray(model.prior.alike(run.features).train))
     return gathering(model, values, part, run, moment, rows)
 
 

@@ -16,6 +16,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from bayes_simfluence.gaussian.queries import carried_loadings, own_sd, query_loadings
+from bayes_simfluence.inference.method import RUN_COUNTS_AS, sd_of_band
 from bayes_simfluence.model.link import Link, link_of, loss_of
 from bayes_simfluence.posterior.support import Recorded, support_of
 
@@ -24,9 +25,6 @@ FREE = 0.5
 BELIEVED, UNSURE = 2.0, 0.7
 """Median of the rate before any run was seen, and sd of its logarithm."""
 RATES = np.geomspace(0.02, 20.0, 61)
-COUNTS_AS = 4.0
-"""Independent points that a left-out run counts as: its errors are much alike."""
-QUANTILE_90 = 1.6449
 # One program each, not one for every operation.
 _link_of, _loss_of = (jax.jit(function, static_argnums=0) for function in (link_of, loss_of))
 
@@ -165,10 +163,10 @@ def _rate(
         if not far.any():
             continue
         square = np.square(truth[run] - predicted[run])
-        variance = np.square((high[run] - low[run]) / (2.0 * QUANTILE_90))
+        variance = np.square(sd_of_band(low[run], high[run]))
         known = np.isfinite(square) & np.isfinite(variance)
         for at, rate in enumerate(RATES):
             whole = variance + np.square(rate * size * far[:, None])
             density = -0.5 * (np.log(whole) + square / whole)
-            log_posterior[at] += COUNTS_AS * density.mean(where=known)
+            log_posterior[at] += RUN_COUNTS_AS * density.mean(where=known)
     return float(RATES[log_posterior.argmax()])

@@ -5,7 +5,7 @@ times standard normal weights, error of the run (``gaussian.linear_gaussian``). 
 scales and errors belong to the key alone: any curriculum meets the same ones.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -23,12 +23,6 @@ from bayes_simfluence.gaussian.draws import (
     drawn_trajectories,
     drawn_weights,
 )
-from bayes_simfluence.gaussian.examples import (
-    States,
-    conditioned_states,
-    observed_examples,
-    rolled_out,
-)
 from bayes_simfluence.gaussian.fitted import (
     FittedWeights,
     Planned,
@@ -38,6 +32,7 @@ from bayes_simfluence.gaussian.fitted import (
     typical_step,
 )
 from bayes_simfluence.gaussian.queries import carried_loadings, own_sd
+from bayes_simfluence.gaussian.rollout import drawn_residuals
 from bayes_simfluence.gaussian.search import interpolated_inflation, typical
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
@@ -261,32 +256,15 @@ class GaussianSimulator(Simulator):
         rows = np.arange(runs.steps)
         if not self.coupled:
             return [self._planned(posterior, runs, rows, None)]
-        return [
-            self._planned(posterior, runs, rows, residual)
-            for residual in self._residuals(posterior, runs, key=key, scenarios=scenarios)
-        ]
-
-    def _residuals(
-        self, posterior: FittedWeights, runs: RunArrays, *, key: jax.Array, scenarios: int
-    ) -> Iterator[Float[np.ndarray, "run step slot"]]:
-        """Draws of the residuals with which the runs' examples act."""
-        state_key, error_key = jax.random.split(jax.random.fold_in(key, OF_STATES))
-        runs = runs.in_units(self.fitted.steps, self.largest_step_size)
-        runs = runs._replace(features=self.fitted.features, residual=None)
-        fitted, knots = self.fitted, posterior.knots
+        planned = runs.in_units(self.fitted.steps, self.largest_step_size)
+        planned = planned._replace(features=self.fitted.features, residual=None)
         with double_precision():
             free = jnp.asarray(self.free)
-            states = conditioned_states(
-                self.model, free, fitted, observed_examples(self.model, fitted), posterior.size,
-                typical(self.scale), np.zeros((0, len(fitted.batch)), bool), state_key,
-                knots=knots, draws=scenarios,
-            )  # fmt: skip
-        for scenario, own in enumerate(jax.random.split(error_key, scenarios)):
-            with double_precision():
-                white = jax.random.normal(own, (len(runs.batch), runs.steps + 1, runs.train))
-                one = States(states.weights[scenario], states.start[scenario], states.scale)
-                found = rolled_out(self.model, free, one, runs, posterior.size, white, knots=knots)
-            yield np.asarray(found)
+        residuals = drawn_residuals(
+            self.model, free, self.fitted, planned, posterior.size, typical(self.scale),
+            jax.random.fold_in(key, OF_STATES), knots=posterior.knots, scenarios=scenarios,
+        )  # fmt: skip
+        return [self._planned(posterior, runs, rows, residual) for residual in residuals]
 
     def _planned(
         self,

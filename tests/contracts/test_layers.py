@@ -129,6 +129,7 @@ ROWS = {
         "designs",
         "fitted",
         "examples",
+        "rollout",
         "search",
         "dense",
     ],

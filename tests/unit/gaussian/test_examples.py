@@ -8,16 +8,25 @@ import numpy as np
 import pytest
 
 import bayes_simfluence as bs
-from bayes_simfluence.gaussian.designs import designs_and_means, error_covariance
+from bayes_simfluence.gaussian.designs import (
+    assembled,
+    designs_and_means,
+    error_covariance,
+    linked_change,
+)
 from bayes_simfluence.gaussian.examples import (
     WHITE,
     States,
     conditioned_states,
+    drawn_states,
     observed_examples,
-    rolled_out,
 )
+from bayes_simfluence.gaussian.fitted import typical_step
+from bayes_simfluence.gaussian.rollout import left_out_residuals, rolled_out
+from bayes_simfluence.gaussian.search import _left_out, _left_out_simulated
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import ExampleFeatures
+from bayes_simfluence.model.coupling import DECAY
 from bayes_simfluence.model.hyper import natural_values, start
 from bayes_simfluence.model.simfluence import hypers_of
 from bayes_simfluence.posterior.arrays import recorded_arrays
@@ -72,11 +81,11 @@ def dense(free, fitted, example, used):
     return centre[:-1], level + centre[-1], prior - gain @ rows @ prior
 
 
-def states(free, fitted, left_out, draws=0):
+def states(free, fitted, left_out):
     with double_precision():
         return conditioned_states(
             MODEL, free, fitted, observed_examples(MODEL, fitted), jnp.asarray(SIZE),
-            jnp.asarray(SCALE), jnp.asarray(left_out), KEY, knots=2, draws=draws,
+            jnp.asarray(SCALE), jnp.asarray(left_out), knots=2,
         )  # fmt: skip
 
 
@@ -95,7 +104,11 @@ def test_states_are_those_of_plain_algebra_with_and_without_a_run(fitted, free):
 
 def test_draws_have_the_posteriors_mean_and_spread(fitted, free):
     draws = 2000
-    found = states(free, fitted, np.zeros((0, 3), bool), draws)
+    with double_precision():
+        found = drawn_states(
+            MODEL, free, fitted, observed_examples(MODEL, fitted), jnp.asarray(SIZE),
+            jnp.asarray(SCALE), KEY, knots=2, draws=draws,
+        )  # fmt: skip
     example = int(fitted.batch[1, 0, 0])
     with double_precision():
         weights, begin, covariance = dense(free, fitted, example, np.ones(3, bool))
@@ -158,13 +171,63 @@ def test_a_simulation_sees_no_residual_of_its_run(recorded, posterior):
     np.testing.assert_array_equal(*losses)
 
 
-def test_left_out_runs_are_simulated_without_their_residuals(recorded, posterior):
-    """Their predictions do not follow when their own residuals are changed a little."""
-    assert posterior.simulator.coupled
-    assert posterior.left_out is not None
-    truth = recorded["loss"].isel(run=FITTED).sel(time=posterior.left_out["time"])
-    error = np.abs(posterior.left_out["predicted"].values - truth.values)
-    assert 0 < error.mean() < 0.2
+def test_left_out_runs_are_simulated_without_their_own_residuals(fitted, free):
+    """Other observations of a run leave its own simulated residuals alone, not the other runs'."""
+    with double_precision():
+        size, changed = jnp.asarray(SIZE), fitted.residual.copy()
+        changed[1] = 0.5 * changed[1] + 0.2
+        # Designs of a run are of its recorded residuals; of the changed run nobody looks at them.
+        before, after = (
+            left_out_residuals(MODEL, free, fitted._replace(residual=residual), size, SCALE)
+            for residual in (fitted.residual, changed)
+        )
+    # The level of all examples' first losses is a common one, and moves a little.
+    moved = np.abs(after - before).mean(axis=(1, 2))
+    assert moved[1] < 0.3 * min(moved[0], moved[2])
+    assert before.shape == fitted.batch.shape and (before[fitted.batch < 0] == 0).all()
+
+
+def test_errors_of_left_out_runs_are_those_of_really_leaving_them_out(fitted, free):
+    """With the residuals that were simulated in the designs, and the others' recorded ones."""
+    rows = jnp.asarray([3, 11, 23])
+    rng = np.random.default_rng(0)
+    other = np.where(fitted.batch >= 0, rng.uniform(0.2, 0.8, fitted.batch.shape), 0.0)
+    with double_precision():
+        found = _left_out_simulated(MODEL, free, fitted, rows, jnp.asarray(other))
+        same = _left_out_simulated(MODEL, free, fitted, rows, jnp.asarray(fitted.residual))
+        recorded = _left_out(MODEL, free, fitted, rows)
+        values = natural_values(hypers_of(MODEL, fitted.features), free)
+        whole = assembled(MODEL, values, fitted, rows, knots=2)
+        planned = fitted._replace(residual=other)
+        own = assembled(MODEL, values, planned, rows, knots=2, size=whole.size)
+        change = linked_change(MODEL, fitted, rows)
+        for run in range(3):
+            rest = np.delete(np.arange(3), run)
+            taken = whole.gaussian._replace(
+                designs=whole.gaussian.designs[rest], known=whole.gaussian.known[rest]
+            )
+            weights = taken.condition((change - whole.mean)[rest]).mean
+            expected = change[run] - own.mean[run] - own.gaussian.designs[run] @ weights
+            np.testing.assert_allclose(found.error[run], expected, atol=1e-6)
+    np.testing.assert_allclose(same.error, recorded.error, atol=1e-6)
+    assert np.abs(found.error - recorded.error).max() > 1e-3
+
+
+def test_effects_of_examples_are_those_of_a_typical_step(fitted, free):
+    exposure = np.asarray(fitted.each(lambda run: run.exposures()))
+    square = np.square(np.einsum("rsn,nf->rsf", exposure, fitted.features.train)).sum(axis=2)
+    ends = range(1, fitted.steps + 1)
+    moment = np.array(
+        [
+            [np.average(one[:end], weights=DECAY ** np.arange(end - 1.0, -1, -1)) for end in ends]
+            for one in square
+        ]
+    )
+    power = float(free[list(hypers_of(MODEL, fitted.features)).index("second_moment_power")])
+    expected = (moment**-power * exposure.sum(axis=2)).mean()
+    with double_precision():
+        assert float(typical_step(MODEL, free, fitted)) == pytest.approx(expected, rel=1e-4)
+        assert float(typical_step(MODEL, free, fitted._replace(residual=None))) == 1.0
 
 
 def test_coupled_posteriors_are_saved_and_opened(recorded, posterior, tmp_path):

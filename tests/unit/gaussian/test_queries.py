@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bayes_simfluence.gaussian.draws import Dependence, drawn_trajectories
+from bayes_simfluence.gaussian.draws import (
+    Dependence,
+    common_sources,
+    drawn_trajectories,
+    drawn_weights,
+)
 from bayes_simfluence.gaussian.linear_gaussian import LinearGaussian
 from bayes_simfluence.gaussian.queries import (
     OWN,
@@ -128,3 +133,23 @@ def test_draws_have_the_correlation_and_each_query_its_own_variance(rng):
         assert np.abs(sample - truth).max() < 5 * np.sqrt(2 / draws) * over_points.max()
         independent = np.einsum("qk,pr->qpkr", np.eye(3), over_points)
         assert np.abs(sample - independent).max() > 5 * np.sqrt(2 / draws) * over_points.max()
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("own_scales", [False, True])
+def test_scales_are_one_for_all_recorded_queries_and_each_new_ones_own(rng, own_scales):
+    designs = rng.normal(size=(3, 2, 4)).astype(np.float32)
+    gaussian = LinearGaussian(jnp.asarray(designs), 0.3 * jnp.eye(2), jnp.ones((3, 2), bool))
+    conditioned = gaussian.condition(jnp.zeros((3, 2, 2))).single()
+    sizes = {"draws": 4000, "knots": 2, "parts": 1}
+    key, loadings = jax.random.key(0), np.zeros((2, 0), np.float32)
+    common = common_sources(conditioned, key, factors=0, **sizes)
+    scales = [
+        drawn_weights(
+            conditioned, common, Dependence(np.int32(at), loadings[at], np.float32(1.0)), key,
+            np.float32(5.0), own_scales=own_scales, **sizes,
+        ).scale
+        for at in range(2)
+    ]  # fmt: skip
+    # Of 4000 independent pairs a correlation is known to 1.6%.
+    assert np.corrcoef(np.log(scales))[0, 1] == pytest.approx(float(not own_scales), abs=0.08)

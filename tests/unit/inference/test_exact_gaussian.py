@@ -57,7 +57,7 @@ def gaussian_at(model, values, fitted, rows):
     return LinearGaussian(*arrays), jnp.asarray(change)
 
 
-@pytest.mark.parametrize("criterion", ["leave-one-run-out", "evidence"])
+@pytest.mark.parametrize("criterion", ["leave-one-run-out", "marginal", "evidence"])
 def test_the_gradient_is_that_of_differences(rng, criterion):
     model, fitted, rows = problem()
     with double_precision():
@@ -81,8 +81,11 @@ def test_the_gradient_is_that_of_differences(rng, criterion):
         # The value: criterion plus prior, from the pieces.
         values = natural_values(hypers, jnp.asarray(free))
         gaussian, change = gaussian_at(model, values, fitted, rows)
-        by_runs = criterion == "leave-one-run-out"
-        score = gaussian.left_out_score if by_runs else gaussian.evidence_score
+        score = {
+            "leave-one-run-out": gaussian.left_out_score,
+            "marginal": gaussian.marginal_score,
+            "evidence": gaussian.evidence_score,
+        }[criterion]
         expected = score(change) + log_prior(hypers, jnp.asarray(free)) / (RUNS * QUERY)
         np.testing.assert_allclose(-value, expected, rtol=1e-6)
 

@@ -6,7 +6,8 @@ import pytest
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.inference.stack import COUNTS_AS, TOWARDS_EQUAL, stacking_weights
+from bayes_simfluence.inference.method import RUN_COUNTS_AS
+from bayes_simfluence.inference.stack import TOWARDS_EQUAL, stacking_weights
 
 KEY = jax.random.key(0)
 
@@ -23,7 +24,7 @@ def test_weights_are_where_the_posterior_of_shares_is_highest(rng):
     mixture = share[:, None] * np.exp(log_density[0]) + (1 - share[:, None]) * np.exp(
         log_density[1]
     )
-    objective = COUNTS_AS * np.log(mixture).sum(axis=1)
+    objective = RUN_COUNTS_AS * np.log(mixture).sum(axis=1)
     objective += TOWARDS_EQUAL * (np.log(share) + np.log(1 - share))
     found = stacking_weights(log_density)
     assert found[0] == pytest.approx(share[objective.argmax()], abs=2e-3)
@@ -32,7 +33,7 @@ def test_weights_are_where_the_posterior_of_shares_is_highest(rng):
 
 def test_a_member_that_predicts_nothing_is_left_with_its_prior_share():
     found = stacking_weights(np.array([np.zeros(50), np.full(50, -30.0)]))
-    assert found[1] == pytest.approx(TOWARDS_EQUAL / (50 * COUNTS_AS + 2 * TOWARDS_EQUAL))
+    assert found[1] == pytest.approx(TOWARDS_EQUAL / (50 * RUN_COUNTS_AS + 2 * TOWARDS_EQUAL))
 
 
 def test_runs_without_points_do_not_count():

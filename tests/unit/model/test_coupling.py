@@ -62,7 +62,7 @@ def test_the_second_moment_is_that_of_the_batchs_gradient(features, squares):
     run = run_of(features).take(np.array(0))
     with double_precision():
         expected = running_mean(jnp.asarray(squares))
-        np.testing.assert_allclose(second_moment(run), expected, atol=1e-9)
+        np.testing.assert_allclose(second_moment(run, jnp.asarray(features)), expected, atol=1e-9)
 
 
 def test_steps_are_divided_by_the_power_of_the_second_moment():
