@@ -67,6 +67,19 @@ class LeftOut(NamedTuple):
     variance: Float[Array, "run row"]
 
 
+class LeftOutScores(NamedTuple):
+    """Mean log density of left-out runs per point.
+
+    Attributes:
+        joint: of all points of a run together.
+        marginal: of each point alone: what a run's points say of one another does not count, so
+            that an error which explains a run by itself gains nothing.
+    """
+
+    joint: Float[Array, ""]
+    marginal: Float[Array, ""]
+
+
 class LinearGaussian(NamedTuple):
     """Changes of the loss at some steps of several runs, up to each query's scale.
 
@@ -120,28 +133,20 @@ class LinearGaussian(NamedTuple):
         points = self.known.sum()
         return -0.5 * log_determinant / points - _log_scale(squares / points)
 
-    def left_out_score(self, change: Float[Array, "run row query"]) -> Float[Array, ""]:
-        """Mean joint log density of a left-out run per point; otherwise as ``evidence_score``."""
+    def left_out_scores(self, change: Float[Array, "run row query"]) -> LeftOutScores:
+        """Mean log densities of left-out runs per point; otherwise as ``evidence_score``."""
         blocks, pulled = self._blocks(change)
 
-        def of_run(block: Array, pull: Array) -> tuple[Array, Array]:
+        def of_run(block: Array, pull: Array) -> tuple[Array, Array, Array]:
             inverse, log_determinant = spd_inverse(block)
-            return log_determinant, (pull * (inverse @ pull)).sum(axis=0)
+            error, variance = inverse @ pull, jnp.diagonal(inverse)
+            apart = jnp.square(error) / variance[:, None]
+            return jnp.stack([log_determinant, -jnp.log(variance).sum()]), pull * error, apart
 
-        log_determinant, squares = jax.vmap(of_run)(blocks, pulled)
+        volume, *squares = jax.vmap(of_run)(blocks, pulled)
         points = self.known.sum()
-        return 0.5 * log_determinant.sum() / points - _log_scale(squares.sum(axis=0) / points)
-
-    def marginal_score(self, change: Float[Array, "run row query"]) -> Float[Array, ""]:
-        """Mean log density of each point of a left-out run alone; otherwise ``evidence_score``.
-
-        What a run's points say of one another does not count, so that an error which explains a
-        run by itself gains nothing.
-        """
-        left_out = self.left_out(change)
-        points = self.known.sum()
-        squares = (jnp.square(left_out.error) / left_out.variance[..., None]).sum(axis=(0, 1))
-        return -0.5 * jnp.log(left_out.variance).sum() / points - _log_scale(squares / points)
+        scale = jnp.stack([_log_scale(square.sum(axis=(0, 1)) / points) for square in squares])
+        return LeftOutScores(*(0.5 * volume.sum(axis=0) / points - scale))
 
     def left_out(self, change: Float[Array, "run row query"]) -> LeftOut:
         """Predictions of each run's change from all other runs.

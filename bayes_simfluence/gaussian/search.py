@@ -1,6 +1,6 @@
 """Hyperparameters of the two-timescale model, and what left-out runs say of its band."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -111,6 +111,7 @@ def search(
     rows: Int[np.ndarray, " row"],
     criterion: Criterion,
     progress: Progress,
+    held: Mapping[str, float] | None = None,
 ) -> Searched:
     """The hyperparameters that maximize the criterion plus a weak prior, by L-BFGS.
 
@@ -122,8 +123,11 @@ def search(
         rows: positions of the steps whose losses are looked at.
         criterion: what is maximized.
         progress: told of the work.
+        held: hyperparameters that keep a value, by name, on the natural scale.
     """
-    free, iterations, converged = start(hypers_of(model, runs.features)), 0, True
+    hypers, held = hypers_of(model, runs.features), held or {}
+    free, iterations, converged = start(hypers, held), 0, True
+    moves = np.array([name not in held for name in hypers])
     coarse = recorded_rows(runs.known_steps, min(COARSE, len(rows)))
     best = np.inf
     with double_precision(), progress.work("hyperparameters", None) as meter:
@@ -133,35 +137,47 @@ def search(
                 meter.advance(1, f"score {-intermediate_result.fun:.4f}")  # type: ignore[attr-defined]
 
             result = minimize(
-                _objective(model, runs, stage, criterion),
-                free,
+                _objective(model, runs, stage, criterion, free, moves),
+                free[moves],
                 jac=True,
                 method="L-BFGS-B",
                 callback=report,
                 options={"maxiter": limit},
             )
-            free, best, iterations = result.x, float(result.fun), iterations + result.nit
+            free[moves] = result.x
+            best, iterations = float(result.fun), iterations + result.nit
             if stage is coarse:
                 converged = bool(result.success) or result.nit >= limit
     return Searched(free, -best, iterations, converged)
 
 
 def _objective(
-    model: Simfluence, runs: RunArrays, rows: Int[np.ndarray, " row"], criterion: Criterion
+    model: Simfluence,
+    runs: RunArrays,
+    rows: Int[np.ndarray, " row"],
+    criterion: Criterion,
+    free: Float[np.ndarray, " hyper"],
+    moves: Bool[np.ndarray, " hyper"],
 ) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
-    def score(free: np.ndarray) -> tuple[float, np.ndarray]:
+    """The negative score and its gradient, of the hyperparameters that move."""
+    # A number, so that one program serves both ways of scoring left-out runs.
+    jointly = None if criterion == "evidence" else jnp.asarray(float(criterion != "marginal"))
+
+    def score(moved: np.ndarray) -> tuple[float, np.ndarray]:
+        at = free.copy()
+        at[moves] = moved
         value, gradient = _negative_score(
-            jnp.asarray(free), runs, jnp.asarray(rows), model=model, criterion=criterion
+            jnp.asarray(at), runs, jnp.asarray(rows), model=model, jointly=jointly
         )
         if not np.isfinite(value):
             # Beyond where the covariance can be factored: turn the line search back.
-            return 1e6, np.zeros_like(free)
-        return float(value), np.asarray(gradient)
+            return 1e6, np.zeros_like(moved)
+        return float(value), np.asarray(gradient)[moves]
 
     return score
 
 
-@partial(jax.jit, static_argnames=("model", "criterion"))
+@partial(jax.jit, static_argnames="model")
 @jax.value_and_grad
 def _negative_score(
     free: Float[Array, " hyper"],
@@ -169,18 +185,18 @@ def _negative_score(
     rows: Int[Array, " row"],
     *,
     model: Simfluence,
-    criterion: Criterion,
+    jointly: Float[Array, ""] | None,
 ) -> Float[Array, ""]:
+    """The criterion: left-out runs, ``jointly`` or point by point; the evidence for None."""
     gaussian, mean = _at(model, free, runs, rows)
     change = linked_change(model, runs, rows) - mean
-    scores = {
-        "leave-one-run-out": gaussian.left_out_score,
-        "marginal": gaussian.marginal_score,
-        "evidence": gaussian.evidence_score,
-    }
-    score = scores[criterion]
+    if jointly is None:
+        score = gaussian.evidence_score(change)
+    else:
+        scores = gaussian.left_out_scores(change)
+        score = jointly * scores.joint + (1.0 - jointly) * scores.marginal
     recorded = jnp.isfinite(change).any(axis=1).sum()
-    return -(score(change) + log_prior(hypers_of(model, runs.features), free) / recorded)
+    return -(score + log_prior(hypers_of(model, runs.features), free) / recorded)
 
 
 @partial(jax.jit, static_argnames="model")

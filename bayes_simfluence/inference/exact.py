@@ -1,5 +1,6 @@
 """Gaussian posteriors in closed form, hyperparameters learned."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,35 +92,56 @@ class Exact:
         key, _, progress = context
         sampler, form = self.sampler or NUTS(), _form_of(model)
         if form is None:
-            _check_gaussian(runs, model)
+            check_gaussian(runs, model)
             if self.hyperparameters != "nuts":
-                return self._gaussian(runs, model, progress)
+                return fitted_gaussian(
+                    runs, model, self.hyperparameters, self.times, progress=progress
+                )
             rows = recorded_rows(np.asarray(runs.known.any(axis=2)), self.times)
             return collapsed_gaussian(runs, model, rows, sampler, key=key, progress=progress)
         if self.hyperparameters != "nuts":
             return _regression(runs, form, progress)
         return collapsed_regression(runs, model, form, sampler, key=key, progress=progress)
 
-    def _gaussian(self, runs: RunArrays, model: Simfluence, progress: Progress) -> Fitted:
-        largest = runs.largest_step_size
-        features = runs.features.where(model.prior.features)
-        fitted = runs.in_units(runs.steps, largest)._replace(features=features)
-        rows = recorded_rows(fitted.known_steps, self.times)
-        searched = search(model, fitted, rows, self.hyperparameters, progress)
-        band = band_of(model, fitted, rows, searched.free)
-        simulator = GaussianSimulator(
-            model=model,
-            free=searched.free,
-            fitted=fitted,
-            rows=rows,
-            largest_step_size=largest,
-            scale=band.scale,
-            log_inflation=band.log_inflation,
-            df=band.df,
-            loadings=band.loadings,
-        )
-        left_out = LeftOutRuns(rows + 1, band.predicted, band.low, band.high)
-        return Fitted(simulator, _verdict(runs, rows, searched, band, simulator), left_out)
+
+def fitted_gaussian(
+    runs: RunArrays,
+    model: Simfluence,
+    criterion: Criterion,
+    times: int,
+    *,
+    held: Mapping[str, float] | None = None,
+    progress: Progress,
+) -> Fitted:
+    """The posterior of a model with shared scales, hyperparameters by the criterion.
+
+    Args:
+        runs: recorded ones.
+        model: with Gaussian effects and errors.
+        criterion: what hyperparameters maximize.
+        times: of each run to condition on.
+        held: hyperparameters that keep a value, by name, on the natural scale.
+        progress: told of the work.
+    """
+    largest = runs.largest_step_size
+    features = runs.features.where(model.prior.features)
+    fitted = runs.in_units(runs.steps, largest)._replace(features=features)
+    rows = recorded_rows(fitted.known_steps, times)
+    searched = search(model, fitted, rows, criterion, progress, held)
+    band = band_of(model, fitted, rows, searched.free)
+    simulator = GaussianSimulator(
+        model=model,
+        free=searched.free,
+        fitted=fitted,
+        rows=rows,
+        largest_step_size=largest,
+        scale=band.scale,
+        log_inflation=band.log_inflation,
+        df=band.df,
+        loadings=band.loadings,
+    )
+    left_out = LeftOutRuns(rows + 1, band.predicted, band.low, band.high)
+    return Fitted(simulator, _verdict(runs, rows, searched, band, simulator), left_out)
 
 
 def _form_of(model: Simfluence) -> Form | None:
@@ -137,7 +159,7 @@ def _form_of(model: Simfluence) -> Form | None:
     return Form(form, 1.0, False)
 
 
-def _check_gaussian(runs: RunArrays, model: Simfluence) -> None:
+def check_gaussian(runs: RunArrays, model: Simfluence) -> None:
     """Raise unless effects and error are Gaussian and all queries share one covariance."""
     error, prior = model.error, model.prior
     wrong = {

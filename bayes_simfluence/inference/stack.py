@@ -3,22 +3,22 @@
 One optimum of hyperparameters under one criterion says little of curricula far from the recorded
 ones. Members are criteria and models; their shares in the posterior are those under which points of
 left-out runs are most likely (stacking of predictive distributions: Yao et al. 2018, eq. 4), drawn
-towards equal ones by as much as a few runs can be wrong.
+half the way towards equal ones, since left-out runs say nothing of what is far.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.special import ndtri
 
 from bayes_simfluence.checks import Misuse, positive_integer
 from bayes_simfluence.gaussian.search import Criterion
-from bayes_simfluence.inference.exact import Exact
+from bayes_simfluence.inference.exact import check_gaussian, fitted_gaussian
 from bayes_simfluence.inference.method import (
-    RUN_COUNTS_AS,
     FitContext,
     Fitted,
     LeftOutRuns,
@@ -26,34 +26,52 @@ from bayes_simfluence.inference.method import (
 )
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.model.arrays import RunArrays
-from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.link import link_of, loss_of
-from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.model.simfluence import TIMESCALES, Simfluence, hypers_of
 from bayes_simfluence.simulators.gaussian import GaussianSimulator
 from bayes_simfluence.simulators.pooled import PooledSimulator
 
-TOWARDS_EQUAL = 2.0
-"""Points that each member is given before any is seen (a Dirichlet prior)."""
+CONSTANT = {
+    "growth": 0.0,
+    "fading_scale": 1e-4,
+    "fading_dot": 1e-4,
+    "fading_scores": 1e-4,
+    **{f"{part}_constant_share": 1.0 - 1e-6 for part in TIMESCALES["both"]},
+    **{f"{part}_common": 1e-4 for part in TIMESCALES["both"]},
+}
+"""Values under which effects are constant and stay as they are and time has none of its own."""
+TOWARDS_EQUAL = 1.0
+"""Points that each member is given before any is seen (a Dirichlet prior), over those of all runs:
+left-out runs are like the others and say nothing of curricula far from them."""
 ROUNDS = 200
 QUANTILES = 200
 """Points of the pool's predictive distributions."""
 
 
 class Member(NamedTuple):
-    """A model and the criterion by which its hyperparameters are chosen."""
+    """One of the fits that are pooled.
+
+    Attributes:
+        name: of its share in the verdict.
+        criterion: by which its hyperparameters are chosen.
+        held: hyperparameters that are not chosen but have a value, by name, on the natural scale.
+    """
 
     name: str
-    model: Simfluence
     criterion: Criterion
+    held: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Stack:
     """``Exact`` fits of several criteria and models, pooled by their left-out runs.
 
-    The members: the model by the joint score of left-out runs and by that of each point alone; the
-    model with constant coefficients that stay and no time effect; for a coupled model, the additive
-    one too. The cost is theirs together, about four fits.
+    Two members, which run the same programs and together take about 1.5 times as long as one. The
+    first is the model, by the score of each point of a left-out run alone: the better one near the
+    recorded runs. The second, for a coupled model, is what it is when effects neither change nor
+    grow nor fade and time has none of its own, by the joint score of left-out runs: the better one
+    far from them (docs/counterfactuals.md). For an additive model, whose effects have to change as
+    examples are learned, it is the model itself by the joint score.
 
     Attributes:
         times: as for ``Exact``.
@@ -77,19 +95,13 @@ class Stack:
         """Name and settings."""
         return {"method": "Stack", **asdict(self)}
 
-    def members(self, model: Simfluence) -> list[Member]:
-        """What is pooled for a model."""
-        plain = replace(
-            model, coefficients=Varying(knots=1), timescales="staying", time_effect="none"
-        )
-        pooled = [
-            Member("joint", model, "leave-one-run-out"),
-            Member("marginal", model, "marginal"),
-            Member("constant", plain, "leave-one-run-out"),
-        ]
-        if model.coupled:
-            pooled.append(Member("additive", replace(model, coupling="none"), "leave-one-run-out"))
-        return pooled
+    def members(self, model: Simfluence, hypers: Iterable[str]) -> list[Member]:
+        """What is pooled for a model with these hyperparameters."""
+        marginal = Member("marginal", "marginal", {})
+        if not model.coupled:
+            return [marginal, Member("joint", "leave-one-run-out", {})]
+        held = {name: value for name, value in CONSTANT.items() if name in hypers}
+        return [marginal, Member("constant", "leave-one-run-out", held)]
 
     def fit(self, runs: RunArrays, model: Simfluence, context: FitContext) -> Fitted:
         """The pool of the members' posteriors given ``runs``."""
@@ -100,9 +112,17 @@ class Stack:
                 expected="scales='shared', as Simfluence() has",
                 do="fit it with Exact(), NUTS() or SVI()",
             )
-        members = self.members(model)
+        check_gaussian(runs, model)
+        members = self.members(model, hypers_of(model, runs.features.where(model.prior.features)))
         fitted = [
-            Exact(member.criterion, self.times).fit(_for(member.model, runs), member.model, context)
+            fitted_gaussian(
+                runs,
+                model,
+                member.criterion,
+                self.times,
+                held=member.held,
+                progress=context.progress,
+            )
             for member in members
         ]
         # What Exact leaves behind for a model with shared scales.
@@ -110,7 +130,8 @@ class Stack:
         left_out = [cast(LeftOutRuns, one.left_out) for one in fitted]
         truth = runs.loss[:, left_out[0].time]
         centre, sd = _on_link(model, left_out)
-        weights = stacking_weights(_log_densities(model, truth, centre, sd))
+        explain = np.array([one.verdict.ok for one in fitted])
+        weights = stacking_weights(_log_densities(model, truth, centre, sd), explain)
         pooled = _pooled_left_out(model, left_out[0].time, centre, sd, weights)
         names = [member.name for member in members]
         verdict = _verdict(fitted[0].verdict, names, weights, truth, pooled)
@@ -119,29 +140,30 @@ class Stack:
 
 def stacking_weights(
     log_density: Float[np.ndarray, "member run"],
+    explain: Bool[np.ndarray, " member"] | None = None,
 ) -> Float[np.ndarray, " member"]:
     """Shares of members, by expectation maximization from equal ones.
 
     Args:
         log_density: of each left-out run, mean over its points; NaN where nothing was recorded.
+        explain: whether a member predicts left-out runs better than their mean does: where only
+            some do, the others have no share. All do when omitted.
 
     >>> stacking_weights(np.log([[1.0, 1.0], [1.0, 1.0]])).tolist()
     [0.5, 0.5]
     """
     known = np.isfinite(log_density).all(axis=0)
     relative = log_density[:, known] - log_density[:, known].max(axis=0)
-    weights = np.full(len(log_density), 1.0 / len(log_density))
+    pooled = np.ones(len(log_density), bool)
+    if explain is not None and explain.any():
+        pooled = explain
+    weights = pooled / pooled.sum()
     for _ in range(ROUNDS):
         share = weights[:, None] * np.exp(relative)
         share = share / share.sum(axis=0)
-        counts = RUN_COUNTS_AS * share.sum(axis=1) + TOWARDS_EQUAL
+        counts = share.sum(axis=1) + TOWARDS_EQUAL * max(known.sum(), 1) * pooled
         weights = counts / counts.sum()
     return np.asarray(weights)
-
-
-def _for(model: Simfluence, runs: RunArrays) -> RunArrays:
-    """The runs as a member takes them: residuals for coupled ones alone."""
-    return runs if model.coupled else runs._replace(residual=None)
 
 
 def _on_link(

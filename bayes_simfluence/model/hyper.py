@@ -62,21 +62,32 @@ class Hyper:
             return normal
         return dist.TransformedDistribution(normal, transforms[self.scale])
 
+    def free(self, natural: float) -> float:
+        """From the natural to the unconstrained scale."""
+        if self.scale == "positive":
+            return float(np.log(natural))
+        if self.scale == "share":
+            return float(np.log(natural) - np.log1p(-natural))
+        if self.scale == "correlation":
+            return float(np.arctanh(natural))
+        return natural
+
     @property
     def free_centre(self) -> float:
         """The prior's centre on the unconstrained scale."""
-        if self.scale == "positive":
-            return float(np.log(self.centre))
-        if self.scale == "share":
-            return float(np.log(self.centre) - np.log1p(-self.centre))
-        if self.scale == "correlation":
-            return float(np.arctanh(self.centre))
-        return self.centre
+        return self.free(self.centre)
 
 
-def start(hypers: Mapping[str, Hyper]) -> Float[np.ndarray, " hyper"]:
-    """The prior's centre as a vector, in the order of ``hypers``."""
-    return np.array([hyper.free_centre for hyper in hypers.values()])
+def start(
+    hypers: Mapping[str, Hyper], held: Mapping[str, float] | None = None
+) -> Float[np.ndarray, " hyper"]:
+    """The prior's centre as a vector, in the order of ``hypers``; values that are ``held`` as such.
+
+    Args:
+        held: by name, on the natural scale.
+    """
+    held = held or {}
+    return np.array([hyper.free(held.get(name, hyper.centre)) for name, hyper in hypers.items()])
 
 
 def natural_values(hypers: Mapping[str, Hyper], free: Float[Array, " hyper"]) -> Values:

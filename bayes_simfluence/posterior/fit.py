@@ -14,6 +14,7 @@ from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.data.training import residuals_of
 from bayes_simfluence.inference.exact import Exact
 from bayes_simfluence.inference.method import FitContext, LeftOutRuns, Method
+from bayes_simfluence.inference.stack import Stack
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.simfluence import Simfluence
@@ -45,7 +46,7 @@ def fit(
         runs: recorded runs; unusable ones are left out with a warning.
         key: decides whatever a method draws.
         model: what is inferred; the method's own default when omitted.
-        method: how; ``Exact()`` when omitted.
+        method: how; when omitted ``Stack()``, or ``Exact()`` for models with scales per query.
         validation: further runs, for methods that choose settings on them (``Ridge``).
         strict: raise when the verdict asks for attention, instead of warning.
         progress: told of the work; silent when omitted.
@@ -61,7 +62,9 @@ def fit(
     'Point estimate at penalty 1.'
     """
     keyed(key)
-    method = Exact() if method is None else method
+    if method is None:
+        published = isinstance(model, Simfluence) and model.per_query
+        method = Exact() if published else Stack()
     if isinstance(method, type) or not isinstance(method, Method):
         raise Misuse(
             "method",

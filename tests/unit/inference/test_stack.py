@@ -6,8 +6,8 @@ import pytest
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.inference.method import RUN_COUNTS_AS
 from bayes_simfluence.inference.stack import TOWARDS_EQUAL, stacking_weights
+from bayes_simfluence.posterior.arrays import planned_arrays
 
 KEY = jax.random.key(0)
 
@@ -24,8 +24,8 @@ def test_weights_are_where_the_posterior_of_shares_is_highest(rng):
     mixture = share[:, None] * np.exp(log_density[0]) + (1 - share[:, None]) * np.exp(
         log_density[1]
     )
-    objective = RUN_COUNTS_AS * np.log(mixture).sum(axis=1)
-    objective += TOWARDS_EQUAL * (np.log(share) + np.log(1 - share))
+    objective = np.log(mixture).sum(axis=1)
+    objective += 7 * TOWARDS_EQUAL * (np.log(share) + np.log(1 - share))
     found = stacking_weights(log_density)
     assert found[0] == pytest.approx(share[objective.argmax()], abs=2e-3)
     assert found.sum() == pytest.approx(1.0)
@@ -33,7 +33,16 @@ def test_weights_are_where_the_posterior_of_shares_is_highest(rng):
 
 def test_a_member_that_predicts_nothing_is_left_with_its_prior_share():
     found = stacking_weights(np.array([np.zeros(50), np.full(50, -30.0)]))
-    assert found[1] == pytest.approx(TOWARDS_EQUAL / (50 * RUN_COUNTS_AS + 2 * TOWARDS_EQUAL))
+    assert found[1] == pytest.approx(TOWARDS_EQUAL / (1 + 2 * TOWARDS_EQUAL))
+
+
+def test_a_member_that_explains_nothing_has_no_share_beside_one_that_does(rng):
+    log_density = rng.normal(size=(3, 5))
+    found = stacking_weights(log_density, np.array([True, False, True]))
+    np.testing.assert_allclose(found[[0, 2]], stacking_weights(log_density[[0, 2]]))
+    assert found[1] == 0
+    none = stacking_weights(log_density, np.zeros(3, bool))
+    np.testing.assert_allclose(none, stacking_weights(log_density))
 
 
 def test_runs_without_points_do_not_count():
@@ -49,14 +58,12 @@ def posterior():
 
 def test_draws_are_the_members_own_in_their_shares(posterior):
     pool, other = posterior.simulator, recording(6, 2)
-    names = ["joint", "marginal", "constant"]
+    names = ["marginal", "joint"]
     weights = [posterior.verdict.numbers[f"weight_{name}"] for name in names]
     np.testing.assert_allclose(weights, pool.weights)
     owners = pool.owners(KEY, 50)
-    assert np.abs(np.bincount(owners, minlength=3) - 50 * pool.weights).max() < 1
+    assert np.abs(np.bincount(owners, minlength=2) - 50 * pool.weights).max() < 1
     whole = posterior.simulate(other, key=KEY, draws=50)["mean_loss"].values[0]
-    from bayes_simfluence.posterior.arrays import planned_arrays
-
     planned = planned_arrays(other, posterior.runs["train"].values, posterior.runs["query"].values)
     for at, member in enumerate(pool.members):
         count = int((owners == at).sum())
@@ -72,9 +79,9 @@ def test_a_pool_is_one_posterior(posterior, tmp_path):
     np.testing.assert_allclose(*both, rtol=1e-5)
     idata = posterior.to_arviz(draws=20, groups=["posterior", "log_likelihood"])
     assert np.isfinite(idata["log_likelihood"]["loss"].values).all()
-    assert set(np.unique(idata["posterior"]["member"])) <= {0, 1, 2}
+    assert set(np.unique(idata["posterior"]["member"])) <= {0, 1}
     assert {"staying", "momentum"} <= set(idata["posterior"].data_vars)
-    assert "Pooled: joint" in str(posterior.verdict)
+    assert "Pooled: marginal" in str(posterior.verdict)
 
 
 def test_only_models_with_shared_scales_are_pooled():
