@@ -96,7 +96,7 @@ def main() -> None:
         {"train": str(options.out / "train.jsonl"), "query": str(options.query)},
     )
     runs, task, saved = record_all(config, options.out)
-    posterior = bs.fit(runs, key=jax.random.key(3), progress=Bars())
+    posterior = bs.fit(runs, method=bs.Exact(), key=jax.random.key(3), progress=Bars())
     print(posterior.verdict)
     rankings = {
         "probability of harm": probability_of_harm(posterior, key=jax.random.key(4)),

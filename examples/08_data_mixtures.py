@@ -141,7 +141,7 @@ def main() -> None:
     shown = {}
     for name, (model, cuts) in MODELS.items():
         fitted = runs_of(in_groups(shares, cuts), losses, start)
-        posterior = bs.fit(fitted, model=model, key=fit_key, progress=Bars())
+        posterior = bs.fit(fitted, model=model, method=bs.Exact(), key=fit_key, progress=Bars())
         held_out = {
             size: runs_of(in_groups(test, cuts), outcome, start)
             for size, (test, outcome) in tests.items()

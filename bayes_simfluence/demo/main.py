@@ -16,7 +16,6 @@ from bayes_simfluence.demo.pretrain import pretrained_checkpoint
 from bayes_simfluence.evaluation.calibration import by_horizon
 from bayes_simfluence.evaluation.compare import compare
 from bayes_simfluence.files import PathLike, new_path
-from bayes_simfluence.inference.exact import Exact
 from bayes_simfluence.inference.ridge import Ridge
 from bayes_simfluence.posterior.fit import fit
 from bayes_simfluence.posterior.posterior import Posterior
@@ -86,7 +85,7 @@ def run_demo(out: PathLike, *, seed: int = 0, progress: Progress | None = None) 
     fitted = runs.isel(run=slice(0, FITTED))
     validation = runs.isel(run=slice(FITTED, FITTED + VALIDATED))
     held_out = runs.isel(run=slice(FITTED + VALIDATED, None))
-    posterior = fit(fitted, method=Exact(), key=fit_key, progress=progress)
+    posterior = fit(fitted, key=fit_key, progress=progress)
     ridge = fit(
         fitted, method=Ridge(band=True), validation=validation, key=fit_key, progress=progress
     )

@@ -207,7 +207,7 @@ def summaries_of(model: Simfluence, method: Method, runs: xr.Dataset) -> dict[st
     )
     totals = {f"total {name}": _summed(name) for name in effects}
     settings = method.as_dict()
-    fixed = settings["method"] == "Exact" and settings["hyperparameters"] != "nuts"
+    fixed = settings["method"] in ("Exact", "Stack") and settings.get("hyperparameters") != "nuts"
     features = recorded_arrays(runs, model.prior).features.where(model.prior.features)
     names = [] if fixed else list(hypers_of(model, features))
     own = [] if fixed else ["scale", *(["noise"] * model.per_query)]

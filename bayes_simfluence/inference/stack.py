@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.special import ndtri
 
-from bayes_simfluence.checks import Misuse, positive_integer
+from bayes_simfluence.checks import positive_integer
 from bayes_simfluence.gaussian.search import Criterion
-from bayes_simfluence.inference.exact import check_gaussian, fitted_gaussian
+from bayes_simfluence.inference.exact import Exact, check_gaussian, fitted_gaussian
 from bayes_simfluence.inference.method import (
     FitContext,
     Fitted,
@@ -71,7 +71,8 @@ class Stack:
     recorded runs. The second, for a coupled model, is what it is when effects neither change nor
     grow nor fade and time has none of its own, by the joint score of left-out runs: the better one
     far from them (docs/counterfactuals.md). For an additive model, whose effects have to change as
-    examples are learned, it is the model itself by the joint score.
+    examples are learned, it is the model itself by the joint score. Models with scales per query
+    have no hyperparameters in common and are fitted as ``Exact`` does.
 
     Attributes:
         times: as for ``Exact``.
@@ -106,12 +107,7 @@ class Stack:
     def fit(self, runs: RunArrays, model: Simfluence, context: FitContext) -> Fitted:
         """The pool of the members' posteriors given ``runs``."""
         if model.per_query:
-            raise Misuse(
-                "Stack: the model",
-                got="scales='per-query'",
-                expected="scales='shared', as Simfluence() has",
-                do="fit it with Exact(), NUTS() or SVI()",
-            )
+            return Exact().fit(runs, model, context)
         check_gaussian(runs, model)
         members = self.members(model, hypers_of(model, runs.features.where(model.prior.features)))
         fitted = [
@@ -134,7 +130,7 @@ class Stack:
         weights = stacking_weights(_log_densities(model, truth, centre, sd), explain)
         pooled = _pooled_left_out(model, left_out[0].time, centre, sd, weights)
         names = [member.name for member in members]
-        verdict = _verdict(fitted[0].verdict, names, weights, truth, pooled)
+        verdict = _verdict(fitted[int(weights.argmax())].verdict, names, weights, truth, pooled)
         return Fitted(PooledSimulator(simulators, weights), verdict, pooled)
 
 
@@ -213,7 +209,7 @@ def _pooled_left_out(
 
 
 def _verdict(
-    first: Verdict,
+    largest: Verdict,
     names: list[str],
     weights: Float[np.ndarray, " member"],
     truth: Float[np.ndarray, "run time query"],
@@ -222,11 +218,15 @@ def _verdict(
     known = np.isfinite(truth)
     covered = (truth >= pooled.low) & (truth <= pooled.high)
     numbers = {
-        **first.numbers,
+        **largest.numbers,
         "left_out_mse": float(np.square(pooled.predicted - truth).mean(where=known)),
         "left_out_coverage_90": float(covered.mean(where=known)),
         **{f"weight_{name}": float(share) for name, share in zip(names, weights, strict=True)},
     }
     shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(names, weights, strict=True))
-    # The first note is of the first member's band.
-    return replace(first, notes=(f"Pooled: {shares}.", *first.notes[1:]), numbers=numbers)
+    note = (
+        f"Pooled fits: {shares}. 90% bands cover {numbers['left_out_coverage_90']:.0%} of left-out "
+        "points."
+    )
+    # Its first note is of its own band.
+    return replace(largest, notes=(note, *largest.notes[1:]), numbers=numbers)

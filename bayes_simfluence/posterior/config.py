@@ -36,7 +36,7 @@ FORMS = (
 class FitConfig:
     """Everything that decides a fit besides the runs; saved beside the posterior."""
 
-    method: str = say("how to fit", "exact", ("exact", "stack", "nuts", "svi", "ridge"))
+    method: str = say("how to fit", "stack", ("stack", "exact", "nuts", "svi", "ridge"))
     model: dict[str, Any] | None = say("settings of the model's parts, as in a saved fit", None)
     kind: str | None = say(
         "model, by the settings of its parts", None,

@@ -12,7 +12,6 @@ from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.data.identify import identifiability
 from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.data.training import residuals_of
-from bayes_simfluence.inference.exact import Exact
 from bayes_simfluence.inference.method import FitContext, LeftOutRuns, Method
 from bayes_simfluence.inference.stack import Stack
 from bayes_simfluence.inference.verdict import Verdict
@@ -46,7 +45,7 @@ def fit(
         runs: recorded runs; unusable ones are left out with a warning.
         key: decides whatever a method draws.
         model: what is inferred; the method's own default when omitted.
-        method: how; when omitted ``Stack()``, or ``Exact()`` for models with scales per query.
+        method: how; ``Stack()`` when omitted.
         validation: further runs, for methods that choose settings on them (``Ridge``).
         strict: raise when the verdict asks for attention, instead of warning.
         progress: told of the work; silent when omitted.
@@ -62,14 +61,12 @@ def fit(
     'Point estimate at penalty 1.'
     """
     keyed(key)
-    if method is None:
-        published = isinstance(model, Simfluence) and model.per_query
-        method = Exact() if published else Stack()
+    method = Stack() if method is None else method
     if isinstance(method, type) or not isinstance(method, Method):
         raise Misuse(
             "method",
             got=getattr(method, "__name__", type(method).__name__),
-            expected="an inference method such as Exact() or Ridge()",
+            expected="an inference method such as Stack() or Ridge()",
             do="pass an instance, not a class or a name",
         )
     model = method.default_model() if model is None else model

@@ -20,7 +20,9 @@ def test_of_a_coupled_model_the_second_member_has_constant_effects(recorded):
     fitted, other = recorded.isel(run=slice(0, 6)), recorded.isel(run=slice(6, 8))
     posterior = bs.fit(fitted, method=bs.Stack(times=4), key=KEY)
     marginal, constant = posterior.simulator.members
-    assert "Pooled: marginal" in str(posterior.verdict) and "constant" in str(posterior.verdict)
+    assert "Pooled fits: marginal" in str(posterior.verdict) and "constant" in str(
+        posterior.verdict
+    )
     assert marginal.model == constant.model and marginal.values["growth"] != 0
     held = {name: constant.values[name] for name in constant.values.keys() & CONSTANT.keys()}
     assert held == pytest.approx({name: CONSTANT[name] for name in held}) and len(held) > 5

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 import bayes_simfluence as bs
-from bayes_simfluence.checks import Misuse
 from bayes_simfluence.inference.stack import TOWARDS_EQUAL, stacking_weights
 from bayes_simfluence.posterior.arrays import planned_arrays
 
@@ -81,9 +80,16 @@ def test_a_pool_is_one_posterior(posterior, tmp_path):
     assert np.isfinite(idata["log_likelihood"]["loss"].values).all()
     assert set(np.unique(idata["posterior"]["member"])) <= {0, 1}
     assert {"staying", "momentum"} <= set(idata["posterior"].data_vars)
-    assert "Pooled: marginal" in str(posterior.verdict)
+    assert "Pooled fits: marginal" in str(posterior.verdict)
 
 
-def test_only_models_with_shared_scales_are_pooled():
-    with pytest.raises(Misuse, match="per-query"):
-        bs.fit(recording(), model=bs.Simfluence.linear(), method=bs.Stack(), key=KEY)
+def test_published_models_are_fitted_as_exact_does():
+    model = bs.Simfluence.linear()
+    pool, alone = (
+        bs.fit(recording(), model=model, method=method, key=KEY)
+        for method in (bs.Stack(), bs.Exact())
+    )
+    losses = [
+        one.simulate(recording(6, 2), key=KEY, draws=3)["loss"].values for one in (pool, alone)
+    ]
+    np.testing.assert_array_equal(*losses)
