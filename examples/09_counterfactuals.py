@@ -1,12 +1,17 @@
 """A page of truth: counterfactuals that were really trained, beside what was simulated of them.
 
     python examples/09_counterfactuals.py --out docs --overwrite
+    python examples/09_counterfactuals.py --recording sst2 --out docs --overwrite
 
-Makes a small checkpoint, records its fine-tuning on texts that ship with the package, fits
-simulators to random runs and to as many of a diverse design, and judges them on curricula that were
-trained as well: like the fitted ones, edited, rearranged, longer, at other step and batch sizes.
-Writes tables into a page, a picture, and every figure as JSON. ``--work FOLDER`` keeps the
-recordings, and a second call with the same folder goes on from there.
+Fits simulators to random runs and to as many of a diverse design, and judges them on curricula that
+were trained as well: like the fitted ones, edited, rearranged, longer, at other step and batch
+sizes, with examples and queries that no fit knew. Writes tables into a page, a picture, and every
+figure as JSON.
+
+Without ``--recording`` a small checkpoint is made and fine-tuned on texts that ship with the
+package; ``--work FOLDER`` keeps its recordings, and a second call with the same folder goes on from
+there. The recordings of MiniLM ship; ``--data FOLDER``, with a folder of texts for each task,
+records them anew.
 """
 
 import argparse
@@ -15,9 +20,8 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import as_file, files
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -28,243 +32,55 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from truth.kinds import KINDS, LIKE, NEW_QUERIES
+from truth.recordings import (
+    DEMO,
+    DIVERSE,
+    JUDGED,
+    RANDOM,
+    RECORDINGS,
+    SMALL,
+    Recorded,
+    demo_settings,
+    export,
+    shipped,
+    sorted_out,
+    text_settings,
+    trained,
+)
 
 import bayes_simfluence as bs
-from bayes_simfluence.counterfactual.edits import drop, reverse
-from bayes_simfluence.demo.pretrain import pretrained_checkpoint
 from bayes_simfluence.evaluation.metrics import coverage, tails
 from bayes_simfluence.files import new_path
 from bayes_simfluence.posterior.support import ENOUGH
 from bayes_simfluence.progress import Bars
-from bayes_simfluence.recording.config import RecordConfig
-from bayes_simfluence.recording.from_config import classes_of, optimizer_of, task_of
 from bayes_simfluence.report.plots import COLOURS, save_figure
-from bayes_simfluence.tasks.rows import read_rows
 
-SIZE = {"examples": 240, "queries": 40, "per_run": 160, "batch_size": 8, "epochs": 5}
-SMALL = {"examples": 24, "queries": 6, "per_run": 16, "batch_size": 4, "epochs": 3}
-"""Sizes with ``--small``."""
-JUDGED = 4
-"""Runs of each kind."""
-MARKS = ("<!-- tables -->", "<!-- end of tables -->")
-"""Of the page, between which everything is written."""
-
-Batches = np.ndarray
-"""``(step, slot)``, positions of training examples, -1 = empty."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a counterfactual is made of.
-
-    Attributes:
-        batches: of the unedited run.
-        side: the class that this run's edit is about.
-        labels: of all training examples.
-        rng: decides what is drawn.
-    """
-
-    batches: Batches
-    side: int
-    labels: np.ndarray
-    rng: np.random.Generator
-
-    @property
-    def members(self) -> np.ndarray:
-        """The examples that the run trains on."""
-        return np.unique(self.batches)
-
-    def epochs(self, members: np.ndarray, steps: int | None = None) -> Batches:
-        """Shuffled epochs of some examples in as many steps as the run has, or others."""
-        steps, slots = steps or len(self.batches), self.batches.shape[1]
-        passes = -(-steps * slots // len(members))
-        order = np.concatenate([self.rng.permutation(members) for _ in range(passes)])
-        return order[: steps * slots].reshape(steps, slots)
-
-    def some(self, members: np.ndarray, count: int) -> np.ndarray:
-        """As many of some examples, drawn; of few no more than half."""
-        return self.rng.choice(members, max(min(count, len(members) // 2), 1), replace=False)
-
-    def without(self, members: np.ndarray) -> Batches:
-        """The run with the slots of some examples empty."""
-        return drop(self.batches, None, members)[0]
-
-
-def dropped(count: int) -> Callable[[Source], Batches]:
-    """Without ``count`` of the run's examples."""
-    return lambda run: run.without(run.some(run.members, count))
-
-
-def one_class_halved(run: Source) -> Batches:
-    """Without half of the examples of one class."""
-    of_class = run.members[run.labels[run.members] == run.side]
-    return run.without(run.some(of_class, len(of_class) // 2))
-
-
-def sorted_by_class(run: Source) -> Batches:
-    """All of one class first, then the other; within each in the run's order."""
-    flat = run.batches.reshape(-1)
-    return flat[np.argsort(run.labels[flat] != run.side, kind="stable")].reshape(run.batches.shape)
-
-
-def one_class(run: Source) -> Batches:
-    """The run's examples of one class alone, more often."""
-    return run.epochs(run.members[run.labels[run.members] == run.side])
-
-
-def half_batches(run: Source) -> Batches:
-    """The first half of each step's slots."""
-    return np.where(np.arange(run.batches.shape[1]) < run.batches.shape[1] // 2, run.batches, -1)
-
-
-def longer(run: Source) -> Batches:
-    """Half as many steps again."""
-    return np.concatenate([run.batches, run.epochs(run.members, len(run.batches) // 2)])
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of counterfactual.
-
-    Attributes:
-        trained: what was trained, in words.
-        make: its batches.
-        step_size: factor on the highest step size.
-        length: factor on the number of steps.
-    """
-
-    trained: str
-    make: Callable[[Source], Batches]
-    step_size: float = 1.0
-    length: float = 1.0
-
-
-LIKE = "like the random runs"
-KINDS = {
-    LIKE: Kind("random subsets in shuffled epochs, not edited", lambda run: run.batches),
-    "one dropped": Kind("one of its examples left out, its slots empty", dropped(1)),
-    "ten dropped": Kind("ten of its examples left out", dropped(10)),
-    "thirty dropped": Kind("thirty of its examples left out", dropped(30)),
-    "one class halved": Kind("half of one class left out", one_class_halved),
-    "reversed": Kind("the last step first", lambda run: reverse(run.batches, None)[0]),
-    "sorted by class": Kind("all of one class first, all epochs at once", sorted_by_class),
-    "one class only": Kind("its examples of one class alone, in more epochs", one_class),
-    "half subset": Kind(
-        "half of its examples, twice the epochs",
-        lambda run: run.epochs(run.some(run.members, len(run.members) // 2)),
-    ),
-    "sixteen repeated": Kind(
-        "sixteen of its examples, as many epochs as fill the steps",
-        lambda run: run.epochs(run.some(run.members, 16)),
-    ),
-    "half batches": Kind("the first half of each step's examples, as many steps", half_batches),
-    "1.5 x steps": Kind(
-        "half as many steps again, over which the step size decays", longer, length=1.5
-    ),
-    "3 x step size": Kind("three times the step size", lambda run: run.batches, step_size=3.0),
-    "1/3 step size": Kind("a third of the step size", lambda run: run.batches, step_size=1 / 3),
-}
-
+DEFAULT = "default"
 FITS = {
-    "default, random runs": ("random", bs.Simfluence(), bs.Exact),
-    "additive, random runs": ("random", bs.Simfluence(coupling="none"), bs.Exact),
-    "default, diverse runs": ("diverse", bs.Simfluence(), bs.Exact),
-    "Stack, random runs": ("random", bs.Simfluence(), bs.Stack),
-    "Stack, diverse runs": ("diverse", bs.Simfluence(), bs.Stack),
+    DEFAULT: (RANDOM, bs.Simfluence(), bs.Stack),
+    "one fit": (RANDOM, bs.Simfluence(), bs.Exact),
+    "additive": (RANDOM, bs.Simfluence(coupling="none"), bs.Stack),
+    "default, diverse runs": (DIVERSE, bs.Simfluence(), bs.Stack),
 }
 """Name -> runs, model and method of a fit."""
+TITLES = {
+    "demo": "The demo's network",
+    "sst2": "MiniLM on SST-2",
+    "trec": "MiniLM on TREC",
+    "sst2-lora": "MiniLM with LoRA on SST-2",
+    "trec-lora": "MiniLM with LoRA on TREC",
+}
+"""Of the page's sections."""
 SAID = (0.0, 0.1, 0.3, 0.7, 0.9, 1.0)
 """Ends of the groups of P(lower)."""
-SHOWN = ("default, random runs", "default, diverse runs")
+SHOWN = (DEFAULT, "additive")
 """Fits of the picture."""
-
-
-def settings(work: Path, size: Mapping[str, int], runs: int, seed: int) -> RecordConfig:
-    """A checkpoint in ``work``, made if it is not there, and the settings of its fine-tuning."""
-    texts: list[str] = []
-    for name in ("train.jsonl", "query.jsonl"):
-        with as_file(files("bayes_simfluence.demo") / name) as source:
-            (work / name).write_bytes(source.read_bytes())
-        texts += read_rows(work / name).column("text", "text_field")
-    if not (work / "checkpoint").exists():
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        pretrained_checkpoint(texts, work / "checkpoint", key=key, progress=Bars())
-    return RecordConfig(
-        checkpoint=str(work / "checkpoint"),
-        train=str(work / "train.jsonl"),
-        query=str(work / "query.jsonl"),
-        runs=runs,
-        **size,
-        learning_rate=8e-4,
-        max_tokens=24,
-        seed=seed,
-    ).validate()
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """Everything that was trained.
-
-    Attributes:
-        fitted: runs to fit, by design.
-        kinds: runs to judge with; the first, second, ... of each kind come of the same run.
-        sides: the class of each query.
-    """
-
-    fitted: dict[str, xr.Dataset]
-    kinds: dict[str, xr.Dataset]
-    sides: np.ndarray
-
-
-def recorded(work: Path, config: RecordConfig) -> Recorded:
-    """Runs to fit and of every kind, in a store for each optimizer."""
-    task = task_of(config)
-    labels = classes_of(config, task)
-    random_key, judged_key = jax.random.split(jax.random.key(config.seed))
-    sizes = {name: getattr(config, name) for name in ("per_run", "batch_size", "epochs")}
-    designs = {
-        "random": bs.designs.random(config.examples, runs=config.runs, key=random_key, **sizes),
-        "diverse": bs.designs.diverse(
-            config.examples, runs=config.runs, labels=labels, key=random_key, **sizes
-        ),
-    }
-    like = bs.designs.random(config.examples, runs=JUDGED, key=judged_key, **sizes).curricula
-    rng = np.random.default_rng(config.seed)
-    curricula = {name: design.curricula for name, design in designs.items()} | {
-        name: np.stack([kind.make(Source(run, at % 2, labels, rng)) for at, run in enumerate(like)])
-        for name, kind in KINDS.items()
-    }
-    stores: dict[tuple[float, float], list[str]] = {(1.0, 1.0): list(designs)}
-    for name, kind in KINDS.items():
-        stores.setdefault((kind.step_size, kind.length), []).append(name)
-    runs = {}
-    for (step_size, length), names in stores.items():
-        rate = step_size * config.learning_rate
-        # The schedule decays over the steps, which follow from the examples of a run.
-        changed = replace(config, learning_rate=rate, per_run=int(length * config.per_run))
-        whole = bs.record(
-            task,
-            np.concatenate([curricula[name] for name in names]),
-            optimizer_of(changed),
-            store=work / f"step-size-{step_size:.2g}-steps-{length:g}.zarr",
-            features=64 if "random" in names else 0,
-            placement=bs.Placement(parallel=8),
-            resume=True,
-            progress=Bars(),
-        )
-        ends = np.cumsum([len(curricula[name]) for name in names])
-        for name, end in zip(names, ends, strict=True):
-            runs[name] = whole.isel(run=slice(end - len(curricula[name]), end))
-    return Recorded(
-        {name: runs[name] for name in designs},
-        {name: runs[name] for name in KINDS},
-        np.asarray(task.query["label"]),
-    )
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """Draws with and without the noise of a run, and support.
+    """Draws with and without the noise of a run at recorded times, and support.
 
     Attributes:
         loss, mean_loss: ``(draw, run, time, query)``, nats.
@@ -286,8 +102,29 @@ def simulated(posterior: bs.Posterior, runs: xr.Dataset, key: jax.Array, draws: 
         warnings.simplefilter("ignore", bs.SupportWarning)
         made = posterior.simulate(runs, key=key, draws=draws)
     stacked = made.stack(sample=("chain", "draw")).transpose("sample", "run", "time", "query")
-    loss, mean_loss = (np.asarray(stacked[name].values, float) for name in ("loss", "mean_loss"))
+    seen = seen_times(runs)
+    loss, mean_loss = (
+        np.asarray(stacked[name].values[:, :, seen], float) for name in ("loss", "mean_loss")
+    )
     return Simulated(loss, mean_loss, made["support"].values)
+
+
+def seen_times(runs: xr.Dataset) -> np.ndarray:
+    """Positions of the times at which the losses were recorded."""
+    return np.flatnonzero(np.isfinite(runs["loss"].values).all(axis=(0, 2)))
+
+
+def energy(draws: np.ndarray, truth: np.ndarray) -> float:
+    """Energy score (Gneiting & Raftery 2007, eq. 21) over queries, mean over runs and times."""
+    apart = np.linalg.norm(draws - truth[None], axis=-1).mean()
+    return float(apart - 0.5 * np.linalg.norm(draws - np.roll(draws, 1, axis=0), axis=-1).mean())
+
+
+def independent(draws: np.ndarray) -> np.ndarray:
+    """The same draws of each query, in an order of its own."""
+    rng = np.random.default_rng(0)
+    order = [rng.permutation(len(draws)) for _ in range(draws.shape[-1])]
+    return np.stack([draws[each, ..., at] for at, each in enumerate(order)], axis=-1)
 
 
 def covered(draws: np.ndarray, truth: np.ndarray) -> list[float]:
@@ -310,6 +147,7 @@ def judged(
         for side in np.unique(sides)
     ]
     least = ours.support.min(axis=1)
+    alone = energy(independent(ours.loss), truth)
     return {
         "mse": float(error),
         "mse_of_mean_trajectory": float(of_mean),
@@ -317,6 +155,7 @@ def judged(
         "query": covered(ours.loss, truth),
         "mean": covered(ours.loss.mean(-1), truth.mean(-1)),
         "classes": np.mean(of_class, axis=0).tolist(),
+        "energy": energy(ours.loss, truth) / alone,
         "support": float(least.min()),
         "flagged": int((least < ENOUGH).sum()),
     }
@@ -344,18 +183,24 @@ def compared(
     }
 
 
-def following(fitted: xr.Dataset, truth: np.ndarray) -> np.ndarray:
-    """The fitted runs' mean change from the true start; beyond its end it stays as it is."""
-    change = (fitted["loss"] - fitted["loss"].isel(time=0)).mean("run").values
-    times = np.minimum(np.arange(truth.shape[1]), len(change) - 1)
-    return truth[:, :1] + change[times]
+def following(fitted: xr.Dataset, kind: xr.Dataset) -> np.ndarray:
+    """The fitted runs' mean change from the true start; beyond its end it stays as it is.
+
+    Queries that were not fitted follow the mean of the others.
+    """
+    truth = kind["loss"].values[:, seen_times(kind)]
+    mean = (fitted["loss"] - fitted["loss"].isel(time=0)).mean("run")
+    known = bool(np.isin(kind["query"].values, fitted["query"].values).all())
+    change = (mean if known else mean.mean("query", keepdims=True)).values
+    last = seen_times(fitted)[-1]
+    return truth[:, :1] + change[np.minimum(seen_times(kind), last)]
 
 
 def judge(
     posterior: bs.Posterior, runs: Recorded, key: jax.Array, draws: int
 ) -> Iterator[tuple[str, dict[str, Any], np.ndarray]]:
     """Kind, figures, and of the mean over queries of its first run low, middle and high."""
-    like, reference = runs.kinds[LIKE], runs.fitted["random"]
+    like, reference = runs.kinds[LIKE], runs.fitted[RANDOM]
     unedited = simulated(posterior, like, key, draws)
     # A run's error is drawn by its place: in another, unedited runs have errors of their own.
     order = np.roll(np.arange(JUDGED), 1)
@@ -364,10 +209,10 @@ def judge(
     with Bars().work("simulate", len(KINDS)) as meter:
         for name, kind in runs.kinds.items():
             ours = unedited if name == LIKE else simulated(posterior, kind, key, draws)
-            truth = np.asarray(kind["loss"].values, float)
-            told = judged(ours, truth, following(reference, truth), runs.sides)
-            if name != LIKE:
-                true_like = np.asarray(like["loss"].values, float)
+            truth = np.asarray(kind["loss"].values[:, seen_times(kind)], float)
+            told = judged(ours, truth, following(reference, kind), runs.sides[name])
+            if name not in (LIKE, NEW_QUERIES):
+                true_like = np.asarray(like["loss"].values[:, seen_times(like)], float)
                 told |= compared(ours, unedited, truth, true_like)
                 own = compared(ours, apart, truth, true_like)
                 told |= {f"{figure}_own_errors": value for figure, value in own.items()}
@@ -398,6 +243,7 @@ COLUMNS = {
     "query": "one query",
     "mean": "mean over queries",
     "classes": "class means",
+    "energy": "energy score over independent draws'",
     "difference": "difference",
     "difference_own_errors": "difference, own errors",
     "lower": "P(lower): said / was / Brier",
@@ -414,7 +260,7 @@ def table(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """Everything between the marks."""
+    """A section, between its marks."""
     fits, size = results["fits"], results["settings"]
     side_by_side = {
         title: table(
@@ -428,12 +274,13 @@ def page(results: Mapping[str, Any]) -> str:
             },
         )
         for name, title in (
-            ("ratio", "### MSE over the mean trajectory's"),
-            ("query", "### Cover of single queries, all steps / last step"),
+            ("ratio", "MSE over the mean trajectory's:"),
+            ("query", "Cover of single queries, all steps / last step:"),
+            ("mean", "Cover of the mean over queries:"),
         )
     }
     each = [
-        f"### {fit}\n\n{about['verdict']}\n\n"
+        f"### {results['title']}: {fit}\n\n{about['verdict']} {about['notes'][0]}\n\n"
         + table(
             ["curricula", *COLUMNS.values()],
             {kind: [text(told, name) for name in COLUMNS] for kind, told in about["kinds"].items()},
@@ -442,19 +289,17 @@ def page(results: Mapping[str, Any]) -> str:
     ]
     return "\n\n".join(
         [
-            f"Recorded: {size['runs']} random and {size['runs']} diverse runs to be fitted, each "
-            f"{size['per_run']} of {size['examples']} examples, {size['steps']} steps of "
-            f"{size['batch_size']}, {size['queries']} queries; {JUDGED} runs of each kind below. "
-            f"Seed {size['seed']}, {size['draws']} draws. {spent(results['minutes'])}",
-            table(["curricula", "what was trained"], {k: [v.trained] for k, v in KINDS.items()}),
-            "## Side by side",
-            "### Cover of the 90% band, mean over kinds, all steps / last step",
+            f"## {results['title']}",
+            f"{size['runs']} random runs fitted, each {size['per_run']} examples, {size['steps']} "
+            f"steps of {size['batch_size']}, {size['queries']} queries; {JUDGED} runs of each "
+            f"kind. {spent(results['minutes'])}",
+            f"![Mean loss over queries of one run of each kind]({results['picture']})",
+            "Cover of the 90% band, mean over kinds, all steps / last step:",
             cover_table(fits),
             "Below, a star: at least one run of the kind was flagged.",
             *(part for pair in side_by_side.items() for part in pair),
-            "### P(lower at the end than unedited), said, and how often it was",
+            "P(lower at the end than unedited), said, and how often it was:",
             lower_table(fits),
-            "## Fit by fit",
             *each,
         ]
     )
@@ -474,11 +319,12 @@ def cover_table(fits: Mapping[str, Any]) -> str:
     return table(["fit", *(COLUMNS[name] for name in names)], rows)
 
 
-def between_marks(whole: str, text: str) -> str:
-    """The page with ``text`` between its marks, or at its end where there are none."""
-    head, _, rest = whole.partition(MARKS[0])
-    tail = rest.partition(MARKS[1])[2] or "\n"
-    return f"{head}{MARKS[0]}\n{text}\n{MARKS[1]}{tail}"
+def between_marks(whole: str, text: str, name: str) -> str:
+    """The page with ``text`` between the marks of ``name``, or at its end if there are none."""
+    first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    head, _, rest = whole.partition(first)
+    tail = rest.partition(last)[2] or "\n"
+    return f"{head}{first}\n{text}\n{last}{tail}"
 
 
 def lower_table(fits: Mapping[str, Any]) -> str:
@@ -550,14 +396,13 @@ def study(work: Path, options: argparse.Namespace) -> tuple[dict[str, Any], Figu
         """Count the time since the last part."""
         minutes[name] = (time.monotonic() - begun) / 60 - sum(minutes.values())
 
-    fresh = not (work / "checkpoint").exists()
-    config = settings(work, SMALL if options.small else SIZE, options.runs, options.seed)
-    runs = recorded(work, config)
-    part("recording" if fresh else "opening recordings made before")
+    everything, config = opened(work, options)
+    runs = sorted_out(everything)
+    part("recording, or opening what was recorded")
     fit_key, draw_key = jax.random.split(jax.random.key(options.seed))
     told: dict[str, Any] = {}
     bands: dict[str, dict[str, np.ndarray]] = {}
-    chosen = ((name, fit) for name, fit in FITS.items() if options.stack or fit[2] is not bs.Stack)
+    chosen = ((name, fit) for name, fit in FITS.items() if fit[0] in runs.fitted)
     for name, (design, model, method) in islice(chosen, options.fits):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", bs.FitWarning)
@@ -575,14 +420,43 @@ def study(work: Path, options: argparse.Namespace) -> tuple[dict[str, Any], Figu
             if name in SHOWN:
                 bands.setdefault(name, {})[kind] = band
         part(name)
-    sizes = SMALL if options.small else SIZE
-    given = {name: getattr(options, name) for name in ("runs", "seed", "draws", "times")}
+    queries = runs.fitted[RANDOM].sizes["query"]
     results = {
-        "settings": {**sizes, **given, "steps": config.steps},
+        "title": TITLES[options.recording],
+        "picture": f"{stem(options)}.png",
+        "settings": {**config, "queries": queries, "draws": options.draws, "times": options.times},
         "minutes": minutes,
         "fits": told,
     }
     return results, picture(runs, bands, told)
+
+
+def opened(work: Path, options: argparse.Namespace) -> tuple[list[xr.Dataset], dict[str, Any]]:
+    """Everything that was trained, and its sizes."""
+    if options.recording == "demo":
+        size = SMALL if options.small else DEMO
+        config = demo_settings(work, size, options.seed)
+        runs = trained(work, config)
+    elif options.data is None:
+        runs = shipped(options.recording)
+    else:
+        runs = trained(work, text_settings(options.data, options.recording, options.seed))
+        export(runs, options.recording, options.out)
+    fitted = sorted_out(runs).fitted[RANDOM]
+    batch = fitted["batch"].values
+    return runs, {
+        "runs": len(batch),
+        "steps": batch.shape[1],
+        "batch_size": batch.shape[2],
+        "per_run": len(np.unique(batch[0])),
+        "seed": options.seed,
+    }
+
+
+def stem(options: argparse.Namespace) -> str:
+    """Name of the files, without ending."""
+    suffix = "" if options.recording == "demo" else f"-{options.recording}"
+    return f"counterfactuals{suffix}"
 
 
 def main() -> None:
@@ -590,17 +464,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("counterfactuals"))
     parser.add_argument("--work", type=Path, help="keep the recordings here, and use those there")
-    parser.add_argument("--runs", type=int, default=16, help="fitted, of each design")
+    parser.add_argument("--recording", choices=["demo", *RECORDINGS], default="demo")
+    parser.add_argument("--data", type=Path, help="folder of texts: record MiniLM anew")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draws", type=int, default=199)
     parser.add_argument("--times", type=int, default=24, help="fewer, for a trial")
-    parser.add_argument("--stack", action="store_true", help="also Stack(), as long again or more")
     parser.add_argument("--fits", type=int, default=len(FITS), help="fewer, for a trial")
     parser.add_argument("--small", action="store_true", help="fewer, shorter runs, for a trial")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
     options = parser.parse_args()
     numbers, image = (
-        new_path(options.out / f"counterfactuals.{end}", overwrite=options.overwrite)
+        new_path(options.out / f"{stem(options)}.{end}", overwrite=options.overwrite)
         for end in ("json", "png")
     )
     options.out.mkdir(parents=True, exist_ok=True)
@@ -612,7 +486,7 @@ def main() -> None:
     save_figure(figure, image, overwrite=options.overwrite)
     target = options.out / "counterfactuals.md"
     whole = target.read_text("utf-8") if target.exists() else "# Counterfactuals\n\n"
-    target.write_text(between_marks(whole, page(results)), "utf-8")
+    target.write_text(between_marks(whole, page(results), options.recording), "utf-8")
     print(f"written: {target}")
 
 
