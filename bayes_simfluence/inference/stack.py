@@ -3,7 +3,7 @@
 One optimum of hyperparameters under one criterion says little of curricula far from the recorded
 ones. Members are criteria and models; their shares in the posterior are those under which points of
 left-out runs are most likely (stacking of predictive distributions: Yao et al. 2018, eq. 4), drawn
-half the way towards equal ones, since left-out runs say nothing of what is far.
+far towards equal ones, since left-out runs say nothing of curricula unlike them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -66,13 +66,13 @@ class Member(NamedTuple):
 class Stack:
     """``Exact`` fits of several criteria and models, pooled by their left-out runs.
 
-    Two members, which run the same programs and together take about 1.5 times as long as one. The
-    first is the model, by the score of each point of a left-out run alone: the better one near the
-    recorded runs. The second, for a coupled model, is what it is when effects neither change nor
-    grow nor fade and time has none of its own, by the joint score of left-out runs: the better one
-    far from them (docs/counterfactuals.md). For an additive model, whose effects have to change as
-    examples are learned, it is the model itself by the joint score. Models with scales per query
-    have no hyperparameters in common and are fitted as ``Exact`` does.
+    The members: the model by the score of each point of a left-out run alone, the better one near
+    many recorded runs; by the joint score of left-out runs, the better one after few runs; and for
+    a coupled model, by the joint score, what it is when effects neither change nor grow nor fade
+    and time has none of its own, the better one far from the recorded runs
+    (docs/counterfactuals.md). An additive model has no such third member: without residuals its
+    effects have to change as examples are learned. All members run the same programs. Models with
+    scales per query have no hyperparameters in common and are fitted as ``Exact`` does.
 
     Attributes:
         times: as for ``Exact``.
@@ -98,11 +98,11 @@ class Stack:
 
     def members(self, model: Simfluence, hypers: Iterable[str]) -> list[Member]:
         """What is pooled for a model with these hyperparameters."""
-        marginal = Member("marginal", "marginal", {})
-        if not model.coupled:
-            return [marginal, Member("joint", "leave-one-run-out", {})]
-        held = {name: value for name, value in CONSTANT.items() if name in hypers}
-        return [marginal, Member("constant", "leave-one-run-out", held)]
+        pooled = [Member("marginal", "marginal", {}), Member("joint", "leave-one-run-out", {})]
+        if model.coupled:
+            held = {name: value for name, value in CONSTANT.items() if name in hypers}
+            pooled.append(Member("constant", "leave-one-run-out", held))
+        return pooled
 
     def fit(self, runs: RunArrays, model: Simfluence, context: FitContext) -> Fitted:
         """The pool of the members' posteriors given ``runs``."""

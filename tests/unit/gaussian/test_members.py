@@ -15,15 +15,15 @@ from bayes_simfluence.posterior.arrays import planned_arrays
 KEY = jax.random.key(0)
 
 
-def test_of_a_coupled_model_the_second_member_has_constant_effects(recorded):
+def test_of_a_coupled_model_the_last_member_has_constant_effects(recorded):
     """Held hyperparameters say the same as the settings of a model that has none of them."""
     fitted, other = recorded.isel(run=slice(0, 6)), recorded.isel(run=slice(6, 8))
     posterior = bs.fit(fitted, method=bs.Stack(times=4), key=KEY)
-    marginal, constant = posterior.simulator.members
+    marginal, joint, constant = posterior.simulator.members
     assert "Pooled fits: marginal" in str(posterior.verdict) and "constant" in str(
         posterior.verdict
     )
-    assert marginal.model == constant.model and marginal.values["growth"] != 0
+    assert marginal.model == joint.model == constant.model and marginal.values["growth"] != 0
     held = {name: constant.values[name] for name in constant.values.keys() & CONSTANT.keys()}
     assert held == pytest.approx({name: CONSTANT[name] for name in held}) and len(held) > 5
     model = bs.Simfluence(coefficients=Varying(knots=1), timescales="staying", time_effect="none")
