@@ -1,5 +1,6 @@
 """Every script in ``examples/`` runs, at a small size where it has one."""
 
+import importlib
 import os
 import runpy
 import subprocess
@@ -30,7 +31,7 @@ SMALL = {
     "06_causal_recording.py": [],
     "07_wrong_labels.py": [],
     "08_data_mixtures.py": [f"--data={SHARED / 'regmix'}", "--runs=48"],
-    "09_counterfactuals.py": ["--small", "--runs=5", "--fits=1", "--times=4", "--draws=40"],
+    "09_counterfactuals.py": ["--small", "--fits=1", "--times=4", "--draws=40"],
 }
 WRITTEN = {
     "01_record_fit_simulate.py": ["runs.zarr", "posterior.nc", "curves.png"],
@@ -130,8 +131,11 @@ def test_mixtures_of_any_domains_are_groups_with_shares(tmp_path):
 
 @pytest.fixture(scope="module")
 def counterfactuals():
-    """What the script of the counterfactuals page defines."""
-    return runpy.run_path(str(ROOT / "examples" / "09_counterfactuals.py"))
+    """What the script of the counterfactuals page defines, and its module of kinds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples"))
+        script = runpy.run_path(str(ROOT / "examples" / "09_counterfactuals.py"))
+        return {**vars(importlib.import_module("truth.kinds")), **script}
 
 
 def test_kinds_of_counterfactuals_are_what_they_say(counterfactuals):
@@ -140,11 +144,16 @@ def test_kinds_of_counterfactuals_are_what_they_say(counterfactuals):
     labels = np.arange(60) % 2
     members = rng.choice(60, 40, replace=False)
     batches = np.concatenate([rng.permutation(members) for _ in range(5)]).reshape(25, 8)
-    source = counterfactuals["Source"](batches, 1, labels, rng)
+    new = np.array([60, 61, 62])
+    labels = np.append(labels, [0, 1, 0])
+    source = counterfactuals["Source"](batches, 1, labels, new, rng)
     kinds = {name: kind.make(source) for name, kind in counterfactuals["KINDS"].items()}
     used = {name: set(made[made >= 0].tolist()) for name, made in kinds.items()}
     own = set(members.tolist())
-    assert all(one <= own for one in used.values())
+    assert all(one <= own for name, one in used.items() if name != "new examples")
+    assert used["new examples"] - own == set(new.tolist())
+    assert len(used["new examples"]) == len(own)
+    assert (kinds["new queries"] == batches).all()
     lost = {name: len(own) - len(one) for name, one in used.items()}
     of_side = sum(labels[list(own)])
     assert lost["one dropped"] == 1 and lost["ten dropped"] == 10
@@ -192,12 +201,28 @@ def test_covers_of_the_counterfactuals_page(counterfactuals):
     assert counterfactuals["compared"](ours, made[1], longer, unedited)["lower"][:2] == [1.0, 1.0]
 
 
+def test_energy_score_of_the_counterfactuals_page(counterfactuals):
+    """Of a standard normal and its own draws, by the two expected distances in closed form; draws
+    that lose their dependence do worse where the queries have it."""
+    rng = np.random.default_rng(2)
+    energy, independent = counterfactuals["energy"], counterfactuals["independent"]
+    truth = np.zeros((1, 1, 3))
+    draws = rng.normal(size=(200_000, 1, 1, 3))
+    length = 2.0 * np.sqrt(2.0 / np.pi)  # mean length of three standard normal numbers
+    assert energy(draws, truth) == pytest.approx(length * (1 - np.sqrt(0.5)), abs=0.01)
+    common = np.repeat(rng.normal(size=(2000, 50, 1, 1)), 8, axis=-1)
+    true = np.repeat(rng.normal(size=(50, 1, 1)), 8, axis=-1)
+    assert energy(common, true) < 0.95 * energy(independent(common), true)
+    assert (np.sort(independent(common), axis=0) == np.sort(common, axis=0)).all()
+
+
 def test_the_prose_of_the_counterfactuals_page_stays(counterfactuals):
-    begin, end = counterfactuals["MARKS"]
     replaced = counterfactuals["between_marks"]
-    first = replaced("# Title\n\nprose\n", "old")
-    assert first == f"# Title\n\nprose\n{begin}\nold\n{end}\n"
-    assert replaced(f"{first}more\n", "new") == first.replace("old", "new") + "more\n"
+    first = replaced("# Title\n\nprose\n", "old", "demo")
+    assert first == "# Title\n\nprose\n<!-- demo -->\nold\n<!-- end of demo -->\n"
+    both = replaced(f"{first}more\n", "other", "sst2")
+    assert both.startswith(f"{first}more\n") and both.endswith("other\n<!-- end of sst2 -->\n")
+    assert replaced(both, "new", "demo") == both.replace("old", "new")
 
 
 def test_the_counterfactuals_page_is_not_overwritten_by_accident(tmp_path):

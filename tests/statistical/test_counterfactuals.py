@@ -13,19 +13,22 @@ import bayes_simfluence as bs
 pytestmark = pytest.mark.statistical
 EXAMPLE = Path(__file__).parents[2] / "examples" / "09_counterfactuals.py"
 FAR = ["sorted by class", "one class only", "sixteen repeated"]
-FITTED, DRAWS, KEY = 16, 200, jax.random.key(0)
+DRAWS, KEY = 200, jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
 def example():
-    return runpy.run_path(str(EXAMPLE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLE.parent))
+        return runpy.run_path(str(EXAMPLE))
 
 
 @pytest.fixture(scope="module")
 def made(example, tmp_path_factory):
     """The example's own recordings."""
     folder = tmp_path_factory.mktemp("counterfactuals")
-    return example["recorded"](folder, example["settings"](folder, example["SIZE"], FITTED, 0))
+    config = example["demo_settings"](folder, example["DEMO"], 0)
+    return example["sorted_out"](example["trained"](folder, config))
 
 
 @pytest.fixture(scope="module")
