@@ -73,7 +73,9 @@ def run(script, folder, *words, before=""):
         "run_name='__main__')"
     )
     # All but the studies compile for longer than they compute.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # A script that is run as one finds its neighbours.
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
+    environment = {**os.environ, "PYTHONPATH": paths}
     if script not in LONG:
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     return subprocess.run(
