@@ -19,7 +19,7 @@ from bayes_simfluence.posterior.config import FitConfig
 from bayes_simfluence.settings import layered
 
 CASES = {
-    "nothing": ({}, bs.Simfluence(), bs.Exact()),
+    "nothing": ({}, bs.Simfluence(), bs.Stack()),
     "the paper's": ({"method": "ridge"}, bs.Simfluence.linear(), bs.Ridge(band=True)),
     "everything sampled": (
         {"method": "nuts", "chains": 2, "draws": 9, "warmup": 8, "target_accept": 0.9},
@@ -51,7 +51,7 @@ CASES = {
         bs.SVI(),
     ),
     "hyperparameters sampled": (
-        {"hyperparameters": "nuts", "chains": 1, "times": 5, "exposure": "memoryless",
+        {"method": "exact", "hyperparameters": "nuts", "chains": 1, "times": 5, "exposure": "memoryless",
          "noise": "gaussian", "observation": True, "prior": "normal"},
         bs.Simfluence(
             exposure=bs.Exposure.memoryless(), error=bs.noise.Gaussian(observation=True)
@@ -194,7 +194,7 @@ def test_a_rate_makes_an_optimizer():
         ({"methods": "nuts"}, "unknown names methods; expected names among method, model"),
         (
             {"method": "magic"},
-            "method: got 'magic'; expected one of exact, stack, nuts, svi, ridge",
+            "method: got 'magic'; expected one of stack, exact, nuts, svi, ridge",
         ),
         ({"kind": "magic"}, "kind: got 'magic'"),
         ({"prior": "custom"}, r"prior: got 'custom'; expected one of normal.*in Python"),
@@ -213,9 +213,9 @@ def test_a_rate_makes_an_optimizer():
         ({"kind": "linear", "model": {}}, "kind: got 'linear' beside a model.*expected one of"),
         ({"model": {"slope": 1}}, "setting of the model: got 'slope'; expected one of terms"),
         ({"coefficients": 0}, r"Varying\(knots=...\): got 0"),
-        ({"chains": 2}, "chains: got 2 with method exact; expected method nuts or exact with"),
+        ({"chains": 2}, "chains: got 2 with method stack; expected method nuts or exact with"),
         ({"method": "nuts", "penalty": 1.0}, "penalty: got 1.0 with method nuts; expected method"),
-        ({"validate": "0:2"}, "validate: got '0:2' with method exact"),
+        ({"validate": "0:2"}, "validate: got '0:2' with method stack"),
         ({"seed": -1}, "seed: got -1"),
     ],
 )
