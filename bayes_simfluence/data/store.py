@@ -46,6 +46,8 @@ EXAMPLES = {
     "trec-ia3": "example_runs_trec_ia3.nc",
     "copa-ia3": "example_runs_copa_ia3.nc",
     "trec-causal": "example_runs_trec_causal.nc",
+    "sst2-counterfactuals": "example_runs_sst2_counterfactuals.nc",
+    "sst2-longer": "example_runs_sst2_longer.nc",
 }
 """Recordings that ship with the package."""
 
@@ -176,6 +178,11 @@ def example_runs(name: str = "sst2") -> xr.Dataset:
             ``sst2-lora``, ``sst2-ia3``, ``trec-ia3`` and ``copa-ia3``; ``sst2-sgd``: plain SGD at a
             high rate, where runs are chaotic and hard to predict; ``trec-causal``: a small GPT-2
             on questions as text.
+
+            Otherwise made are ``sst2-counterfactuals`` (88 runs of 72 steps, 32 queries, with the
+            losses of each step's examples; the coordinate ``curriculum`` of ``run`` says which are
+            random, of a diverse design, or counterfactuals of each kind: docs/counterfactuals.md)
+            and ``sst2-longer``, four of their runs that go on for 108 steps.
 
     >>> example_runs().sizes["run"]
     32
