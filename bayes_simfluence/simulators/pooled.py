@@ -13,7 +13,7 @@ from bayes_simfluence.simulators.base import Named, Simulated, Simulator
 from bayes_simfluence.simulators.gaussian import GaussianSimulator
 
 OF_MEMBERS = 0x3E3B
-"""Folded into a key: which draw is whose."""
+"""Mixed into a key: which draw is whose."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,21 @@ class PooledSimulator(Simulator):
         counts = np.floor(exact).astype(int)
         most_left = np.argsort(-(exact - counts), kind="stable")
         counts[most_left[: draws - counts.sum()]] += 1
-        own = jax.random.fold_in(key, OF_MEMBERS)
-        order = np.asarray(jax.random.permutation(own, draws))
-        return np.repeat(np.arange(len(counts)), counts)[order]
+        # By NumPy, since a permutation by JAX compiles a program for each number of draws.
+        own = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel() ^ OF_MEMBERS)
+        return own.permutation(np.repeat(np.arange(len(counts)), counts))
 
     def _each(self, key: jax.Array, draws: int) -> list[tuple[GaussianSimulator, jax.Array, int]]:
         """Members with draws, a key of each one's own, and how many draws are to be made.
 
-        Quarters of all draws, some of them for nothing, since each number is a program to compile.
+        As many by each, in quarters of all draws, some of them for nothing: each number is a
+        program to compile.
         """
         counts = np.bincount(self.owners(key, draws), minlength=len(self.members))
         quarter = -(-draws // 4)
+        made = quarter * -(-int(counts.max()) // quarter)
         return [
-            (member, jax.random.fold_in(key, at), quarter * -(-int(count) // quarter))
+            (member, jax.random.fold_in(key, at), made)
             for at, (member, count) in enumerate(zip(self.members, counts, strict=True))
             if count
         ]

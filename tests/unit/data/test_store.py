@@ -196,7 +196,26 @@ def test_a_folder_that_cannot_be_written_to_is_named(rng, tmp_path):
         s.save_runs(some_runs(rng), tmp_path / "file" / "runs.zarr")
 
 
-@pytest.mark.parametrize("name", sorted(s.EXAMPLES))
+FAR = [name for name in s.EXAMPLES if name.endswith(("-counterfactuals", "-longer"))]
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_counterfactuals_that_ship_are_whole(name):
+    runs = validate_runs(s.example_runs(name))
+    kinds, counts = np.unique(runs["curriculum"], return_counts=True)
+    if name.endswith("-longer"):
+        assert kinds.tolist() == ["1.5 x steps"] and counts.tolist() == [4]
+    else:
+        counted = dict(zip(kinds.tolist(), counts.tolist(), strict=True))
+        assert counted.pop("random") == 16 and counted.pop("diverse", 16) == 16
+        assert len(counted) == 14 and set(counted.values()) == {4}
+    assert (runs["status"] == COMPLETE).all() and runs.sizes["feature"] == 64
+    known = np.isfinite(runs["train_loss"].values)
+    assert (known == (runs["batch"].values >= 0)).all()
+    assert "/" not in json.dumps(runs.attrs)
+
+
+@pytest.mark.parametrize("name", sorted({*s.EXAMPLES} - {*FAR}))
 def test_recordings_that_ship_follow_the_standard_protocol(name):
     runs = validate_runs(s.example_runs(name))
     sizes = {"run": 32, "step": 96, "time": 97, "query": 50, "train": 200, "slot": 4}

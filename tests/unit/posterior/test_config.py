@@ -51,8 +51,8 @@ CASES = {
         bs.SVI(),
     ),
     "hyperparameters sampled": (
-        {"method": "exact", "hyperparameters": "nuts", "chains": 1, "times": 5, "exposure": "memoryless",
-         "noise": "gaussian", "observation": True, "prior": "normal"},
+        {"method": "exact", "hyperparameters": "nuts", "chains": 1, "times": 5,
+         "exposure": "memoryless", "noise": "gaussian", "observation": True, "prior": "normal"},
         bs.Simfluence(
             exposure=bs.Exposure.memoryless(), error=bs.noise.Gaussian(observation=True)
         ),
