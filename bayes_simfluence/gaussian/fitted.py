@@ -16,7 +16,7 @@ from bayes_simfluence.gaussian.linear_gaussian import Conditioned
 from bayes_simfluence.linalg import cholesky
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
 from bayes_simfluence.model.coupling import second_moment
-from bayes_simfluence.model.design import mean_effect
+from bayes_simfluence.model.design import mean_effect, trend
 from bayes_simfluence.model.hyper import natural_values
 from bayes_simfluence.model.link import link_of
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
@@ -85,11 +85,11 @@ def typical_step(
     values = natural_values(hypers_of(model, fitted.features), free)
 
     def of_run(run: RunArrays) -> Array:
-        # An exposure without memory and step size: the factor of the second moment alone.
-        plain = replace(model.exposure, momentum=0.0, step_size_power=0.0, order=None)
+        plain = replace(model.exposure, momentum=0.0, order=None)
         moment = second_moment(run, jnp.asarray(model.prior.alike(run.features).train))
-        weights = plain.weights(values, jnp.ones(len(run.progress)), moment)
-        return (jnp.diagonal(weights) * run.exposures().sum(axis=1)).mean()
+        weights = jnp.diagonal(plain.weights(values, jnp.asarray(run.step_size), moment))
+        growing = trend(values, jnp.asarray(run.progress))
+        return (growing * weights * run.exposures().sum(axis=1)).mean()
 
     means: Array = fitted.each(of_run)
     return means.mean()

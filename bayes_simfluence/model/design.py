@@ -105,7 +105,13 @@ def gathering(
 ) -> Float[Array, "row source"]:
     """The same, given the running mean of squared gradients."""
     summed = accumulation(rate_of(values, part), jnp.asarray(run.progress))[rows]
-    return summed @ model.exposure.weights(values, jnp.asarray(run.step_size), moment)
+    weights = model.exposure.weights(values, jnp.asarray(run.step_size), moment)
+    return summed @ (trend(values, jnp.asarray(run.progress))[:, None] * weights)
+
+
+def trend(values: Values, progress: Float[Array, " step"]) -> Float[Array, " step"]:
+    """Factor on what each step does, of a coupled model; constant beyond the recorded length."""
+    return jnp.exp(values.get("trend", jnp.zeros(())) * jnp.minimum(progress, 1.0))
 
 
 def rate_of(values: Values, part: str) -> Float[Array, ""]:

@@ -68,14 +68,24 @@ class Exposure:
         return self.momentum == 0.0 or self.order == 1
 
     def hypers(self, *, coupled: bool = False) -> dict[str, Hyper]:
-        """What is inferred; of a coupled model, the power of the second moment too."""
+        """What is inferred; of a coupled model, the power of the second moment and a trend too.
+
+        All runs may have one schedule, which cannot tell the step size from time. Where residuals
+        say what is left to learn, an optimizer's own rule is believed: effects are proportional to
+        the step size, and whatever else makes those of later steps larger is the trend.
+        """
         free = {}
         for lag in range(1, self.order or 1):
             free[f"lag_{lag}"] = Hyper(0.3, 1.5, "positive", f"share of lag {lag} over lag 0's")
         if self.momentum is None and self.order is None:
             free["momentum"] = Hyper(0.9, 1.0, "share", "decay of the update's memory per step")
         if self.step_size_power is None:
-            free["step_size_power"] = Hyper(0.5, 0.5, "real", "power of the relative step size")
+            centre, spread = (1.0, 0.1) if coupled else (0.5, 0.5)
+            free["step_size_power"] = Hyper(
+                centre, spread, "real", "power of the relative step size"
+            )
+        if coupled:
+            free["trend"] = Hyper(0.0, 1.0, "real", "log growth over a run of what a step does")
         if coupled and self.second_moment_power is None:
             free["second_moment_power"] = Hyper(
                 0.25, 0.25, "real", "power of the mean squared gradient that divides a step"

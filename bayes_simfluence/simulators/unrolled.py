@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bayes_simfluence.model.arrays import RunArrays
-from bayes_simfluence.model.design import gather, rate_of
+from bayes_simfluence.model.design import gather, rate_of, trend
 from bayes_simfluence.model.hyper import Values
 from bayes_simfluence.model.link import link_of, loss_of
 from bayes_simfluence.model.mean_function import Coefficients, batch_effects, multipliers
@@ -132,6 +132,7 @@ def _scanned(
     batches = {part: batch_effects(model, coefficients, part, run) for part in model.parts}
     factor = multipliers(coefficients, run)
     weights = model.exposure.weights(values, jnp.asarray(run.step_size))
+    weights = trend(values, jnp.asarray(run.progress))[:, None] * weights
     kept = {part: jnp.exp(rate_of(values, part) * run.progress[0]) for part in model.parts}
     pushes = jnp.diff(error, axis=0, prepend=jnp.zeros_like(error[:1]))
 

@@ -27,6 +27,7 @@ from bayes_simfluence.gaussian.search import _left_out, _left_out_simulated
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import ExampleFeatures
 from bayes_simfluence.model.coupling import DECAY
+from bayes_simfluence.model.exposure import FLOOR
 from bayes_simfluence.model.hyper import natural_values, start
 from bayes_simfluence.model.simfluence import hypers_of
 from bayes_simfluence.posterior.arrays import recorded_arrays
@@ -223,8 +224,13 @@ def test_effects_of_examples_are_those_of_a_typical_step(fitted, free):
             for one in square
         ]
     )
-    power = float(free[list(hypers_of(MODEL, fitted.features)).index("second_moment_power")])
-    expected = (moment**-power * exposure.sum(axis=2)).mean()
+    names = list(hypers_of(MODEL, fitted.features))
+    free = free.at[names.index("trend")].set(0.7)
+    power, of_step_size = (
+        float(free[names.index(name)]) for name in ("second_moment_power", "step_size_power")
+    )
+    acting = np.exp(0.7 * fitted.progress) * (fitted.step_size + FLOOR) ** of_step_size
+    expected = (acting * moment**-power * exposure.sum(axis=2)).mean()
     with double_precision():
         assert float(typical_step(MODEL, free, fitted)) == pytest.approx(expected, rel=1e-4)
         assert float(typical_step(MODEL, free, fitted._replace(residual=None))) == 1.0

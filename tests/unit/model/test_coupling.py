@@ -72,7 +72,7 @@ def test_steps_are_divided_by_the_power_of_the_second_moment():
     np.testing.assert_allclose(weights, [[0.5, 0.0], [0.0, 2.0]], rtol=1e-5)
     np.testing.assert_allclose(exposure.weights({}, jnp.ones(2)), np.eye(2))
     free = bs.Exposure().hypers(coupled=True)
-    assert free.keys() - bs.Exposure().hypers().keys() == {"second_moment_power"}
+    assert free.keys() - bs.Exposure().hypers().keys() == {"second_moment_power", "trend"}
 
 
 def test_a_power_that_is_no_number_is_refused():

@@ -129,7 +129,8 @@ def looped(model, sites, coefficients, run, y, query):
             shares = [1.0, *(value[f"lag_{k}"] for k in range(1, exposure.order))]
             found = shares[lag] / sum(shares[: t + 1]) if lag < exposure.order else 0.0
         power = value.get("step_size_power", exposure.step_size_power)
-        return found * ((step_size[t] + FLOOR) ** power if power else 1.0)
+        growth = np.exp(value.get("trend", 0.0) * min((t + 1) / RECORDED, 1.0))
+        return growth * found * ((step_size[t] + FLOOR) ** power if power else 1.0)
 
     rates = {"staying": value.get("growth", 0.0), "fading": -1 / value.get("fade_length", 1.0)}
     totals, found = dict.fromkeys(model.parts, 0.0), []

@@ -77,6 +77,7 @@ def looped(values, run, effect_of):
             memories[part] = momentum * memories[part] + (1 - momentum) * effect_of(part, step)
             moved = memories[part] / (1 - momentum ** (step + 1))
             moved = (run.step_size[step] + FLOOR) ** power * moved
+            moved = np.exp(values["trend"] * min((step + 1) / RECORDED, 1.0)) * moved
             totals[part] = kept[part] * totals[part] + moved
         found.append(totals["staying"] + totals["fading"])
     return np.array(found)
