@@ -30,6 +30,10 @@ from bayes_simfluence.model.hyper import Values, natural_values
 from bayes_simfluence.model.link import loss_of
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 
+SCENARIOS = 8
+"""Draws of the training examples' states, by which the draws of queries are simulated in turn."""
+OF_STATES = 0x5747
+"""Folded into a key: draws of the states are none of the queries'."""
 TOLERANCE = 1e-4
 """Residuals of two rounds agree to this."""
 GROUPS = 8

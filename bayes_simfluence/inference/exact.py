@@ -76,8 +76,8 @@ class Exact:
 
     @property
     def couples(self) -> bool:
-        """Whether examples may act by their residuals: not where hyperparameters are sampled."""
-        return self.hyperparameters != "nuts"
+        """Examples may act by their residuals."""
+        return True
 
     def default_model(self) -> Simfluence:
         """The two-timescale model."""

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from bayes_simfluence.checks import Misuse
+from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.gaussian.designs import designs_and_means, mean_size
 from bayes_simfluence.gaussian.search import even_rows
 from bayes_simfluence.model.arrays import RunArrays
@@ -81,6 +82,7 @@ class NumpyroRuns:
             recorded=self.runs.steps,
             largest_step_size=self.largest_step_size,
             missing=self.gaps.positions,
+            fitted=self.runs.of_queries(np.zeros(0, int)) if self.model.coupled else None,
         )
 
     def bytes_of_a_draw(self) -> int:
@@ -108,8 +110,9 @@ def in_numpyro(runs: RunArrays, model: Simfluence, method: str) -> NumpyroRuns:
             "scales='per-query', or without multiplicative terms",
             do="leave one of them out",
         )
-    # Residuals of planned runs are not simulated here, so effects are additive.
-    model = replace(model, coupling="none")
+    if not (model.gaussian and runs.residuals_known):
+        # Examples of planned runs can be simulated by Gaussian models alone.
+        model, runs = replace(model, coupling="none"), runs._replace(residual=None)
     largest = runs.largest_step_size
     features = runs.features.where(model.prior.features)
     runs = runs.in_units(runs.steps, largest)._replace(features=features)
@@ -131,5 +134,10 @@ def _spread(model: Simfluence, runs: RunArrays) -> Array:
     hypers = hypers_of(model, runs.features)
     values = natural_values(hypers, jnp.asarray(start(hypers)))
     rows = jnp.asarray(even_rows(runs.steps, SPREAD_ROWS))
+    if runs.residual is not None:
+        # What a scale means must not depend on how fast examples were learned.
+        counted = (runs.batch[:, 0] != EMPTY_SLOT) & (runs.weight[:, 0] > 0)
+        first = runs.residual[:, 0].mean(where=counted) if counted.any() else 1.0
+        runs = runs._replace(residual=np.full(runs.batch.shape, first))
     designs, _ = designs_and_means(model, values, runs, rows, knots=model.coefficients.count(1.0))
     return mean_size(designs)

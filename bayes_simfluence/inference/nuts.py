@@ -79,6 +79,11 @@ class NUTS:
                 do="change chains, or use chain_method='vectorized'",
             )
 
+    @property
+    def couples(self) -> bool:
+        """Examples may act by their residuals."""
+        return True
+
     def default_model(self) -> Simfluence:
         """The published linear kind: the two-timescale model is quicker by ``Exact``."""
         return Simfluence.linear()

@@ -86,6 +86,11 @@ class SVI:
                 do="pass for example optax.adam(optax.cosine_decay_schedule(0.02, 5000))",
             )
 
+    @property
+    def couples(self) -> bool:
+        """Examples may act by their residuals."""
+        return True
+
     def default_model(self) -> Simfluence:
         """The published linear kind: the two-timescale model is quicker by ``Exact``."""
         return Simfluence.linear()

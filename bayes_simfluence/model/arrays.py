@@ -145,6 +145,11 @@ class RunArrays(NamedTuple):
         return np.asarray(self.known.all(axis=2))
 
     @property
+    def residuals_known(self) -> bool:
+        """Whether the residuals of all runs' examples are known."""
+        return self.residual is not None and bool(np.isfinite(self.residual).all())
+
+    @property
     def largest_step_size(self) -> float | None:
         """The unit of step sizes; None when none were recorded, or all are zero."""
         return None if self.step_size is None else float(np.max(self.step_size)) or None

@@ -16,6 +16,9 @@ Values = Mapping[str, Float[Array, "..."]]
 A mapping of all sites of a draw serves as well; only hyperparameters are looked up in it.
 """
 
+EDGE, LEAST = 1e-7, 1e-37
+"""How near to one, and to zero, a value in single precision can be without being it."""
+
 
 @dataclass(frozen=True)
 class Hyper:
@@ -42,6 +45,20 @@ class Hyper:
         if self.scale == "correlation":
             return jnp.tanh(free)
         return jax.nn.sigmoid(free) if self.scale == "share" else free
+
+    def free(self, natural: Float[Array, "*draw"]) -> Float[Array, "*draw"]:
+        """From the natural to the unconstrained scale.
+
+        A value that rounding brought to the edge of those possible is just inside.
+        """
+        if self.scale == "positive":
+            return jnp.log(jnp.maximum(natural, LEAST))
+        if self.scale == "correlation":
+            return jnp.arctanh(jnp.clip(natural, EDGE - 1.0, 1.0 - EDGE))
+        if self.scale == "share":
+            inside = jnp.clip(natural, EDGE, 1.0 - EDGE)
+            return jnp.log(inside) - jnp.log1p(-inside)
+        return natural
 
     def law(self) -> dist.Distribution:
         """The prior on the natural scale."""
@@ -93,6 +110,11 @@ def start(
 def natural_values(hypers: Mapping[str, Hyper], free: Float[Array, " hyper"]) -> Values:
     """A vector on the unconstrained scale as named values on the natural one."""
     return {name: hyper.natural(free[at]) for at, (name, hyper) in enumerate(hypers.items())}
+
+
+def free_values(hypers: Mapping[str, Hyper], values: Values) -> Float[Array, " hyper"]:
+    """Named values on the natural scale as a vector on the unconstrained one."""
+    return jnp.stack([hyper.free(values[name]) for name, hyper in hypers.items()])
 
 
 def log_prior(hypers: Mapping[str, Hyper], free: Float[Array, " hyper"]) -> Float[Array, ""]:

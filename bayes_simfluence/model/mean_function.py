@@ -39,10 +39,13 @@ def batch_effects(
         return jnp.zeros((len(run.progress), queries))
     at_knots = coefficients.additive[part]
     queries, train, knots = at_knots.shape
-    by_knot = run.exposures() @ jnp.moveaxis(at_knots, 1, 0).reshape(train, -1)
+    exposure = run.exposures()
+    by_knot = exposure @ jnp.moveaxis(at_knots, 1, 0).reshape(train, -1)
     by_knot = by_knot.reshape(-1, queries, knots)
     if part in coefficients.common:
-        by_knot = by_knot + coefficients.common[part][None]
+        # What any step does, it does by what its examples have still to learn.
+        acting = jnp.ones(len(exposure)) if run.residual is None else exposure.sum(axis=1)
+        by_knot = by_knot + acting[:, None, None] * coefficients.common[part][None]
     if knots == 1:
         return by_knot[..., 0]
     weights = model.coefficients.interpolation(run.progress, knots)

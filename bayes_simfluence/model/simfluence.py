@@ -75,9 +75,11 @@ class Simfluence:
         time_effect: what all runs have in common at a step: a ``smooth`` curve, ``linear`` in time
             (the same at every step), ``none``.
         coupling: ``residual``: an example acts by its residual, what it has still to learn, and is
-            simulated together with the queries (``Exact`` and ``Stack``, on recordings that know
-            the losses of each step's examples; elsewhere effects are additive and the verdict says
-            so). ``none``: it acts alike however well it is known, as ``per-query`` scales have it.
+            simulated together with the queries. On recordings that know the losses of each step's
+            examples, of a model whose effects and errors are Gaussian (the error's size not that
+            of the loss, no multiplicative terms), by ``Exact``, ``Stack``, ``NUTS`` and ``SVI``;
+            elsewhere effects are additive and the verdict says so. ``none``: it acts alike however
+            well it is known, as ``per-query`` scales have it.
         scales: ``shared``: the sizes of errors and of multiplicative terms are relative to one
             scale of each query, which is the sd of a run's change (units of the link), and what
             stays may grow. ``per-query``, as published: each query has its own sd of coefficients
@@ -186,6 +188,12 @@ class Simfluence:
     def coupled(self) -> bool:
         """Whether examples act by their residuals."""
         return self.coupling == "residual"
+
+    @property
+    def gaussian(self) -> bool:
+        """Whether losses are Gaussian on the scale of the link, given hyperparameters."""
+        effects = self.prior.gaussian and not self.has_multiplicative
+        return effects and self.error.gaussian and not self.error.follows_loss
 
     @property
     def has_additive(self) -> bool:

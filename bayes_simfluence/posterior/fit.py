@@ -126,7 +126,15 @@ def settled_coupling(
         ]
     # A method says so itself; what a caller brings may know nothing of it.
     if not getattr(method, "couples", False):
-        return additive, ["Effects are additive: only Exact() lets examples act by residuals."]
+        return additive, [
+            "Effects are additive: only Exact(), Stack(), NUTS() and SVI() let examples act by "
+            "their residuals."
+        ]
+    if not model.gaussian:
+        return additive, [
+            "Effects are additive: with multiplicative terms, errors that follow the loss, or "
+            "effects or errors that are not Gaussian, examples are not simulated with the queries."
+        ]
     unknown = np.isnan(residual).any(axis=(1, 2))
     if unknown.any():
         return additive, [

@@ -32,7 +32,7 @@ from bayes_simfluence.gaussian.fitted import (
     typical_step,
 )
 from bayes_simfluence.gaussian.queries import carried_loadings, own_sd
-from bayes_simfluence.gaussian.rollout import drawn_residuals
+from bayes_simfluence.gaussian.rollout import OF_STATES, SCENARIOS, drawn_residuals
 from bayes_simfluence.gaussian.search import interpolated_inflation, typical
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
@@ -41,10 +41,6 @@ from bayes_simfluence.model.link import link_of, log_slope, loss_of
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 from bayes_simfluence.simulators.base import CHUNK, Named, Simulated, Simulator
 
-SCENARIOS = 8
-"""Draws of the training examples' states, by which the draws of queries are simulated in turn."""
-OF_STATES = 0x5747
-"""Folded into a key: draws of the states are none of the queries'."""
 BATCH = ("run", "step", "slot")
 
 

@@ -24,7 +24,11 @@ from bayes_simfluence.model.numpyro_model import (
 )
 from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.simulators.base import Named, Simulated, Simulator
+from bayes_simfluence.simulators.scenarios import residuals_under, shares_of, typical_steps
 from bayes_simfluence.simulators.unrolled import of_queries, simulated
+
+BATCH = ("batch", "weight", "residual")
+"""Arrays of the fitted runs with axes (run, step, slot)."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class SampledSimulator(Simulator):
         largest_step_size: what step sizes were divided by; None when they were not recorded.
         missing: positions (run, time, query) of the fitted runs' losses that the site ``missing``
             holds.
+        fitted: the fitted runs without their losses, in units, whose residuals tell of their
+            examples; None where examples act alike however well they are known.
     """
 
     name: ClassVar[str] = "sampled"
@@ -50,6 +56,12 @@ class SampledSimulator(Simulator):
     recorded: int
     largest_step_size: float | None
     missing: Int[np.ndarray, "entry axis"] = field(default_factory=lambda: np.zeros((0, 3), int))
+    fitted: RunArrays | None = None
+
+    @property
+    def coupled(self) -> bool:
+        """Whether examples act by their residuals."""
+        return self.fitted is not None
 
     @property
     def draws(self) -> int:
@@ -58,32 +70,59 @@ class SampledSimulator(Simulator):
         return int(chains * draws)
 
     def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
-        """Each kept draw rolled out once, with errors of its own."""
+        """Each kept draw rolled out once, with errors of its own.
+
+        In a coupled model after its run's examples, in scenarios that successive draws share.
+        """
         chosen, shape = self._chosen(draws)
-        knots = self.model.coefficients.count(max(1.0, runs.steps / self.recorded))
+        count = shape[0] * shape[1]
+        residuals = self.residuals(runs, key=key, draws=draws)
+        shares = shares_of(count) if self.coupled else [np.arange(count)]
+        planned, keys = self._in_units(runs), jax.random.split(key, count)
+        later = []
         with double_precision():
-            later = simulated(
-                self.model, chosen, self.units, self._in_units(runs),
-                jax.random.split(key, shape[0] * shape[1]), knots=knots,
-            )  # fmt: skip
-        initial = np.broadcast_to(
-            runs.initial[None, :, None], (len(later[0]), len(runs.batch), 1, len(runs.query))
-        )
-        whole = (
-            np.concatenate([initial, np.asarray(loss)], axis=2, dtype=np.float32) for loss in later
-        )
-        return Simulated(*(loss.reshape(*shape, *loss.shape[1:]) for loss in whole))
+            for share, residual in zip(shares, residuals, strict=True):
+                some = {name: value[share] for name, value in chosen.items()}
+                acting = planned._replace(residual=residual)
+                rolled = simulated(
+                    self.model, some, self.units, acting, keys[share], knots=self._knots(runs)
+                )
+                later.append([np.asarray(loss, np.float32) for loss in rolled])
+        whole = []
+        for loss in map(np.concatenate, zip(*later, strict=True)):
+            initial = np.broadcast_to(runs.initial[:, None], (*loss.shape[:2], 1, loss.shape[3]))
+            both = np.concatenate([initial, loss], axis=2, dtype=np.float32)
+            whole.append(both.reshape(*shape, *both.shape[1:]))
+        return Simulated(*whole)
+
+    def residuals(
+        self, runs: RunArrays, *, key: jax.Array, draws: int
+    ) -> list[Float[np.ndarray, "run step slot"] | None]:
+        """With which ``simulate`` lets the runs' examples act, one for each share of the draws.
+
+        Nothing of the runs is looked at but their curricula; [None] where examples act alike.
+        """
+        if self.fitted is None:
+            return [None]
+        chosen, _ = self._chosen(draws)
+        return list(
+            residuals_under(
+                self.model, chosen, self.units, self.fitted, self._in_units(runs), key,
+                knots=self._knots(runs),
+            )
+        )  # fmt: skip
 
     def samples(self, *, key: jax.Array, draws: int) -> Named:
         """Hyperparameters, scales, and the effects of a step on one example alone.
 
         Models with scales per query have ``a`` (unitless) and ``b`` (nats), others ``staying``,
         ``fading`` and ``multiplicative`` on the scale of the link, averaged over training;
-        negative = helpful.
+        negative = helpful. In a coupled model, a step that acts as those of the fitted runs did on
+        average.
         """
         chosen, shape = self._chosen(draws)
         with double_precision():
-            effects = _effects_of(self.model, self.units, self.features, chosen)
+            effects = _effects_of(self.model, self.units, self.features, self.fitted, chosen)
         named: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
         for name, value in chosen.items():
             if value.ndim <= 2 and name != "missing":
@@ -113,10 +152,10 @@ class SampledSimulator(Simulator):
             linked = link_of(self.model.link, jnp.asarray(runs.loss, float))
             gaps = gaps_of(self.model, np.asarray(linked))
             drawn = self._drawn(gaps.positions, runs.query)
+            acting = self._in_units(runs)._replace(residual=runs.residual if self.coupled else None)
             density = _densities(
-                self.model, gaps, own, chosen, self.units,
-                self._in_units(runs), linked, jnp.asarray(drawn),
-            )  # fmt: skip
+                self.model, gaps, own, chosen, self.units, acting, linked, jnp.asarray(drawn)
+            )
             jacobian = log_slope(self.model.link, jnp.asarray(runs.loss[:, 1:], float))
             density = np.asarray(density + jacobian[None], np.float32)
         density = np.where(np.isfinite(runs.loss[None, :, 1:]), density, np.nan)
@@ -151,7 +190,12 @@ class SampledSimulator(Simulator):
         return chosen, (chains, each)
 
     def _in_units(self, runs: RunArrays) -> RunArrays:
-        return runs.in_units(self.recorded, self.largest_step_size)._replace(features=self.features)
+        """The curricula as the model takes them, without residuals."""
+        runs = runs.in_units(self.recorded, self.largest_step_size)
+        return runs._replace(features=self.features, residual=None)
+
+    def _knots(self, runs: RunArrays) -> int:
+        return self.model.coefficients.count(max(1.0, runs.steps / self.recorded))
 
     def arrays(self) -> Named:
         """The draws, with axes named by position."""
@@ -162,6 +206,10 @@ class SampledSimulator(Simulator):
             "query_feature": (("query", "of_query"), np.asarray(self.features.query)),
             "missing": (("entry", "axis"), self.missing),
         }
+        if self.fitted is not None:
+            for name in BATCH:
+                named[name] = (("run", "step", "slot"), np.asarray(getattr(self.fitted, name)))
+            named["step_size"] = (("run", "step"), np.asarray(self.fitted.step_size))
         for name, value in self.sites.items():
             rest = (f"{name}_{axis}" for axis in range(value.ndim - 2))
             named[f"site_{name}"] = (("chain", "draw", *rest), np.asarray(value))
@@ -185,8 +233,10 @@ class SampledSimulator(Simulator):
                 jnp.asarray(arrays["train_feature"]), jnp.asarray(arrays["query_feature"])
             )
             units = Units(jnp.asarray(arrays["reference"]), jnp.asarray(arrays["spread"]))
+        # Models of version 0.1 were additive.
+        model = Simfluence.from_dict({"coupling": "none", **settings["model"]})
         return cls(
-            model=Simfluence.from_dict(settings["model"]),
+            model=model,
             sites={
                 name.removeprefix("site_"): value
                 for name, value in arrays.items()
@@ -197,7 +247,20 @@ class SampledSimulator(Simulator):
             recorded=settings["recorded"],
             largest_step_size=settings["largest_step_size"],
             missing=np.asarray(arrays["missing"], int),
+            fitted=_restored(arrays, features) if "residual" in arrays else None,
         )
+
+
+def _restored(arrays: Mapping[str, np.ndarray], features: ExampleFeatures) -> RunArrays:
+    """The fitted runs of ``arrays()``, which were saved in units."""
+    runs = RunArrays.of(
+        np.asarray(arrays["batch"], int),
+        np.zeros((len(arrays["batch"]), 1, 0)),
+        weight=np.asarray(arrays["weight"], float),
+        step_size=np.asarray(arrays["step_size"], float),
+        features=features,
+    )
+    return runs._replace(residual=np.asarray(arrays["residual"], float))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -228,10 +291,15 @@ def _densities(
 
 @partial(jax.jit, static_argnums=0)
 def _effects_of(
-    model: Simfluence, units: Units, features: ExampleFeatures, draws: Sites
+    model: Simfluence,
+    units: Units,
+    features: ExampleFeatures,
+    fitted: RunArrays | None,
+    draws: Sites,
 ) -> dict[str, Float[Array, "draw query train"]]:
     effects: dict[str, Array] = jax.lax.map(partial(_effects, model, units, features), draws)
-    return effects
+    acting = typical_steps(model, draws, fitted)[:, None, None]
+    return {name: acting * effect for name, effect in effects.items()}
 
 
 def _effects(

@@ -137,6 +137,7 @@ ROWS = {
         "unrolled",
         "base",
         "mean",
+        "scenarios",
         "sampled",
         "gaussian",
         "pooled",

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
+from bayes_simfluence.gaussian.designs import designs_and_means, error_covariance
+from bayes_simfluence.inference.collapsed import _named_weights
 from bayes_simfluence.linalg import double_precision
-from bayes_simfluence.model import noise
+from bayes_simfluence.model import coupling, noise
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
 from bayes_simfluence.model.coefficients import Varying
-from bayes_simfluence.model.exposure import FLOOR, Exposure
-from bayes_simfluence.model.hyper import natural_values, start
+from bayes_simfluence.model.exposure import FLOOR, LEAST_MOMENT, Exposure
+from bayes_simfluence.model.hyper import free_values, natural_values, start
 from bayes_simfluence.model.mean_function import mean_function
 from bayes_simfluence.model.numpyro_model import (
     Units,
@@ -38,12 +40,24 @@ MODELS = {
     "run effect": Simfluence.linear(error=noise.Gaussian(run_effect=True)),
     "observation": Simfluence.additive(error=noise.Gaussian(observation=True)),
     "order": Simfluence.linear(exposure=Exposure(order=3), time_effect="linear"),
-    "two timescales": Simfluence(coefficients=Varying(3)),
+    "two timescales": Simfluence(coefficients=Varying(3), coupling="none"),
+    "coupled": Simfluence(coefficients=Varying(3)),
+    "coupled, linear in time": Simfluence(
+        time_effect="linear", error=noise.AR1(), exposure=Exposure(second_moment_power=0.7)
+    ),
     "two timescales, all": Simfluence(
-        terms="both", coefficients=Varying(2), error=noise.StudentT(0.3), link="log"
+        terms="both",
+        coefficients=Varying(2),
+        error=noise.StudentT(0.3),
+        link="log",
+        coupling="none",
     ),
     "fading": Simfluence(
-        timescales="fading", terms="both", time_effect="linear", error=noise.AR1()
+        timescales="fading",
+        terms="both",
+        time_effect="linear",
+        error=noise.AR1(),
+        coupling="none",
     ),
 }
 
@@ -76,6 +90,7 @@ def setting(model, rng, count=RUNS):
         query=np.arange(QUERIES),
         features=features,
         progress=np.broadcast_to(np.arange(1, STEPS + 1) / RECORDED, (count, STEPS)),
+        residual=rng.uniform(0.05, 1.0, (count, STEPS, 3)) if model.coupled else None,
     )
     return sites, coefficients, runs, rng.uniform(0.5, 2.0, (count, STEPS + 1, QUERIES))
 
@@ -83,16 +98,22 @@ def setting(model, rng, count=RUNS):
 def alone(runs, number):
     """One of the runs, without their axis."""
     parts = ("batch", "weight", "step_size", "loss", "progress")
+    parts += ("residual",) if runs.residual is not None else ()
     return runs._replace(**{name: getattr(runs, name)[number] for name in parts})
 
 
 def shares_of(run):
-    """Weight of each example over the sum of weights in each batch of one run, slot by slot."""
+    """Weight of each example over the sum of weights in each batch of one run, slot by slot.
+
+    Times its residual, where there are such.
+    """
     found = np.zeros((STEPS, TRAIN))
+    acting = np.ones(run.batch.shape) if run.residual is None else run.residual
     for step, (members, weights) in enumerate(zip(run.batch, run.weight, strict=True)):
-        for example, weight in zip(members, weights, strict=True):
+        for slot, example in enumerate(members):
             if example >= 0:
-                found[step, example] += weight / weights[members >= 0].sum()
+                whole = weights[members >= 0].sum()
+                found[step, example] += weights[slot] / whole * acting[step, slot]
     return found
 
 
@@ -113,7 +134,8 @@ def looped(model, sites, coefficients, run, y, query):
             for i in range(TRAIN):
                 total += share[t, i] * now(np.asarray(coefficients.additive[part])[query, i], t)
             if part in coefficients.common:
-                total += now(np.asarray(coefficients.common[part])[query], t)
+                acts = 1.0 if run.residual is None else share[t].sum()
+                total += acts * now(np.asarray(coefficients.common[part])[query], t)
         if model.has_multiplicative and part == model.parts[0]:
             total += share[t] @ np.asarray(coefficients.multiplicative)[query] * y[t]
         return total
@@ -130,7 +152,14 @@ def looped(model, sites, coefficients, run, y, query):
             found = shares[lag] / sum(shares[: t + 1]) if lag < exposure.order else 0.0
         power = value.get("step_size_power", exposure.step_size_power)
         growth = np.exp(value.get("trend", 0.0) * min((t + 1) / RECORDED, 1.0))
-        return growth * found * ((step_size[t] + FLOOR) ** power if power else 1.0)
+        found = growth * found * ((step_size[t] + FLOOR) ** power if power else 1.0)
+        if run.residual is not None:
+            # Without features all gradients point the same way.
+            kept = coupling.DECAY ** np.arange(t, -1.0, -1.0)
+            moment = kept @ share[: t + 1].sum(axis=1) ** 2 / kept.sum()
+            power = value.get("second_moment_power", exposure.second_moment_power)
+            found = found * (moment + LEAST_MOMENT) ** -power
+        return found
 
     rates = {"staying": value.get("growth", 0.0), "fading": -1 / value.get("fade_length", 1.0)}
     totals, found = dict.fromkeys(model.parts, 0.0), []
@@ -240,6 +269,7 @@ def law_of_losses(model, sites, coefficients, run, y0, query):
 
 ROWS = {
     "smooth": Simfluence(coefficients=Varying(2)),
+    "smooth, additive": Simfluence(coefficients=Varying(2), coupling="none"),
     "ar1": Simfluence.additive(error=noise.AR1()),
     "run effect": Simfluence.additive(error=noise.Gaussian(run_effect=True)),
     "gaussian, with memory": Simfluence.additive(exposure=Exposure(0.5, 0.0)),
@@ -411,3 +441,39 @@ def test_multiplicative_terms_of_the_published_kinds_are_relative_to_the_loss_at
     np.testing.assert_allclose(
         found, expected * np.asarray(sites["multiplicative_unit"])[..., 0], rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("model", [MODELS["coupled"], MODELS["two timescales"]])
+@pytest.mark.parametrize("width", [0, 2])
+def test_the_density_is_that_of_the_gaussian_form(rng, model, width):
+    """Weights of the design as sites of the program; the density of what is left as an error."""
+    _, _, runs, y = setting(model, rng)
+    size = 3.0
+    with double_precision():
+        features = ExampleFeatures(
+            jnp.asarray(rng.normal(size=(TRAIN, width))),
+            jnp.asarray(rng.normal(size=(QUERIES, width))),
+        )
+        # Of a recorded length: longer ones have knots of their own.
+        progress = np.broadcast_to(np.arange(1, STEPS + 1) / STEPS, (RUNS, STEPS))
+        runs = runs._replace(features=features, progress=progress)
+        units = Units(jnp.ones(QUERIES), jnp.asarray(size))
+        hypers = hypers_of(model, features)
+        free = jnp.asarray(start(hypers) + 0.3 * rng.normal(size=len(hypers)))
+        values = natural_values(hypers, free)
+        scale, rows = np.array([0.4, 0.9]), jnp.arange(STEPS)
+        designs, mean = map(np.asarray, designs_and_means(model, values, runs, rows, knots=3))
+        weights = rng.normal(size=(designs.shape[2], QUERIES))
+        named = _named_weights(model, features, values, jnp.asarray(weights))
+        sites = {**values, "scale": jnp.asarray(scale)}
+        sites.update({name: jnp.asarray(site, float) for name, site in named.items()})
+        coefficients = coefficients_of(model, sites, units, features)
+        error = np.asarray(error_covariance(model, values, jnp.asarray(runs.progress[0])))
+        np.testing.assert_allclose(free_values(hypers, sites), free, rtol=1e-8)
+    found, _ = densities(model, sites, coefficients, runs, y)
+    for run in range(RUNS):
+        for query in range(QUERIES):
+            told = mean[run, :, query] + scale[query] * designs[run] @ weights[:, query] / size
+            law = stats.multivariate_normal(told, scale[query] ** 2 * error)
+            change = y[run, 1:, query] - y[run, 0, query]
+            np.testing.assert_allclose(found[run, :, query].sum(), law.logpdf(change), rtol=1e-3)
