@@ -48,6 +48,8 @@ EXAMPLES = {
     "trec-causal": "example_runs_trec_causal.nc",
     "sst2-counterfactuals": "example_runs_sst2_counterfactuals.nc",
     "sst2-longer": "example_runs_sst2_longer.nc",
+    "sst2-lora-counterfactuals": "example_runs_sst2_lora_counterfactuals.nc",
+    "sst2-lora-longer": "example_runs_sst2_lora_longer.nc",
 }
 """Recordings that ship with the package."""
 
@@ -182,7 +184,8 @@ def example_runs(name: str = "sst2") -> xr.Dataset:
             Otherwise made are ``sst2-counterfactuals`` (88 runs of 72 steps, 32 queries, with the
             losses of each step's examples; the coordinate ``curriculum`` of ``run`` says which are
             random, of a diverse design, or counterfactuals of each kind: docs/counterfactuals.md)
-            and ``sst2-longer``, four of their runs that go on for 108 steps.
+            and ``sst2-longer``, four of their runs that go on for 108 steps; the same with LoRA,
+            without a diverse design, in ``sst2-lora-counterfactuals`` and ``sst2-lora-longer``.
 
     >>> example_runs().sizes["run"]
     32

@@ -79,8 +79,8 @@ class Hyper:
             return normal
         return dist.TransformedDistribution(normal, transforms[self.scale])
 
-    def free(self, natural: float) -> float:
-        """From the natural to the unconstrained scale."""
+    def free_number(self, natural: float) -> float:
+        """The same of one number, outside of programs and in double precision."""
         if self.scale == "positive":
             return float(np.log(natural))
         if self.scale == "share":
@@ -92,7 +92,7 @@ class Hyper:
     @property
     def free_centre(self) -> float:
         """The prior's centre on the unconstrained scale."""
-        return self.free(self.centre)
+        return self.free_number(self.centre)
 
 
 def start(
@@ -104,7 +104,9 @@ def start(
         held: by name, on the natural scale.
     """
     held = held or {}
-    return np.array([hyper.free(held.get(name, hyper.centre)) for name, hyper in hypers.items()])
+    return np.array(
+        [hyper.free_number(held.get(name, hyper.centre)) for name, hyper in hypers.items()]
+    )
 
 
 def natural_values(hypers: Mapping[str, Hyper], free: Float[Array, " hyper"]) -> Values:
