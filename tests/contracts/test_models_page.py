@@ -10,8 +10,7 @@ import pytest
 
 import bayes_simfluence as bs
 from bayes_simfluence.evaluation.synthetic import linear_runs
-from bayes_simfluence.inference import collapsed, exact, nuts, ridge
-from bayes_simfluence.inference.exact import Exact
+from bayes_simfluence.inference import collapsed, exact, nuts, ridge, stack
 from bayes_simfluence.inference.svi import SVI
 from bayes_simfluence.model.noise import ERRORS
 from bayes_simfluence.model.priors import PRIORS
@@ -33,6 +32,7 @@ METHODS = {
         bs.Exact(),
         bs.Exact(hyperparameters="evidence"),
         bs.Exact(hyperparameters="nuts"),
+        bs.Stack(),
     ],
     "NUTS": [bs.NUTS(warmup=1, draws=1, chains=1)],
     "SVI": [bs.SVI(steps=1)],
@@ -51,7 +51,8 @@ def nothing_is_fitted(monkeypatch):
     def work(*args, **kwargs):
         raise Taken
 
-    monkeypatch.setattr(Exact, "_gaussian", work)
+    monkeypatch.setattr(exact, "fitted_gaussian", work)
+    monkeypatch.setattr(stack, "fitted_gaussian", work)
     monkeypatch.setattr(exact, "_regression", work)
     monkeypatch.setattr(collapsed, "sample", work)
     monkeypatch.setattr(nuts, "sample", work)
