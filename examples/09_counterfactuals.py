@@ -353,10 +353,11 @@ def picture(
     rows = -(-len(KINDS) // columns)
     figure = Figure(figsize=(3.0 * columns, 2.4 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, columns)
-    unedited = runs.kinds[LIKE]["loss"].isel(run=0).mean("query")
+    like = runs.kinds[LIKE]
+    unedited = like["loss"].isel(run=0, time=seen_times(like)).mean("query")
     first = next(iter(told.values()))["kinds"]
     for axes, (kind, kind_runs) in zip(grid.flat, runs.kinds.items(), strict=False):
-        truth = kind_runs["loss"].isel(run=0).mean("query")
+        truth = kind_runs["loss"].isel(run=0, time=seen_times(kind_runs)).mean("query")
         for colour, of_fit in zip(COLOURS, bands.values(), strict=False):
             low, middle, high = of_fit[kind]
             axes.fill_between(truth["time"], low, high, color=colour, alpha=0.25, linewidth=0)
