@@ -18,7 +18,6 @@ from bayes_simfluence.checks import Misuse, positive_integer
 from bayes_simfluence.gaussian.search import Criterion
 from bayes_simfluence.inference.exact import Exact
 from bayes_simfluence.inference.method import (
-    RUN_COUNTS_AS,
     FitContext,
     Fitted,
     LeftOutRuns,
@@ -29,6 +28,7 @@ from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.link import link_of, loss_of
 from bayes_simfluence.model.simfluence import Simfluence
+from bayes_simfluence.simulators.base import RUN_COUNTS_AS
 from bayes_simfluence.simulators.gaussian import GaussianSimulator
 from bayes_simfluence.simulators.pooled import PooledSimulator
 

@@ -124,6 +124,7 @@ ROWS = {
     "gaussian": [
         "density",
         "linear_gaussian",
+        "observed",
         "queries",
         "draws",
         "designs",
@@ -167,6 +168,7 @@ ROWS = {
         "departures",
         "support",
         "widening",
+        "observed",
         "unseen",
         "prior",
         "posterior",

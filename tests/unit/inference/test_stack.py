@@ -6,8 +6,8 @@ import pytest
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.inference.method import RUN_COUNTS_AS
 from bayes_simfluence.inference.stack import TOWARDS_EQUAL, stacking_weights
+from bayes_simfluence.simulators.base import RUN_COUNTS_AS
 
 KEY = jax.random.key(0)
 
