@@ -87,6 +87,11 @@ def own_sd(loadings: Float[np.ndarray, "query factor"]) -> Float[np.ndarray, " q
     return np.sqrt(1.0 - np.square(loadings).sum(axis=1))
 
 
+def correlation(loadings: Float[np.ndarray, "query factor"]) -> Float[np.ndarray, "query query"]:
+    """``C``, whole."""
+    return loadings @ loadings.T + np.diag(np.square(own_sd(loadings)))
+
+
 def _loadings(
     standardized: Float[np.ndarray, "point query"],
     directions: Float[np.ndarray, "query feature"],

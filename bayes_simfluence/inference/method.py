@@ -30,9 +30,6 @@ class LeftOutRuns(NamedTuple):
     high: Float[np.ndarray, "run time query"] | None = None
 
 
-RUN_COUNTS_AS = 4.0
-"""Independent points that a left-out run counts as where something is learned from several of them:
-its errors are much alike."""
 QUANTILE_90 = 1.6449
 
 

@@ -32,7 +32,8 @@ from bayes_simfluence.posterior.arviz import (
     prior_groups,
     times_masked,
 )
-from bayes_simfluence.posterior.bands import Band
+from bayes_simfluence.posterior.bands import Band, Credible
+from bayes_simfluence.posterior.observed import observed_losses, with_observed
 from bayes_simfluence.posterior.prior import prior_from_settings
 from bayes_simfluence.posterior.support import Recorded, refuse, support_of, tell, told_elsewhere
 from bayes_simfluence.posterior.unseen import simulated_runs
@@ -113,6 +114,7 @@ class Posterior:
         draws: int = 200,
         band: Band | None = None,
         strict: bool = False,
+        observed: xr.DataArray | None = None,
     ) -> xr.Dataset:
         """Losses along any curricula, from the losses before the first update.
 
@@ -125,6 +127,15 @@ class Posterior:
             draws: number of draws; a point without a band gives one.
             band: ``Credible(...)`` or ``Conformal(...)``; no band when omitted.
             strict: refuse runs that leave what the fitted runs did, instead of warning.
+            observed: losses of these runs that are known, in nats, any of their runs, times and
+                queries by id, ``(run, time, query)`` and NaN where not observed. The draws that
+                there would be without are conditioned on them: ``loss`` equals them where observed;
+                other queries and times of a run, earlier ones too, and the coefficients by which
+                all runs of the call are simulated, shift and narrow by their covariance. Taken as
+                exact, so losses that are dense in time say as much as the model thinks they do.
+                Not weighted by what was observed: draws' scales and, where examples are coupled,
+                the scenarios of residuals; the shares of a ``Stack``'s members are. What distance
+                adds (``widening``) comes after, in full wherever nothing was observed.
 
         Returns:
             ``mean_loss`` and ``loss``, both ``(chain, draw, run, time, query)`` in nats: without
@@ -136,7 +147,10 @@ class Posterior:
 
         Raises:
             Misuse: unknown examples or queries without features to go by, initial losses that are
-                not finite, a band that cannot be made; with ``strict``, support below 0.5.
+                not finite, a band that cannot be made; with ``strict``, support below 0.5; with
+                ``observed``, a posterior that is not of ``Exact`` or ``Stack`` for a two-timescale
+                model, queries that were never recorded, ids or times that ``runs`` do not have,
+                infinite losses, other losses at time 0, more than 4000 losses, a conformal band.
 
         Warns:
             SupportWarning: once, with the reasons, when the support of a run falls below 0.5.
@@ -147,6 +161,15 @@ class Posterior:
         >>> support = mean.simulate(one, key=jax.random.key(0))["support"]
         >>> support.dims, support.min().round(1).item()
         (('run', 'time'), 1.0)
+
+        Of a run some queries are measured as it goes, the others are not:
+
+        >>> small = runs.isel(run=slice(0, 6), time=slice(0, 17), step=slice(0, 16))
+        >>> exact = bs.fit(small.isel(run=slice(0, 5)), key=jax.random.key(0))
+        >>> seen = small["loss"].isel(run=[5], query=[0])
+        >>> given = exact.simulate(small.isel(run=[5]), key=jax.random.key(0), observed=seen)
+        >>> bool((given["loss"].sel(query=seen["query"]) == seen).all())
+        True
         """
         keyed(key)
         positive_integer("draws", draws)
@@ -164,15 +187,25 @@ class Posterior:
                 expected="every query's loss before the first update",
                 do="measure them, or make the runs with planned_runs(like=recorded, ...)",
             )
+        known = None
+        if observed is not None:
+            with_observed(self.simulator)
+            known = observed_losses(observed, runs)
+            _not_conformal(band)
         support = support_of(self._recorded, self.runs, runs)
         if strict:
             refuse(support)
-        losses = simulated_runs(self.simulator, self.runs, runs, key=key, draws=draws)
+        losses = simulated_runs(
+            self.simulator, self.runs, runs, key=key, draws=draws, observed=known
+        )
         if self.widening is not None:
             own = for_queries(self.widening, self.runs, runs)
             far_key = jax.random.fold_in(key, OF_DISTANCE)
             spread = widened(losses.loss, support.distance, own, key=far_key)
             losses = losses._replace(loss=spread)
+        if known is not None:
+            exact = np.where(np.isfinite(known), known, losses.loss).astype(losses.loss.dtype)
+            losses = losses._replace(loss=exact)
         dims = ("chain", "draw", "run", "time", "query")
         simulated = xr.Dataset(
             {
@@ -360,6 +393,16 @@ def load_posterior(path: PathLike) -> Posterior:
         prior=prior_from_settings(about["settings"]),
         widening=widening_of(runs, left_out) if wide is None else widening,
     )
+
+
+def _not_conformal(band: Band | None) -> None:
+    if band is not None and not isinstance(band, Credible):
+        raise Misuse(
+            "band with observed=...",
+            got=repr(type(band).__name__),
+            expected="Credible(...): runs that calibrate a band have nothing observed of them",
+            do="pass band=Credible(...), or leave observed out",
+        )
 
 
 def _nats(name: str) -> dict[str, str]:

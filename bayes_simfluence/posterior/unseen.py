@@ -14,16 +14,26 @@ from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.posterior.arrays import planned_arrays
+from bayes_simfluence.posterior.observed import with_observed
 from bayes_simfluence.simulators.base import FeatureSimulator, Simulated, Simulator
 
 
 def simulated_runs(
-    simulator: Simulator, fitted: xr.Dataset, runs: xr.Dataset, *, key: jax.Array, draws: int
+    simulator: Simulator,
+    fitted: xr.Dataset,
+    runs: xr.Dataset,
+    *,
+    key: jax.Array,
+    draws: int,
+    observed: Float[np.ndarray, "run time query"] | None = None,
 ) -> Simulated:
     """Losses along ``runs``; examples and queries may be new if they have features.
 
+    With ``observed``, given these losses (NaN where none was).
+
     Raises:
-        Misuse: ids that are not among the fitted ones and have no features to go by.
+        Misuse: ids that are not among the fitted ones and have no features to go by; new queries
+            beside ``observed``.
     """
     batch = runs["batch"].values
     used = runs["train"].values[np.unique(batch[batch >= 0])]
@@ -37,7 +47,17 @@ def simulated_runs(
         train_ids = np.concatenate([train_ids.astype(object), new_train.astype(object)])
     if not len(new_query):
         planned = planned_arrays(runs, train_ids, fitted["query"].values)
-        return simulator.simulate(planned, key=key, draws=draws)
+        if observed is None or not np.isfinite(observed[:, 1:]).any():
+            return simulator.simulate(planned, key=key, draws=draws)
+        planned.loss[:, 1:] = observed[:, 1:]
+        return with_observed(simulator).simulate_observed(planned, key=key, draws=draws)
+    if observed is not None:
+        raise Misuse(
+            "queries to simulate with observed=...",
+            got=f"queries that were never recorded, {shorten(new_query)}",
+            expected="queries of the fitted runs",
+            do="leave these queries out with runs.sel(query=...)",
+        )
     known = _by_features(simulator, "queries", new_query)
     other = known.for_queries(_features(known, runs, "query", new_query))
     old = ~np.isin(queries.astype(str), new_query.astype(str))

@@ -16,9 +16,10 @@ import xarray as xr
 from jaxtyping import Float
 
 from bayes_simfluence.gaussian.queries import carried_loadings, own_sd, query_loadings
-from bayes_simfluence.inference.method import RUN_COUNTS_AS, sd_of_band
+from bayes_simfluence.inference.method import sd_of_band
 from bayes_simfluence.model.link import Link, link_of, loss_of
 from bayes_simfluence.posterior.support import Recorded, support_of
+from bayes_simfluence.simulators.base import RUN_COUNTS_AS
 
 FREE = 0.5
 """Distance from which on bands widen: below it a curriculum is like the recorded ones."""

@@ -1,7 +1,8 @@
 """Simulated runs: what every simulator takes and gives.
 
 A simulator is free-running: of the run to be simulated it sees the curriculum and the losses
-before the first update, nothing else. Arrays inside; ``Posterior.simulate`` puts names on them.
+before the first update, nothing else; later losses only where it is asked to condition on them
+(``simulate_observed``). Arrays inside; ``Posterior.simulate`` puts names on them.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,10 @@ Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
 
 CHUNK = 64
 """Draws rolled out at once, so that memory for intermediate arrays does not grow with draws."""
+
+RUN_COUNTS_AS = 4.0
+"""Independent points that a run counts as where something is learned from several of them: its
+errors are much alike."""
 
 
 class Simulated(NamedTuple):
@@ -58,6 +63,11 @@ class Simulator(Protocol):
     @property
     def by_features(self) -> "FeatureSimulator | None":
         """This simulator, where it can tell of examples and queries that were not fitted."""
+        return None
+
+    @property
+    def by_observed(self) -> "ObservedSimulator | None":
+        """This simulator, where it can tell of runs some losses of which were observed."""
         return None
 
     def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
@@ -102,6 +112,16 @@ class FeatureSimulator(Simulator, Protocol):
 
     def for_queries(self, query: Float[np.ndarray, "new feature"]) -> Simulator:
         """The posterior of queries that were never recorded, in the order of their features."""
+
+
+class ObservedSimulator(Simulator, Protocol):
+    """A simulator that conditions simulated runs on some of their own losses."""
+
+    def simulate_observed(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
+        """Trajectories given the losses that ``runs`` have after time 0, of which there are some.
+
+        The draws of ``simulate`` under the same key, moved.
+        """
 
 
 def resampled(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from scipy.special import logsumexp
 
 from bayes_simfluence.gaussian.density import correlated_log_density, whitening
 from bayes_simfluence.gaussian.draws import (
@@ -31,7 +32,8 @@ from bayes_simfluence.gaussian.fitted import (
     plan,
     typical_step,
 )
-from bayes_simfluence.gaussian.queries import carried_loadings, own_sd
+from bayes_simfluence.gaussian.observed import Deviations, Observed
+from bayes_simfluence.gaussian.queries import carried_loadings, correlation, own_sd
 from bayes_simfluence.gaussian.rollout import OF_STATES, SCENARIOS, drawn_residuals
 from bayes_simfluence.gaussian.search import interpolated_inflation, typical
 from bayes_simfluence.linalg import double_precision
@@ -123,30 +125,104 @@ class GaussianSimulator(Simulator):
             loadings=carried_loadings(self.loadings, self.fitted.features.query, query),
         )
 
+    @property
+    def by_observed(self) -> "GaussianSimulator | None":
+        """Itself, for queries that were recorded."""
+        return self if self.unseen is None else None
+
     def simulate(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
         """Draws of weights, scales and run errors, which queries partly have in common."""
-        rows = np.arange(runs.steps)
         posterior = self._conditioned(runs.steps)
         planned = self._simulated(posterior, runs, key=key, scenarios=min(SCENARIOS, draws))
-        deviations = self._deviations(
+        deviations = self._of_planned(posterior, planned, runs, key=key, draws=draws)
+        return self._in_nats(runs, planned, deviations)
+
+    def simulate_observed(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
+        """The draws of ``simulate``, each given what ``runs`` have of losses after time 0.
+
+        Exact for the model at a draw's scale and, where examples are coupled, at its scenario of
+        their residuals: neither scales nor scenarios are weighted by how likely they make what was
+        observed.
+        """
+        posterior = self._conditioned(runs.steps)
+        planned = self._simulated(posterior, runs, key=key, scenarios=min(SCENARIOS, draws))
+        deviations = self._of_planned(posterior, planned, runs, key=key, draws=draws)
+        spread = self._spread(runs, np.arange(runs.steps)).T
+        mean, whole = (np.moveaxis(np.asarray(one), 0, -1).copy() for one in deviations)
+        scenario = _scenarios(draws, len(planned))
+        for at in np.unique(scenario):
+            own = scenario == at
+            observed = self._observed(posterior, planned[at], runs)
+            of_mean, of_whole = observed.moves(whole[own] / spread)
+            mean[own] += of_mean * spread
+            whole[own] += of_whole * spread
+        return self._in_nats(runs, planned, (np.moveaxis(mean, -1, 0), np.moveaxis(whole, -1, 0)))
+
+    def log_density_observed(self, runs: RunArrays, *, key: jax.Array) -> float:
+        """Of the losses that ``runs`` have after time 0 together; natural log, per nat of each.
+
+        The mean of the densities under scenarios of residuals, the scale of all queries integrated
+        out.
+        """
+        posterior = self._conditioned(runs.steps)
+        planned = self._simulated(posterior, runs, key=key, scenarios=SCENARIOS)
+        with double_precision():
+            slope = np.asarray(log_slope(self.model.link, jnp.asarray(runs.loss[:, 1:], float)))
+        volume = slope - np.log(self._spread(runs, np.arange(runs.steps)).T)
+        observed = (self._observed(posterior, one, runs) for one in planned)
+        densities = [one.log_density(self.df) + one.among(volume).sum() for one in observed]
+        return float(logsumexp(densities) - np.log(len(densities)))
+
+    def _observed(self, posterior: FittedWeights, planned: Planned, runs: RunArrays) -> Observed:
+        with double_precision():
+            linked = link_of(self.model.link, jnp.asarray(runs.loss[:, 1:], float))
+            deviation = np.asarray(linked - planned.centre)
+        before = Deviations(
+            posterior.conditioned,
+            np.asarray(planned.designs),
+            np.asarray(planned.error),
+            correlation(self.loadings[runs.query]),
+        )
+        return Observed.of(before, deviation / self._spread(runs, np.arange(runs.steps)).T)
+
+    def _of_planned(
+        self,
+        posterior: FittedWeights,
+        planned: list[Planned],
+        runs: RunArrays,
+        *,
+        key: jax.Array,
+        draws: int,
+    ) -> tuple[Array, Array]:
+        """Draws of deviations from the planned runs' posterior means."""
+        return self._deviations(
             posterior,
             np.stack([np.asarray(one.designs, np.float32) for one in planned]),
             planned[0].error_factor,
-            self._spread(runs, rows),
+            self._spread(runs, np.arange(runs.steps)),
             runs.query,
             key=key,
             draws=draws,
         )
-        centre = np.stack([np.asarray(one.centre, np.float32) for one in planned])
-        scenario = np.arange(draws) // -(-draws // len(planned))
 
-        def in_nats(deviation: Array) -> np.ndarray:
-            loss = np.empty((1, draws, *centre.shape[1:2], len(rows) + 1, len(runs.query)), "f4")
+    def _in_nats(
+        self,
+        runs: RunArrays,
+        planned: list[Planned],
+        deviations: tuple[Array | np.ndarray, Array | np.ndarray],
+    ) -> Simulated:
+        """Draws on the link's scale, of coefficients alone and with errors, as losses."""
+        centre = np.stack([np.asarray(one.centre, np.float32) for one in planned])
+        draws = deviations[0].shape[1]
+        scenario = _scenarios(draws, len(planned))
+
+        def in_nats(deviation: Array | np.ndarray) -> np.ndarray:
+            loss = np.empty((1, draws, *runs.loss.shape), "f4")
             loss[:, :, :, 0] = runs.initial
             for first in range(0, draws, CHUNK):
                 chunk = slice(first, first + CHUNK)
                 linked = np.moveaxis(np.asarray(deviation)[:, chunk], 0, -1)
-                linked = linked + centre[scenario[chunk]]
+                linked = (linked + centre[scenario[chunk]]).astype(np.float32)
                 loss[0, chunk, :, 1:] = _loss_of(self.model, linked)
             return loss
 
@@ -380,6 +456,11 @@ class GaussianSimulator(Simulator):
             # Queries were independent in version 0.1.
             loadings=arrays.get("loadings", np.zeros((len(arrays["scale"]), 0))),
         )
+
+
+def _scenarios(draws: int, scenarios: int) -> Int[np.ndarray, " draw"]:
+    """Of which scenario each draw is: an equal share for each, the first draws of the first."""
+    return np.arange(draws) // -(-draws // scenarios)
 
 
 @partial(jax.jit, static_argnums=0)

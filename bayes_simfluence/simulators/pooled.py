@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 from jaxtyping import Float, Int, Shaped
+from scipy.special import softmax
 
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
-from bayes_simfluence.simulators.base import Named, Simulated, Simulator
+from bayes_simfluence.simulators.base import RUN_COUNTS_AS, Named, Simulated, Simulator
 from bayes_simfluence.simulators.gaussian import GaussianSimulator
 
 OF_MEMBERS = 0x3E3B
@@ -59,6 +60,39 @@ class PooledSimulator(Simulator):
             for member, own, made in self._each(key, draws)
         ]
         return Simulated(*(self._mixed(each, key, draws) for each in zip(*parts, strict=True)))
+
+    @property
+    def by_observed(self) -> "PooledSimulator | None":
+        """Itself, where all members can condition on a run's losses."""
+        return self if all(member.by_observed for member in self.members) else None
+
+    def simulate_observed(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
+        """Draws of all members, each given what ``runs`` have of losses after time 0.
+
+        Shares are the members' own times a power of how likely each makes these losses
+        (``shares_given``).
+        """
+        pool = replace(self, weights=self.shares_given(runs, key=key))
+        parts = [
+            member.simulate_observed(runs, key=own, draws=made)
+            for member, own, made in pool._each(key, draws)
+        ]
+        return Simulated(*(pool._mixed(each, key, draws) for each in zip(*parts, strict=True)))
+
+    def shares_given(self, runs: RunArrays, *, key: jax.Array) -> Float[np.ndarray, " member"]:
+        """The members' shares given the losses that ``runs`` have after time 0.
+
+        Each observed run counts as ``RUN_COUNTS_AS`` points, as where shares are learned: a run's
+        losses err together, and their whole likelihood would leave one member.
+        """
+        known = runs.known
+        tempered = min(1.0, RUN_COUNTS_AS * known.any(axis=(1, 2)).sum() / known.sum())
+        log_density = [
+            member.log_density_observed(runs, key=jax.random.fold_in(key, at))
+            for at, member in enumerate(self.members)
+        ]
+        with np.errstate(divide="ignore"):
+            return softmax(np.log(self.weights) + tempered * np.array(log_density))
 
     def log_likelihood(
         self, runs: RunArrays, *, key: jax.Array, draws: int

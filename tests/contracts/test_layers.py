@@ -124,6 +124,7 @@ ROWS = {
     "gaussian": [
         "density",
         "linear_gaussian",
+        "observed",
         "queries",
         "draws",
         "designs",
@@ -168,6 +169,7 @@ ROWS = {
         "departures",
         "support",
         "widening",
+        "observed",
         "unseen",
         "prior",
         "posterior",
