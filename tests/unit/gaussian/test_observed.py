@@ -1,6 +1,5 @@
 """Draws given observed deviations, and the density of these, against textbook conditioning."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -29,9 +29,7 @@ FALSE_ALARM = 5.5
 
 def simulator(rng, *, link="identity", df=1e6, coupling="none", **others):
     model = Simfluence(link=link, coefficients=Varying(2), coupling=coupling)
-    known = ExampleFeatures(
-        rng.normal(size=(TRAIN, 2)), rng.normal(size=(QUERY, 2))
-    )
+    known = ExampleFeatures(rng.normal(size=(TRAIN, 2)), rng.normal(size=(QUERY, 2)))
     fitted = RunArrays.of(
         rng.integers(0, TRAIN, (RUNS, STEPS, SLOTS)),
         rng.uniform(0.5, 1.5, (RUNS, STEPS + 1, QUERY)),
@@ -159,9 +157,7 @@ def test_observed_losses_are_met_in_every_scenario(rng, key, link, coupling):
         method(plan, key=key, draws=20) for method in (post.simulate, post.simulate_observed)
     )
     seen = np.isfinite(plan.loss)
-    np.testing.assert_allclose(
-        found.loss[0][:, seen], np.tile(plan.loss[seen], (20, 1)), rtol=1e-4
-    )
+    np.testing.assert_allclose(found.loss[0][:, seen], np.tile(plan.loss[seen], (20, 1)), rtol=1e-4)
     np.testing.assert_array_equal(found.loss[:, :, :, 0], before.loss[:, :, :, 0])
     assert np.isfinite(found.mean_loss).all()
     # A draw moves, and stays the draw that it was where little is known of it.
