@@ -132,7 +132,7 @@ class Posterior:
                 there would be without are conditioned on them: ``loss`` equals them where observed;
                 other queries and times of a run, earlier ones too, and the coefficients by which
                 all runs of the call are simulated, shift and narrow by their covariance. Taken as
-                exact, so losses that are dense in time say as much as the model thinks they do.
+                exact and the model as right: bands can come out too narrow (docs/models.md).
                 Not weighted by what was observed: draws' scales and, where examples are coupled,
                 the scenarios of residuals; the shares of a ``Stack``'s members are. What distance
                 adds (``widening``) comes after, in full wherever nothing was observed.
