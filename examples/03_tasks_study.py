@@ -331,8 +331,7 @@ def main() -> None:
     """Run the study and write its page, table and picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("docs"))
-    alike = [name for name in EXAMPLES if not name.endswith(("-counterfactuals", "-longer"))]
-    parser.add_argument("--recordings", nargs="+", default=alike, choices=alike)
+    parser.add_argument("--recordings", nargs="+", default=list(EXAMPLES), choices=list(EXAMPLES))
     parser.add_argument("--splits", type=int, default=2)
     parser.add_argument("--queries", type=int, default=None, help="fewer, for a trial")
     parser.add_argument("--parts", type=int, default=len(PARTS), help="fewer, for a trial")

@@ -46,12 +46,15 @@ EXAMPLES = {
     "trec-ia3": "example_runs_trec_ia3.nc",
     "copa-ia3": "example_runs_copa_ia3.nc",
     "trec-causal": "example_runs_trec_causal.nc",
+}
+"""Recordings that ship with the package, all of one protocol."""
+COUNTERFACTUALS = {
     "sst2-counterfactuals": "example_runs_sst2_counterfactuals.nc",
     "sst2-longer": "example_runs_sst2_longer.nc",
     "sst2-lora-counterfactuals": "example_runs_sst2_lora_counterfactuals.nc",
     "sst2-lora-longer": "example_runs_sst2_lora_longer.nc",
 }
-"""Recordings that ship with the package."""
+"""Recordings that ship, of random runs and of curricula that are made otherwise."""
 
 
 def save_runs(runs: xr.Dataset, path: PathLike, *, overwrite: bool = False) -> Path:
@@ -190,8 +193,9 @@ def example_runs(name: str = "sst2") -> xr.Dataset:
     >>> example_runs().sizes["run"]
     32
     """
-    choice_of("example_runs(name)", name, tuple(EXAMPLES))
-    resource = files("bayes_simfluence.data") / EXAMPLES[name]
+    every = EXAMPLES | COUNTERFACTUALS
+    choice_of("example_runs(name)", name, tuple(every))
+    resource = files("bayes_simfluence.data") / every[name]
     with as_file(resource) as path:
         return open_runs(path)
 

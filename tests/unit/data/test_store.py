@@ -196,10 +196,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(rng, tmp_path):
         s.save_runs(some_runs(rng), tmp_path / "file" / "runs.zarr")
 
 
-FAR = [name for name in s.EXAMPLES if name.endswith(("-counterfactuals", "-longer"))]
-
-
-@pytest.mark.parametrize("name", FAR)
+@pytest.mark.parametrize("name", sorted(s.COUNTERFACTUALS))
 def test_counterfactuals_that_ship_are_whole(name):
     runs = validate_runs(s.example_runs(name))
     kinds, counts = np.unique(runs["curriculum"], return_counts=True)
@@ -215,7 +212,7 @@ def test_counterfactuals_that_ship_are_whole(name):
     assert "/" not in json.dumps(runs.attrs)
 
 
-@pytest.mark.parametrize("name", sorted({*s.EXAMPLES} - {*FAR}))
+@pytest.mark.parametrize("name", sorted(s.EXAMPLES))
 def test_recordings_that_ship_follow_the_standard_protocol(name):
     runs = validate_runs(s.example_runs(name))
     sizes = {"run": 32, "step": 96, "time": 97, "query": 50, "train": 200, "slot": 4}
