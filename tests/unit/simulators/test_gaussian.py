@@ -34,7 +34,7 @@ FALSE_ALARM = 5.5
 
 
 def simulator(rng, *, knots=3, features=2, link="identity", df=1e6, **others):
-    model = Simfluence(link=link, coefficients=Varying(knots))
+    model = Simfluence(link=link, coefficients=Varying(knots), coupling="none")
     known = ExampleFeatures(
         jnp.asarray(rng.normal(size=(TRAIN, features))),
         jnp.asarray(rng.normal(size=(QUERY, features))),

@@ -118,8 +118,8 @@ TWO = {"coefficients": Varying(1), "time_effect": "linear"}
 ROLLED = {
     "linear": Simfluence.linear(),
     "additive": Simfluence.additive(link="log", error=noise.AR1()),
-    "two timescales": Simfluence(error=noise.Gaussian(), **TWO),
-    "multiplicative": Simfluence(terms="both", error=noise.StudentT(0.4), **TWO),
+    "two timescales": Simfluence(error=noise.Gaussian(), coupling="none", **TWO),
+    "multiplicative": Simfluence(terms="both", error=noise.StudentT(0.4), coupling="none", **TWO),
 }
 
 
