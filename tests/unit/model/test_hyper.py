@@ -29,6 +29,14 @@ def test_the_centre_is_a_fixed_point_and_the_scale_is_kept(scale):
             np.testing.assert_allclose(
                 hyper.natural(jnp.asarray(free)), SCALES[scale](free), rtol=1e-12
             )
+            back = hyper.free(jnp.asarray(SCALES[scale](free)))
+            np.testing.assert_allclose(back, free, rtol=1e-10, atol=1e-12)
+
+
+def test_values_rounded_to_an_edge_are_just_inside():
+    for scale, edges in {"positive": [0.0], "share": [0.0, 1.0], "correlation": [-1, 1]}.items():
+        for edge in edges:
+            assert np.isfinite(Hyper(0.3, 1.0, scale, "anything").free(jnp.asarray(float(edge))))
 
 
 @pytest.mark.parametrize("scale", SCALES)
