@@ -6,7 +6,7 @@ left-out runs are most likely (stacking of predictive distributions: Yao et al. 
 far towards equal ones, since left-out runs say nothing of curricula unlike them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -25,21 +25,12 @@ from bayes_simfluence.inference.method import (
     sd_of_band,
 )
 from bayes_simfluence.inference.verdict import Verdict
-from bayes_simfluence.model.arrays import RunArrays
+from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
 from bayes_simfluence.model.link import link_of, loss_of
-from bayes_simfluence.model.simfluence import TIMESCALES, Simfluence, hypers_of
+from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 from bayes_simfluence.simulators.gaussian import GaussianSimulator
 from bayes_simfluence.simulators.pooled import PooledSimulator
 
-CONSTANT = {
-    "growth": 0.0,
-    "fading_scale": 1e-4,
-    "fading_dot": 1e-4,
-    "fading_scores": 1e-4,
-    **{f"{part}_constant_share": 1.0 - 1e-6 for part in TIMESCALES["both"]},
-    **{f"{part}_common": 1e-4 for part in TIMESCALES["both"]},
-}
-"""Values under which effects are constant and stay as they are and time has none of its own."""
 TOWARDS_EQUAL = 1.0
 """Points that each member is given before any is seen (a Dirichlet prior), over those of all runs:
 left-out runs are like the others and say nothing of curricula far from them."""
@@ -96,11 +87,12 @@ class Stack:
         """Name and settings."""
         return {"method": "Stack", **asdict(self)}
 
-    def members(self, model: Simfluence, hypers: Iterable[str]) -> list[Member]:
-        """What is pooled for a model with these hyperparameters."""
+    def members(self, model: Simfluence, features: ExampleFeatures) -> list[Member]:
+        """What is pooled for a model of runs with these features."""
         pooled = [Member("marginal", "marginal", {}), Member("joint", "leave-one-run-out", {})]
         if model.coupled:
-            held = {name: value for name, value in CONSTANT.items() if name in hypers}
+            hypers = hypers_of(model, features).items()
+            held = {name: one.constant for name, one in hypers if one.constant is not None}
             pooled.append(Member("constant", "leave-one-run-out", held))
         return pooled
 
@@ -109,7 +101,7 @@ class Stack:
         if model.per_query:
             return Exact().fit(runs, model, context)
         check_gaussian(runs, model)
-        members = self.members(model, hypers_of(model, runs.features.where(model.prior.features)))
+        members = self.members(model, runs.features.where(model.prior.features))
         fitted = [
             fitted_gaussian(
                 runs,

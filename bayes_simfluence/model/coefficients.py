@@ -10,6 +10,8 @@ from bayes_simfluence.linalg import cholesky
 from bayes_simfluence.model.hyper import Hyper, Values
 
 JITTER = 1e-6
+ALL = 1.0 - 1e-6
+"""A share of all but nothing, that still has log-odds."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,11 @@ class Varying:
             return {}
         return {
             f"{part}_constant_share": Hyper(
-                0.5, 1.5, "share", "share of a coefficient's variance that never changes"
+                0.5,
+                1.5,
+                "share",
+                "share of a coefficient's variance that never changes",
+                constant=ALL,
             ),
             f"{part}_length": Hyper(
                 0.37, 0.7, "positive", "training time over which a coefficient changes"

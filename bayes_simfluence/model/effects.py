@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from numpyro import distributions as dist
 
 from bayes_simfluence.model.arrays import ExampleFeatures
-from bayes_simfluence.model.hyper import Hyper, Values
+from bayes_simfluence.model.hyper import NEGLIGIBLE, Hyper, Values
 from bayes_simfluence.model.sites import latent
 
 Shape = tuple[int, int, int]
@@ -83,7 +83,11 @@ class Prior(ABC):
             )
         if features.query.shape[1]:
             free[f"{part}_dot"] = Hyper(
-                0.0, 0.5, "real", "loss change per unit of gradients' inner product"
+                0.0,
+                0.5,
+                "real",
+                "loss change per unit of gradients' inner product",
+                constant=NEGLIGIBLE if part == "fading" else None,
             )
         return free
 

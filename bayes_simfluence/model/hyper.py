@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ A mapping of all sites of a draw serves as well; only hyperparameters are looked
 
 EDGE, LEAST = 1e-7, 1e-37
 """How near to one, and to zero, a value in single precision can be without being it."""
+NEGLIGIBLE = 1e-4
+"""A scale so small that what it belongs to does nothing, and that still has a logarithm."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,15 @@ class Hyper:
         scale: the possible values: any number, above zero, between zero and one, or between minus
             one and one.
         meaning: a description of one line.
+        constant: value under which effects are constant, that is, they neither change nor grow nor
+            fade and time has none of its own; None where it has no part in that.
     """
 
     centre: float
     spread: float
     scale: Literal["real", "positive", "share", "correlation"]
     meaning: str
+    constant: float | None = None
 
     def natural(self, free: Float[Array, ""]) -> Float[Array, ""]:
         """From the unconstrained to the natural scale."""
@@ -51,14 +57,7 @@ class Hyper:
 
         A value that rounding brought to the edge of those possible is just inside.
         """
-        if self.scale == "positive":
-            return jnp.log(jnp.maximum(natural, LEAST))
-        if self.scale == "correlation":
-            return jnp.arctanh(jnp.clip(natural, EDGE - 1.0, 1.0 - EDGE))
-        if self.scale == "share":
-            inside = jnp.clip(natural, EDGE, 1.0 - EDGE)
-            return jnp.log(inside) - jnp.log1p(-inside)
-        return natural
+        return self._free(natural, jnp)
 
     def law(self) -> dist.Distribution:
         """The prior on the natural scale."""
@@ -81,12 +80,17 @@ class Hyper:
 
     def free_number(self, natural: float) -> float:
         """The same of one number, outside of programs and in double precision."""
+        return float(self._free(natural, np))
+
+    def _free(self, natural: Any, xp: ModuleType) -> Any:
+        """By the functions of NumPy or of JAX."""
         if self.scale == "positive":
-            return float(np.log(natural))
-        if self.scale == "share":
-            return float(np.log(natural) - np.log1p(-natural))
+            return xp.log(xp.maximum(natural, LEAST))
         if self.scale == "correlation":
-            return float(np.arctanh(natural))
+            return xp.arctanh(xp.clip(natural, EDGE - 1.0, 1.0 - EDGE))
+        if self.scale == "share":
+            inside = xp.clip(natural, EDGE, 1.0 - EDGE)
+            return xp.log(inside) - xp.log1p(-inside)
         return natural
 
     @property

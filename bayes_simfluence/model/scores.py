@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from bayes_simfluence.checks import Misuse, named
 from bayes_simfluence.model.arrays import ExampleFeatures
 from bayes_simfluence.model.effects import Prior, Shape
-from bayes_simfluence.model.hyper import Hyper, Values
+from bayes_simfluence.model.hyper import NEGLIGIBLE, Hyper, Values
 from bayes_simfluence.model.normal import Normal
 
 DIMS = ("train", "query")
@@ -106,7 +106,11 @@ class Scores(Prior):
         free = self.base.hypers(part, self.alike(features))
         if features.train.shape[1]:
             free[f"{part}_scores"] = Hyper(
-                0.1, 0.2, "real", "loss change of a step on an example of typical score"
+                0.1,
+                0.2,
+                "real",
+                "loss change of a step on an example of typical score",
+                constant=NEGLIGIBLE if part == "fading" else None,
             )
         return free
 

@@ -35,7 +35,7 @@ from bayes_simfluence.checks import Misuse, choice_of
 from bayes_simfluence.model.arrays import ExampleFeatures, no_features
 from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.exposure import Exposure
-from bayes_simfluence.model.hyper import Hyper
+from bayes_simfluence.model.hyper import NEGLIGIBLE, Hyper
 from bayes_simfluence.model.link import LINKS, Link
 from bayes_simfluence.model.noise import Error, Gaussian, Smooth, error_from_dict
 from bayes_simfluence.model.priors import Custom, Normal, Prior, prior_from_dict
@@ -300,7 +300,9 @@ def hypers_of(model: Simfluence, features: ExampleFeatures) -> dict[str, Hyper]:
     free = {**model.exposure.hypers(coupled=model.coupled), **model.error.hypers()}
     if not model.per_query:
         if "staying" in model.parts:
-            free["growth"] = Hyper(0.0, 1.0, "real", "log growth of what stays per recorded length")
+            free["growth"] = Hyper(
+                0.0, 1.0, "real", "log growth of what stays per recorded length", constant=0.0
+            )
         if model.error.by_step:
             free["noise"] = Hyper(
                 0.05, 1.5, "positive", "sd of one step's error over the sd of the effects"
@@ -315,11 +317,13 @@ def hypers_of(model: Simfluence, features: ExampleFeatures) -> dict[str, Hyper]:
         )
     if len(model.parts) == 2:
         free["fading_scale"] = Hyper(
-            1.65, 1.0, "positive", "sd of fading effects over staying ones"
+            1.65, 1.0, "positive", "sd of fading effects over staying ones", constant=NEGLIGIBLE
         )
     for part in model.parts if model.has_additive else ():
         if model.time_effect != "none":
-            free[f"{part}_common"] = Hyper(0.6, 1.0, "positive", "sd of the effect of any step")
+            free[f"{part}_common"] = Hyper(
+                0.6, 1.0, "positive", "sd of the effect of any step", constant=NEGLIGIBLE
+            )
         free.update(model.coefficients.hypers(part))
         free.update(model.prior.hypers(part, features))
     if model.has_multiplicative:

@@ -444,9 +444,13 @@ class GaussianSimulator(Simulator):
         fitted = fitted._replace(residual=arrays.get("residual"))
         # Models of version 0.1 were additive.
         model = Simfluence.from_dict({"coupling": "none", **settings["model"]})
+        free, names = arrays["free"], list(hypers_of(model, fitted.features))
+        if "trend" in names and len(free) == len(names) - 1:
+            # Coupled models had no trend at first, which is one of zero.
+            free = np.insert(free, names.index("trend"), 0.0)
         return cls(
             model=model,
-            free=arrays["free"],
+            free=free,
             fitted=fitted,  # saved in units
             rows=arrays["rows"],
             largest_step_size=settings["largest_step_size"],

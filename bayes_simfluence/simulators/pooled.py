@@ -82,8 +82,8 @@ class PooledSimulator(Simulator):
     def shares_given(self, runs: RunArrays, *, key: jax.Array) -> Float[np.ndarray, " member"]:
         """The members' shares given the losses that ``runs`` have after time 0.
 
-        Each observed run counts as ``RUN_COUNTS_AS`` points, as where shares are learned: a run's
-        losses err together, and their whole likelihood would leave one member.
+        Each observed run counts as ``RUN_COUNTS_AS`` points: a run's losses err together, and their
+        whole likelihood would leave one member.
         """
         known = runs.known
         tempered = min(1.0, RUN_COUNTS_AS * known.any(axis=(1, 2)).sum() / known.sum())

@@ -244,6 +244,19 @@ def test_coupled_posteriors_are_saved_and_opened(recorded, posterior, tmp_path):
     np.testing.assert_allclose(*both, rtol=1e-5)
 
 
+def test_coupled_posteriors_of_before_the_trend_have_none(recorded, posterior):
+    simulator = posterior.simulator
+    at = list(simulator.values).index("trend")
+    without = replace(
+        simulator, free=np.where(np.arange(len(simulator.free)) == at, 0.0, simulator.free)
+    )
+    saved = {name: array for name, (_, array) in without.arrays().items()}
+    assert simulator.values["trend"] != 0
+    old = saved | {"free": np.delete(saved["free"], at)}
+    opened = type(simulator).restore(old, simulator.settings())
+    assert opened.values == without.values
+
+
 def test_densities_are_of_the_recorded_residuals(posterior):
     idata = posterior.to_arviz(draws=4, groups=["log_likelihood"])
     assert np.isfinite(idata["log_likelihood"]["loss"].values).all()

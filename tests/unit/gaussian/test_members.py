@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import bayes_simfluence as bs
-from bayes_simfluence.inference.stack import CONSTANT
 from bayes_simfluence.model.coefficients import Varying
 from bayes_simfluence.model.simfluence import hypers_of
 from bayes_simfluence.posterior.arrays import planned_arrays
@@ -24,10 +23,12 @@ def test_of_a_coupled_model_the_last_member_has_constant_effects(recorded):
         posterior.verdict
     )
     assert marginal.model == joint.model == constant.model and marginal.values["growth"] != 0
-    held = {name: constant.values[name] for name in constant.values.keys() & CONSTANT.keys()}
-    assert held == pytest.approx({name: CONSTANT[name] for name in held}) and len(held) > 5
+    hypers = hypers_of(constant.model, constant.features)
+    held = {name: one.constant for name, one in hypers.items() if one.constant is not None}
+    assert {name: constant.values[name] for name in held} == pytest.approx(held)
+    assert len(held) > 5
     model = bs.Simfluence(coefficients=Varying(knots=1), timescales="staying", time_effect="none")
-    free = dict(zip(hypers_of(constant.model, constant.features), constant.free, strict=True))
+    free = dict(zip(hypers, constant.free, strict=True))
     names = hypers_of(model, constant.features)
     plain = replace(constant, model=model, free=np.array([free[name] for name in names]))
     planned = planned_arrays(other, *(fitted[axis].values for axis in ("train", "query")))
