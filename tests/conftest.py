@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,16 @@ OWN_PROGRAMS = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 if OWN_PROGRAMS:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="programs-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Most programs of the tests run for less time than their fused loops take to compile. A release of
+# XLA without this option would end the process, so another one tries it.
+QUICK_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false"
+if "XLA_FLAGS" not in os.environ:
+    tried = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.numpy.zeros(1)"],
+        env={**os.environ, "XLA_FLAGS": QUICK_TO_COMPILE},
+        capture_output=True,
+    )
+    os.environ["XLA_FLAGS"] = QUICK_TO_COMPILE if tried.returncode == 0 else ""
 
 from jaxtyping import install_import_hook  # noqa: E402
 

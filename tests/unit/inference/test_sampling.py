@@ -109,13 +109,14 @@ def test_equal_shapes_are_compiled_once():
 
 
 def test_one_chain_after_another_is_the_same():
-    chains = bs.NUTS(warmup=60, draws=60, chains=2, chain_method="sequential")
-    found = fitted(method=chains).simulator.sites
-    together = fitted().simulator.sites
+    # Few draws: rounding, which differs, grows with every one.
+    found, together = (
+        fitted(method=bs.NUTS(warmup=4, draws=4, chains=2, chain_method=one)).simulator.sites
+        for one in ("sequential", "vectorized")
+    )
     for name in ("scale", "noise", "staying_unit"):
         assert found[name].shape == together[name].shape
-    # The same keys: the first draws differ by rounding alone.
-    np.testing.assert_allclose(found["scale"][:, :3], together["scale"][:, :3], rtol=0.05)
+        np.testing.assert_allclose(found[name], together[name], rtol=0.05, atol=1e-3)
 
 
 PARALLEL = """
