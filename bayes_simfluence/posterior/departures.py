@@ -14,6 +14,8 @@ from bayes_simfluence.posterior.courses import Course
 
 LARGER = np.log(1.5)
 """Unit for step sizes, larger batches and repetition: half as much again as any fitted run."""
+FARTHER = np.log(1.25)
+"""Unit for what step sizes sum up to: a quarter more, which is a quarter longer training."""
 FEWER = np.log(1.75)
 """Unit for smaller batches: an edit that empties some slots is no other batch size."""
 MOST_USED = np.log(3.0)
@@ -61,16 +63,17 @@ def _step_size(fitted: Course, planned: Course) -> Departure | None:
     # Later steps than any recorded are a matter of length.
     own_sum = own_sum[:, at]
     size = own / recorded.max()
-    larger = np.maximum(size, (own_sum + slack) / (high + slack))
+    farther = (own_sum + slack) / (high + slack)
     smaller = (low + slack) / (own_sum + slack)
-    grown, shrunk = float(larger.max()), float(smaller.max())
+    grown, shrunk = max(float(size.max()), float(farther.max())), float(smaller.max())
     # Without the slack, which would understate it.
     ratio = max(float(size.max()), float(own_sum[:, -1].max()) / max(float(high[-1]), slack))
     words = f"step size up to {ratio:.2g}x"
     if shrunk > grown:
         ratio = float(own_sum[:, -1].min()) / max(float(low[-1]), slack)
         words = f"step size down to {ratio:.2g}x"
-    return Departure("step size", _beyond(np.maximum(larger, smaller), LARGER), words)
+    changed = _beyond(np.maximum(size, smaller), LARGER)
+    return Departure("step size", np.maximum(changed, _beyond(farther, FARTHER)), words)
 
 
 def _batch_size(fitted: Course, planned: Course) -> Departure:

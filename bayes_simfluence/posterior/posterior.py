@@ -43,7 +43,6 @@ from bayes_simfluence.posterior.widening import (
     for_queries,
     from_dataset,
     widened,
-    widening_of,
 )
 from bayes_simfluence.simulators.affine import AffineSimulator
 from bayes_simfluence.simulators.base import Simulator
@@ -374,9 +373,8 @@ def load_posterior(path: PathLike) -> Posterior:
         # Files of earlier versions know nothing of samplers.
         sampled, searched = about.get("has_sample_stats", 0), about.get("has_search", 0)
         sample_stats = read_group(path, "sample_stats") if sampled else None
-        # Files of version 0.1 say nothing of it; what they hold tells as much as it told the fit.
-        wide = about.get("has_widening")
-        widening = from_dataset(read_group(path, "widening")) if wide else None
+        wide = about.get("has_widening", 1)
+        spread = read_group(path, "widening") if about.get("has_widening") else None
         search_loss = read_group(path, "search")["loss"].values if searched else None
         simulator = SIMULATORS[FORMER_NAMES.get(about["simulator"], about["simulator"])].restore(
             arrays, about["simulator_settings"]
@@ -391,7 +389,7 @@ def load_posterior(path: PathLike) -> Posterior:
         sample_stats=sample_stats,
         search_loss=search_loss,
         prior=prior_from_settings(about["settings"]),
-        widening=widening_of(runs, left_out) if wide is None else widening,
+        widening=from_dataset(spread, runs, left_out) if wide else None,
     )
 
 

@@ -1,10 +1,12 @@
 """Widening: bands grow where a curriculum leaves what was recorded, whatever the method.
 
 No run tells of curricula unlike it, and every model is wrong far enough away. On the scale of the
-log-odds of a loss, a simulation errs there by about ``rate`` times the fitted runs' own changes for
-each unit of distance (``departures``), besides what the posterior knows. How much is learned from
-left-out runs that are themselves far from the others; where all runs are alike it is what is
-believed beforehand. Queries that changed together in the fitted runs err together.
+log-odds of a loss, a simulation errs there in two ways besides what the posterior knows: by what
+the fitted runs had moved by that time, and by the run's own largest move so far, of which the model
+says too much or too little, for all queries alike. Both grow with distance (``departures``), slowly
+where it is large, by a common ``rate``. How large it is is learned from left-out runs that are
+themselves far from the others; where all runs are alike it is what is believed beforehand. Queries
+that changed together in the fitted runs err together.
 """
 
 from typing import NamedTuple
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from bayes_simfluence.gaussian.queries import carried_loadings, own_sd, query_loadings
 from bayes_simfluence.inference.method import sd_of_band
@@ -21,11 +23,11 @@ from bayes_simfluence.model.link import Link, link_of, loss_of
 from bayes_simfluence.posterior.support import Recorded, support_of
 from bayes_simfluence.simulators.base import RUN_COUNTS_AS
 
-FREE = 0.5
+FREE = 0.25
 """Distance from which on bands widen: below it a curriculum is like the recorded ones."""
-BELIEVED, UNSURE = 2.0, 0.7
+BELIEVED, UNSURE = 0.9, 0.7
 """Median of the rate before any run was seen, and sd of its logarithm."""
-RATES = np.geomspace(0.02, 20.0, 61)
+RATES = BELIEVED * np.geomspace(0.02, 50.0, 61)
 # One program each, not one for every operation.
 _link_of, _loss_of = (jax.jit(function, static_argnums=0) for function in (link_of, loss_of))
 
@@ -34,14 +36,14 @@ class Widening(NamedTuple):
     """What makes bands grow with distance.
 
     Attributes:
-        rate: sd of the added error over a query's ``size``, for each unit of distance.
-        size: root mean square change of each query over the fitted runs.
+        rate: sd of the added errors over moves, where the logarithm of distance has grown by one.
+        size: root mean square change of each query over the fitted runs, the largest so far.
         loadings: of the queries on common factors, by which added errors go together.
         positive: whether all losses are, so that errors add up on the scale of the log-odds.
     """
 
     rate: float
-    size: Float[np.ndarray, " query"]
+    size: Float[np.ndarray, "time query"]
     loadings: Float[np.ndarray, "query factor"]
     positive: bool
 
@@ -57,22 +59,34 @@ def widening_of(runs: xr.Dataset, left_out: xr.Dataset | None) -> Widening:
     >>> import bayes_simfluence as bs
     >>> like = bs.example_runs().isel(run=slice(0, 8))
     >>> widening_of(like, None).rate  # nothing but what is believed
-    2.0
+    0.9
     """
     positive = bool(np.nanmin(runs["loss"].values) > 0)
-    # At the times that the fit looked at, where it says which.
-    times = runs["time"].values[1:] if left_out is None else left_out["time"].values
-    start, later = runs["loss"].sel(time=[0]), runs["loss"].sel(time=times)
-    with np.errstate(over="ignore", invalid="ignore"):
-        change = _linked(later.values, positive) - _linked(start.values, positive)
+    linked = _linked(runs["loss"].values, positive)
+    with np.errstate(invalid="ignore"):
+        change = linked - linked[:, :1]
     known = np.isfinite(change)
     change = np.where(known, change, 0.0)
-    counts = np.maximum(known.sum(axis=(0, 1)), 1)
-    size = np.sqrt(np.square(change).sum(axis=(0, 1)) / counts + 1e-24)
-    z = change / size
+    counts = np.maximum(known[:, 1:].sum(axis=(0, 1)), 1)
+    typical = np.sqrt(np.square(change).sum(axis=(0, 1)) / counts + 1e-24)
+    z = (change / typical)[:, 1:]
     z = z - z.mean(axis=0)
-    loadings = query_loadings(z, known.all(axis=2), np.zeros((z.shape[2], 0)))
+    loadings = query_loadings(z, known[:, 1:].all(axis=2), np.zeros((z.shape[2], 0)))
+    size = _size(change, known)
     return Widening(_rate(runs, left_out, size, positive), size, loadings, positive)
+
+
+def _size(
+    change: Float[np.ndarray, "run time query"], known: Bool[np.ndarray, "run time query"]
+) -> Float[np.ndarray, "time query"]:
+    """The largest root mean square change so far; between recorded times in a straight line."""
+    counts = known.sum(axis=0)
+    square = np.square(change).sum(axis=0) / np.maximum(counts, 1)
+    time = np.arange(len(square))
+    for query in range(square.shape[1]):
+        seen = counts[:, query] > 0
+        square[:, query] = np.interp(time, time[seen], square[seen, query])
+    return np.sqrt(np.maximum.accumulate(square, axis=0))
 
 
 def for_queries(widening: Widening, fitted: xr.Dataset, runs: xr.Dataset) -> Widening:
@@ -80,7 +94,8 @@ def for_queries(widening: Widening, fitted: xr.Dataset, runs: xr.Dataset) -> Wid
     place = {str(name): at for at, name in enumerate(fitted["query"].values)}
     at = np.array([place.get(str(name), -1) for name in runs["query"].values])
     old = at >= 0
-    size = np.where(old, widening.size[at], np.sqrt(np.square(widening.size).mean()))
+    others = np.sqrt(np.square(widening.size).mean(axis=1, keepdims=True))
+    size = np.where(old, widening.size[:, at], others)
     loadings = np.where(old[:, None], widening.loadings[at], 0.0)
     features = [one.get("query_feature") for one in (fitted, runs)]
     if not old.all() and all(feature is not None for feature in features):
@@ -93,13 +108,24 @@ def for_queries(widening: Widening, fitted: xr.Dataset, runs: xr.Dataset) -> Wid
 def as_dataset(widening: Widening) -> xr.Dataset:
     """To be saved; ``from_dataset`` makes it again."""
     return xr.Dataset(
-        {"size": ("query", widening.size), "loadings": (("query", "factor"), widening.loadings)},
+        {
+            "size": (("time", "query"), widening.size),
+            "loadings": (("query", "factor"), widening.loadings),
+        },
         attrs={"rate": widening.rate, "positive": int(widening.positive)},
     )
 
 
-def from_dataset(saved: xr.Dataset) -> Widening:
-    """What ``as_dataset`` saved."""
+def from_dataset(
+    saved: xr.Dataset | None, runs: xr.Dataset, left_out: xr.Dataset | None
+) -> Widening:
+    """What ``as_dataset`` saved.
+
+    Files of earlier forms know none, or one without times; what else they hold tells as much as it
+    told the fit.
+    """
+    if saved is None or "time" not in saved["size"].dims:
+        return widening_of(runs, left_out)
     attrs = saved.attrs
     return Widening(
         float(attrs["rate"]),
@@ -120,21 +146,44 @@ def widened(
 
     Draws of runs that stay within what was recorded are returned as they are.
     """
-    far = np.maximum(distance - FREE, 0.0)
+    far = _far(distance)
     if not far.any() or loss.shape[1] < 2:
         return loss
     chains, draws, *_, queries = loss.shape
-    own_key, common_key = jax.random.split(key)
-    own = np.asarray(jax.random.normal(own_key, (chains, draws, queries)))
-    common = jax.random.normal(common_key, (chains, draws, widening.loadings.shape[1]))
-    error = own * own_sd(widening.loadings) + np.asarray(common) @ widening.loadings.T
-    error = (widening.rate * widening.size * error)[:, :, None, None]
+    keys = jax.random.split(key, 3)
+    shapes = (chains, draws, queries), (chains, draws, widening.loadings.shape[1]), (chains, draws)
+    own, common, amount = (
+        np.asarray(jax.random.normal(*each)) for each in zip(keys, shapes, strict=True)
+    )
+    error = own * own_sd(widening.loadings) + common @ widening.loadings.T
+    size = widening.size[_same_time(loss.shape[3], widening)]
     result = loss.copy()
     for run in np.flatnonzero(far.any(axis=1)):
-        linked = _linked(loss[:, :, run], widening.positive) + far[run][:, None] * error[:, :, 0]
+        linked = _linked(loss[:, :, run], widening.positive)
+        added = size * error[:, :, None] + _largest_move(linked) * amount[:, :, None, None]
+        linked = linked + widening.rate * far[run][:, None] * added
         moved = np.asarray(_loss_of(widening.link, jnp.asarray(linked)), loss.dtype)
         result[:, :, run] = np.where(far[run][:, None] > 0, moved, loss[:, :, run])
     return result
+
+
+def _far(distance: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    return np.log1p(np.maximum(distance - FREE, 0.0))
+
+
+def _same_time(times: int, widening: Widening) -> Int[np.ndarray, " time"]:
+    """Of each time the fitted runs' one; their last one for those after it."""
+    return np.minimum(np.arange(times), len(widening.size) - 1)
+
+
+def _largest_move(
+    linked: Float[np.ndarray, "*many time query"],
+) -> Float[np.ndarray, "*many time query"]:
+    """Of each trajectory the change from the start that is the largest so far, with its sign."""
+    change = linked - linked[..., :1, :]
+    down = np.minimum.accumulate(change, axis=-2)
+    up = np.maximum.accumulate(change, axis=-2)
+    return np.where(up > -down, up, down)
 
 
 def _linked(loss: Float[np.ndarray, "*shape"], positive: bool) -> Float[np.ndarray, "*shape"]:
@@ -145,7 +194,7 @@ def _linked(loss: Float[np.ndarray, "*shape"], positive: bool) -> Float[np.ndarr
 def _rate(
     runs: xr.Dataset,
     left_out: xr.Dataset | None,
-    size: Float[np.ndarray, " query"],
+    size: Float[np.ndarray, "time query"],
     positive: bool,
 ) -> float:
     """The most probable rate, by left-out runs that leave what the others did."""
@@ -153,6 +202,7 @@ def _rate(
         return BELIEVED
     times = left_out["time"].values
     truth = _linked(runs["loss"].sel(time=times).values, positive)
+    start = _linked(runs["loss"].sel(time=[0]).values, positive)
     predicted, low, high = (
         _linked(left_out[name].values, positive) for name in ("predicted", "low", "high")
     )
@@ -160,14 +210,16 @@ def _rate(
     for run in range(runs.sizes["run"]):
         others = runs.isel(run=np.arange(runs.sizes["run"]) != run)
         support = support_of(Recorded.of(others), others, runs.isel(run=[run]))
-        far = np.maximum(support.distance[0] - FREE, 0.0)[times]
+        far = _far(support.distance[0])[times]
         if not far.any():
             continue
         square = np.square(truth[run] - predicted[run])
         variance = np.square(sd_of_band(low[run], high[run]))
+        move = _largest_move(np.concatenate([start[run], predicted[run]]))[1:]
+        unit = far[:, None] * np.sqrt(np.square(size[times]) + np.square(move))
         known = np.isfinite(square) & np.isfinite(variance)
         for at, rate in enumerate(RATES):
-            whole = variance + np.square(rate * size * far[:, None])
+            whole = variance + np.square(rate * unit)
             density = -0.5 * (np.log(whole) + square / whole)
             log_posterior[at] += RUN_COUNTS_AS * density.mean(where=known)
     return float(RATES[log_posterior.argmax()])
