@@ -84,7 +84,7 @@ def linked(loss):
 @pytest.fixture(scope="module")
 def case():
     """Exact draws of the coefficients at one value of everything else, and what they are of."""
-    rng, draws = np.random.default_rng(1), 25 * SCENARIOS
+    rng, draws = np.random.default_rng(1), 50 * SCENARIOS
     fitted = fitted_arrays(rng)
     with double_precision():
         hypers = hypers_of(MODEL, fitted.features)
@@ -175,8 +175,8 @@ def test_draws_have_the_posterior_of_the_gaussian_form_in_each_scenario(case):
             low, high = stats.chi2(column.size).interval(1 - FALSE_ALARM / 8)
             square = (column**2).sum()
             assert low < square < high
-            # Draws half as wide again, or as narrow, would be seen.
-            assert 1.5**2 * square > high and square / 1.5**2 < low
+            # Draws a third wider or narrower would be seen.
+            assert (4 / 3) ** 2 * square > high and square / (4 / 3) ** 2 < low
     # Residuals of another scenario would not do: the scenarios differ by more than draws hide.
     assert np.ptp([of_run[0, -1] / size for of_run, _ in planned_designs], axis=0).max() > 0.01
 
