@@ -29,8 +29,7 @@ from bayes_simfluence.gaussian.queries import Shares, correlation, loadings_with
 
 FACTORS = (1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.3, 4.0, 5.0, 7.0, 10.0, 15.0, 25.0)
 DOUBT = 1.0
-"""Standard errors that are left to the factor for queries: a mean over queries is one number a run,
-and they are few."""
+"""Standard errors over runs by which a factor has to do: the fewer runs, the wider bands."""
 HALVES = 4
 """Random halves of the queries that are observed in turn, in each left-out run."""
 BEGINNINGS = (0.25, 0.5, 0.75)
@@ -110,24 +109,28 @@ def learned_trust(
             of_run = error[rows], covariance[np.ix_(rows, rows)], of_queries
             by_queries.append(_squares_of_queries(*of_run))
             by_times.append(_squares_of_times(*of_run[:2], progress[rows]))
-    return Trust(_least(by_queries, DOUBT), _least(by_times, 0.0))
+    return Trust(_least(by_queries), _least(by_times))
 
 
-def _least(squares: list[Float[np.ndarray, "part candidate_or_nothing"]], doubt: float) -> float:
-    """The least factor that does in all parts, from mean squares of each run.
-
-    Args:
-        squares: of each run; NaN where it has no such part.
-        doubt: standard errors of the mean over runs by which it has to do.
-    """
+def _least(squares: list[Float[np.ndarray, "part candidate_or_nothing"]]) -> float:
+    """The least factor that does in all parts, from mean squares of each run; NaN: no such part."""
     of_runs = np.array(squares)
-    seen = np.isfinite(of_runs)
+    given, nothing = of_runs[:, :, :-1], of_runs[:, :, -1:]
+    # At most one, or no more than when nothing is given.
+    enough = (_at_most(given) <= 1.0) | (_at_most(given - nothing) <= 0.0)
+    does = enough.all(axis=0)
+    return FACTORS[int(does.argmax())] if does.any() else FACTORS[-1]
+
+
+def _at_most(
+    values: Float[np.ndarray, "run part candidate"],
+) -> Float[np.ndarray, "part candidate"]:
+    """Means over runs, and as many standard errors; zero where no run has such a part."""
+    seen = np.isfinite(values)
     counts = np.maximum(seen.sum(axis=0), 1)
-    mean = np.where(seen, of_runs, 0.0).sum(axis=0) / counts
-    variance = np.where(seen, np.square(of_runs - mean), 0.0).sum(axis=0) / counts
-    most = mean + doubt * np.sqrt(variance / counts)
-    enough = (most[:, :-1] <= np.maximum(1.0, mean[:, -1:])).all(axis=0)
-    return FACTORS[int(enough.argmax())] if enough.any() else FACTORS[-1]
+    mean = np.where(seen, values, 0.0).sum(axis=0) / counts
+    variance = np.where(seen, np.square(values - mean), 0.0).sum(axis=0) / counts
+    return np.asarray(mean + DOUBT * np.sqrt(variance / counts))
 
 
 def _kept(factor: float, left: Float[np.ndarray, "*point"]) -> Float[np.ndarray, "*point"]:
