@@ -16,7 +16,7 @@ import xarray as xr
 import zarr
 from jaxtyping import Float, Int8
 
-from bayes_simfluence.checks import Misuse, WorkFailed, choice_of
+from bayes_simfluence.checks import Misuse, WorkFailed, choice_of, shorten
 from bayes_simfluence.conventions import (
     KIND,
     OF_TRAINING,
