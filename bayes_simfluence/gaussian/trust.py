@@ -153,11 +153,11 @@ def _squares_of_queries(
     covariance: Float[np.ndarray, "row row"],
     of_queries: Float[np.ndarray, "query query"],
 ) -> Float[np.ndarray, "one candidate_or_nothing"]:
-    """Of a run given half of its queries at all times, by which others are known from the same."""
+    """Of a run given half of its queries at all times; NaN where there are no two, or no time."""
     z = error / np.sqrt(np.diagonal(covariance))[:, None]
     count, total = z.shape[1], np.zeros((1, len(FACTORS) + 1))
-    if count < 2:
-        return total
+    if count < 2 or not len(z):
+        return np.full(total.shape, np.nan)
     for order in np.random.default_rng(0).permuted(np.tile(np.arange(count), (HALVES, 1)), axis=1):
         seen, other = order[: count // 2], order[count // 2 :]
         across = of_queries[np.ix_(seen, other)]
