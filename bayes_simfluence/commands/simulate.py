@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bayes_simfluence.checks import Misuse, choice_of
+from bayes_simfluence.checks import Misuse, choice_of, named
 from bayes_simfluence.commands.options import (
     Draws,
     Figure,
@@ -58,6 +58,14 @@ def simulate(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse runs that leave what the fitted runs did.")
     ] = False,
+    observed: Annotated[
+        Path | None,
+        typer.Option(
+            help="Losses of these runs that are known: a recording, or loss (run, time, query) "
+            "alone (.zarr or .nc), such as those of some queries or of the first times, NaN where "
+            "nothing is known. The rest is simulated given them."
+        ),
+    ] = None,
     figure: Figure = None,
     draws: Draws = 200,
     seed: Seed = 0,
@@ -66,6 +74,7 @@ def simulate(
 ) -> None:
     """Simulate recorded curricula, as they are or with examples left out."""
     new_files(out, figure, overwrite=overwrite)
+    _check_observed(observed, drop)
     _check_band(band, probability, simultaneous, calibration, calibration_select)
 
     import jax
@@ -77,17 +86,27 @@ def simulate(
 
     chosen = _band_of(band, probability, simultaneous, calibration, calibration_select)
     fitted = load_posterior(posterior)
-    recorded = selected(opened(runs), select, "--select")
+    everything = opened(runs)
+    recorded = selected(everything, select, "--select")
+    known = None if observed is None else _observed_of(observed, everything, recorded)
     ids = [name.strip() for name in drop.split(",") if name.strip()]
     planned = edits.edit_runs(recorded, edits.drop, ids) if ids else recorded
     with progress_of(quiet).work("simulate", 1) as meter:
         simulated = fitted.simulate(
-            planned, key=jax.random.key(seed), draws=draws, band=chosen, strict=strict
+            planned,
+            key=jax.random.key(seed),
+            draws=draws,
+            band=chosen,
+            strict=strict,
+            observed=known,
         )
         meter.advance()
     with atomically(out) as partial:
         write_groups(partial, {"/": simulated})
     print(f"{planned.sizes['run']} runs x {simulated.sizes['draw']} draws in {out}")
+    if known is not None:
+        given = known.notnull().sum(("time", "query"))
+        print(f"given {int(given.sum())} losses of {int((given > 0).sum())} runs in {observed}")
     print(_supported(simulated["support"]))
     if chosen is not None:
         print(_sentence_of(simulated["low"].attrs))
@@ -123,6 +142,29 @@ def _check_band(
             expected="a file of runs",
             do="pass --calibration RUNS",
         )
+
+
+def _check_observed(observed: Path | None, drop: str) -> None:
+    if observed is not None and drop:
+        raise Misuse(
+            "--observed",
+            got="--drop, which makes other runs than those that were observed",
+            expected="runs as they are recorded",
+            do="leave one of the two out, or simulate the runs together with edited ones in Python",
+        )
+
+
+def _observed_of(path: Path, recorded: Any, planned: Any) -> Any:
+    """Losses of the planned runs among those in the file, all of which are recorded runs'."""
+    from bayes_simfluence.data.store import open_losses
+
+    losses = open_losses(path)
+    if "run" not in losses.indexes:
+        return losses  # Posterior.simulate says what is wrong with them.
+    named(f"--observed {path}: run", losses["run"].values, recorded["run"].values)
+    wanted = set(planned["run"].values.astype(str))
+    runs = losses["run"].values.astype(str)
+    return losses.isel(run=[place for place, run in enumerate(runs) if run in wanted])
 
 
 def _band_of(

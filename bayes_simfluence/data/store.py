@@ -16,7 +16,7 @@ import xarray as xr
 import zarr
 from jaxtyping import Float, Int8
 
-from bayes_simfluence.checks import Misuse, WorkFailed, choice_of
+from bayes_simfluence.checks import Misuse, WorkFailed, choice_of, shorten
 from bayes_simfluence.conventions import (
     KIND,
     OF_TRAINING,
@@ -140,26 +140,34 @@ def open_runs(path: PathLike) -> xr.Dataset:
 
 def open_store(path: PathLike) -> xr.Dataset:
     """All runs of a store, also those not recorded yet (status 0, losses NaN)."""
-    path = Path(path)
-    if not path.exists():
-        aside = old_path(path)
+    return validate_runs(_opened(Path(path), "recorded runs"))
+
+
+def open_losses(path: PathLike) -> xr.DataArray:
+    """The losses in a Zarr store or netCDF file: of runs, also unfinished ones, or losses alone.
+
+    For ``Posterior.simulate(observed=...)``, which checks them.
+
+    Raises:
+        Misuse: nothing there, something that cannot be read, or no variable ``loss`` in it.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> seen = example_runs()["loss"].isel(query=[0, 3], time=slice(0, 40))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = seen.to_netcdf(Path(folder) / "seen.nc", engine="h5netcdf")
+    ...     open_losses(Path(folder) / "seen.nc").shape
+    (32, 40, 2)
+    """
+    found = _opened(Path(path), "losses")
+    if "loss" not in found:
         raise Misuse(
             str(path),
-            got="nothing there",
-            expected="a store of recorded runs",
-            do=f"rename {aside} back to it, a replacement was interrupted"
-            if aside.exists()
-            else "check the path, or record runs into it",
+            got=f"no variable loss among {shorten(found.variables)}",
+            expected="losses in nats, loss (run, time, query), with these ids as coordinates",
+            do="write it with runs['loss'].to_netcdf(path, engine='h5netcdf'), or pass a recording",
         )
-    with readable(
-        path,
-        Exception,
-        got="a file or folder",
-        expected="a Zarr v3 store or netCDF file of recorded runs",
-        do="record again or restore the store from a copy",
-    ):
-        runs = _read(path)
-    return validate_runs(runs)
+    return found["loss"]
 
 
 def export_netcdf(runs: xr.Dataset, path: PathLike, *, overwrite: bool = False) -> Path:
@@ -285,6 +293,27 @@ def stored_statuses(path: PathLike) -> Int8[np.ndarray, " run"]:
 def _said_or_empty(runs: xr.Dataset) -> xr.Dataset:
     """``runs`` with a kind of each curriculum, an empty text where none was said."""
     return runs if KIND in runs.coords else with_kinds(runs, [""] * runs.sizes["run"])
+
+
+def _opened(path: Path, what: str) -> xr.Dataset:
+    if not path.exists():
+        aside = old_path(path)
+        raise Misuse(
+            str(path),
+            got="nothing there",
+            expected=f"a store of {what}",
+            do=f"rename {aside} back to it, a replacement was interrupted"
+            if aside.exists()
+            else "check the path, or record runs into it",
+        )
+    with readable(
+        path,
+        Exception,
+        got="a file or folder",
+        expected=f"a Zarr v3 store or netCDF file of {what}",
+        do="record again or restore the store from a copy",
+    ):
+        return _read(path)
 
 
 def _read(path: Path) -> xr.Dataset:

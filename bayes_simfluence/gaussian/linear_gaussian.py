@@ -61,10 +61,14 @@ class LeftOut(NamedTuple):
     Attributes:
         error: true minus predicted; zero where not recorded.
         variance: of the error, up to the query's scale squared; one where not recorded.
+        precision: ``Q``, by which any runs can be left out (``gaussian.nested``).
+        pulled: ``Q y``.
     """
 
     error: Float[Array, "run row query"]
     variance: Float[Array, "run row"]
+    precision: Float[Array, "point point"]
+    pulled: Float[Array, "run row query"]
 
 
 class LeftOutScores(NamedTuple):
@@ -135,7 +139,7 @@ class LinearGaussian(NamedTuple):
 
     def left_out_scores(self, change: Float[Array, "run row query"]) -> LeftOutScores:
         """Mean log densities of left-out runs per point; otherwise as ``evidence_score``."""
-        blocks, pulled = self._blocks(change)
+        blocks, pulled, _ = self._blocks(change)
 
         def of_run(block: Array, pull: Array) -> tuple[Array, Array, Array]:
             inverse, log_determinant = spd_inverse(block)
@@ -155,26 +159,28 @@ class LinearGaussian(NamedTuple):
         misses by ``Q_rr^-1 a_r`` with covariance ``Q_rr^-1`` (Rasmussen & Williams 2006, section
         5.4.2, in blocks), times the query's scale squared.
         """
-        blocks, pulled = self._blocks(change)
+        blocks, pulled, precision = self._blocks(change)
 
         def of_run(block: Array, pull: Array) -> tuple[Array, Array]:
             inverse, _ = spd_inverse(block)
             return inverse @ pull, jnp.diagonal(inverse)
 
-        return LeftOut(*jax.vmap(of_run)(blocks, pulled))
+        return LeftOut(*jax.vmap(of_run)(blocks, pulled), precision, pulled)
 
     def _points(self, change: Float[Array, "run row query"]) -> Float[Array, "point query"]:
         return jnp.where(self.known[..., None], change, 0.0).reshape(-1, change.shape[2])
 
     def _blocks(
         self, change: Float[Array, "run row query"]
-    ) -> tuple[Float[Array, "run row row"], Float[Array, "run row query"]]:
-        """Each run's block of ``Q``, and its part of ``Q y``."""
+    ) -> tuple[
+        Float[Array, "run row row"], Float[Array, "run row query"], Float[Array, "point point"]
+    ]:
+        """Each run's block of ``Q``, its part of ``Q y``, and ``Q``."""
         runs, rows, _ = change.shape
         inverse, _ = spd_inverse(self.covariance())
         grid = inverse.reshape(runs, rows, runs, rows)
         blocks = jnp.stack([grid[run, :, run] for run in range(runs)])
-        return blocks, (inverse @ self._points(change)).reshape(change.shape)
+        return blocks, (inverse @ self._points(change)).reshape(change.shape), inverse
 
 
 def _log_scale(squared: Float[Array, " query"]) -> Float[Array, ""]:

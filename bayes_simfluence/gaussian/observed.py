@@ -88,26 +88,35 @@ class Observed(NamedTuple):
         return points[..., self.run[self.point], self.step[self.point], self.query]
 
     def moves(
-        self, drawn: Float[np.ndarray, "draw run step query"]
+        self,
+        drawn: Float[np.ndarray, "draw run step query"],
+        trust: Float[np.ndarray, "run step query"],
     ) -> tuple[Float[np.ndarray, "draw run step query"], Float[np.ndarray, "draw run step query"]]:
         """What draws of all deviations lack, in units of each query's spread.
+
+        Args:
+            drawn: deviations with runs' errors.
+            trust: factor on the covariance of each point with what was observed, one at that
+                (``gaussian.trust``).
 
         Returns:
             To be added to deviations by the coefficients alone, and to those with runs' errors.
         """
         before, point = self.before, self.point
-        missing = (self.value - self.among(drawn)).T
-        grid = np.zeros((len(self.run), len(before.correlation), len(drawn)))
-        grid[point, self.query] = cho_solve((self.factor, True), missing, check_finite=False)
+        # The last column is what was observed, the others what draws have there.
+        known = np.concatenate([self.among(drawn), self.value[None]]).T
+        grid = np.zeros((len(self.run), len(before.correlation), known.shape[1]))
+        grid[point, self.query] = cho_solve((self.factor, True), known, check_finite=False)
         pulls = np.einsum("pkd,kq->pdq", grid, before.correlation, optimize=True)
         designs = before.designs[self.run, self.step]
         mean, whole = np.empty(drawn.shape), np.empty(drawn.shape)
         for run, of_run in enumerate(before.designs):
             across = before.of_coefficients(of_run, designs)
-            mean[:, run] = np.moveaxis(np.tensordot(across, pulls, axes=1), 0, 1)
             own = self.run == run
+            of_mean = np.tensordot(across, pulls, axes=1)
             error = np.tensordot(before.error[:, self.step[own]], pulls[own], axes=1)
-            whole[:, run] = mean[:, run] + np.moveaxis(error, 0, 1)
+            mean[:, run] = _moved(of_mean, trust[run])
+            whole[:, run] = _moved(of_mean + error, trust[run])
         return mean, whole
 
     def log_density(self, df: float) -> float:
@@ -117,3 +126,15 @@ class Observed(NamedTuple):
         volume = np.log(np.diagonal(self.factor)).sum() + 0.5 * count * np.log(df * np.pi)
         tails = 0.5 * (df + count) * np.log1p(white @ white / df)
         return float(gammaln(0.5 * (df + count)) - gammaln(0.5 * df) - volume - tails)
+
+
+def _moved(
+    told: Float[np.ndarray, "step column query"], trust: Float[np.ndarray, "step query"]
+) -> Float[np.ndarray, "draw step query"]:
+    """Moves of a run's draws from what their own values tell, and in the last column the true ones.
+
+    A draw ``u`` becomes ``u - G u_o + sqrt(1 - rho^2) G u_o + rho G z``: its first difference is
+    independent of ``u_o``.
+    """
+    told = np.moveaxis(told, 1, 0)
+    return trust * told[-1] - (1.0 - np.sqrt(1.0 - np.square(trust))) * told[:-1]

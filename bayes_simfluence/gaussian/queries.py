@@ -11,6 +11,7 @@ runs are most likely.
 """
 
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -26,6 +27,13 @@ OWN = 0.02
 """Least variance that is a query's own."""
 RIDGE = 0.1
 """Added to the features' kernel where loadings are carried to queries that were not recorded."""
+
+
+class Shares(NamedTuple):
+    """Of a correlation: of the sample's, and of what features say."""
+
+    sample: float
+    features: float
 
 
 def query_loadings(
@@ -46,13 +54,25 @@ def query_loadings(
     >>> bool((loadings @ loadings.T > 0.9).all())
     True
     """
+    return loadings_with(chosen_shares(z, known, features), z, known, features)
+
+
+def chosen_shares(
+    z: Float[np.ndarray, "run row query"],
+    known: Bool[np.ndarray, "run row"],
+    features: Float[np.ndarray, "query feature"],
+) -> Shares | None:
+    """The shares under which left-out runs are most likely; None where nothing can be learned.
+
+    Arguments as for ``query_loadings``.
+    """
     groups = [z[run][known[run]] for run in np.flatnonzero(known.any(axis=1))]
     if z.shape[2] < 2 or len(groups) < 3:
-        return np.zeros((z.shape[2], 0))
+        return None
     directions = _unit_rows(features)
     folds = [range(first, len(groups), FOLDS) for first in range(min(FOLDS, len(groups)))]
     shares = [
-        (sample, (1.0 - sample) * of_rest)
+        Shares(sample, (1.0 - sample) * of_rest)
         for sample, of_rest in product(SAMPLE_SHARES, FEATURE_SHARES)
         if directions.any() or not of_rest
     ]
@@ -64,8 +84,19 @@ def query_loadings(
             _log_density(left_out, _loadings(_standardized(kept), directions, *both))
             for both in shares
         ]
-    best = shares[int(scores.argmax())]
-    return _loadings(_standardized(np.concatenate(groups)), directions, *best)
+    return shares[int(scores.argmax())]
+
+
+def loadings_with(
+    shares: Shares | None,
+    z: Float[np.ndarray, "run row query"],
+    known: Bool[np.ndarray, "run row"],
+    features: Float[np.ndarray, "query feature"],
+) -> Float[np.ndarray, "query factor"]:
+    """Loadings with given shares; other arguments as for ``query_loadings``."""
+    if shares is None:
+        return np.zeros((z.shape[2], 0))
+    return _loadings(_standardized(z[known]), _unit_rows(features), *shares)
 
 
 def carried_loadings(

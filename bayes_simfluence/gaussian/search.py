@@ -14,8 +14,10 @@ from scipy.stats import t as student_t
 from bayes_simfluence.gaussian.designs import assembled, linked_change
 from bayes_simfluence.gaussian.fitted import conditioned_weights
 from bayes_simfluence.gaussian.linear_gaussian import LeftOut, LinearGaussian
-from bayes_simfluence.gaussian.queries import query_loadings
+from bayes_simfluence.gaussian.nested import groups_apart
+from bayes_simfluence.gaussian.queries import chosen_shares, loadings_with
 from bayes_simfluence.gaussian.rollout import left_out_residuals
+from bayes_simfluence.gaussian.trust import Trust, learned_trust
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.hyper import log_prior, natural_values, start
@@ -56,6 +58,7 @@ class Band(NamedTuple):
             spread evenly over training.
         df: degrees of freedom of the scales.
         loadings: of queries on the factors that their errors have in common.
+        trust: in what observed losses of a run tell of its others.
         predicted: medians of left-out runs, nats, at the fitted times; NaN where not recorded.
         low, high: their 90% band after variance inflation.
         raw_coverage: share of points in the 90% band without it.
@@ -65,6 +68,7 @@ class Band(NamedTuple):
     log_inflation: Float[np.ndarray, " knot"]
     df: float
     loadings: Float[np.ndarray, "query factor"]
+    trust: Trust
     predicted: Float[np.ndarray, "run row query"]
     low: Float[np.ndarray, "run row query"]
     high: Float[np.ndarray, "run row query"]
@@ -242,7 +246,7 @@ def _left_out_simulated(
 
     designs = other.gaussian.designs
     error = jax.vmap(of_run)(designs, other.mean, gain, change, left_out.error)
-    return LeftOut(error, left_out.variance)
+    return left_out._replace(error=error)
 
 
 def band_of(
@@ -264,7 +268,7 @@ def band_of(
     counted = known[..., None]
     with double_precision():
         at = (model, jnp.asarray(free), runs, jnp.asarray(rows))
-        left_out = _left_out(*at)
+        left_out = recorded = _left_out(*at)
         if runs.residual is not None:
             _, size = conditioned_weights(*at, knots=model.coefficients.count(1.0))
             of_example = typical(_scales(left_out, counted))
@@ -279,7 +283,12 @@ def band_of(
     by_time = np.log(np.square(z).mean(axis=(0, 2), where=counted) + 1e-12)
     lines, log_inflation = _log_inflation(progress, by_time, known.sum(axis=0))
     df = float(max(known.any(axis=1).sum() - 1, 3))
-    sd = scale * np.sqrt(variance * np.exp(lines @ log_inflation)[None, :, None])
+    inflation = np.exp(0.5 * lines @ log_inflation)
+    sd = scale * np.sqrt(variance) * inflation[None, :, None]
+    features = np.asarray(model.prior.alike(runs.features).query)
+    shares = chosen_shares(z, known, features)
+    # What simulated residuals add is taken as found with all other runs.
+    groups = groups_apart(recorded, known, error - np.asarray(recorded.error))
     quantile = student_t.ppf(0.95, df)
 
     def nats(value: np.ndarray) -> np.ndarray:
@@ -289,7 +298,8 @@ def band_of(
         scale=scale,
         log_inflation=log_inflation,
         df=df,
-        loadings=query_loadings(z, known, np.asarray(model.prior.alike(runs.features).query)),
+        loadings=loadings_with(shares, z, known, features),
+        trust=learned_trust(groups, shares, known, features, inflation, progress),
         predicted=nats(truth - error),
         low=nats(truth - error - quantile * sd),
         high=nats(truth - error + quantile * sd),

@@ -139,6 +139,7 @@ def fitted_gaussian(
         log_inflation=band.log_inflation,
         df=band.df,
         loadings=band.loadings,
+        trust=band.trust,
     )
     left_out = LeftOutRuns(rows + 1, band.predicted, band.low, band.high)
     return Fitted(simulator, _verdict(runs, rows, searched, band, simulator), left_out)

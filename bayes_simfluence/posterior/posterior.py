@@ -130,8 +130,8 @@ class Posterior:
                 queries by id, ``(run, time, query)`` and NaN where not observed. The draws that
                 there would be without are conditioned on them: ``loss`` equals them where observed;
                 other queries and times of a run, earlier ones too, and the coefficients by which
-                all runs of the call are simulated, shift and narrow by their covariance. Taken as
-                exact and the model as right: bands can come out too narrow (docs/models.md).
+                all runs of the call are simulated, shift and narrow by their covariance, as far
+                as left-out runs say that it holds (docs/models.md). Taken as exact.
                 Not weighted by what was observed: draws' scales and, where examples are coupled,
                 the scenarios of residuals; the shares of a ``Stack``'s members are. What distance
                 adds (``widening``) comes after, in full wherever nothing was observed.

@@ -36,6 +36,7 @@ from bayes_simfluence.gaussian.observed import Deviations, Observed
 from bayes_simfluence.gaussian.queries import carried_loadings, correlation, own_sd
 from bayes_simfluence.gaussian.rollout import OF_STATES, SCENARIOS, drawn_residuals
 from bayes_simfluence.gaussian.search import interpolated_inflation, typical
+from bayes_simfluence.gaussian.trust import AS_MODELLED, Trust
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
 from bayes_simfluence.model.hyper import natural_values
@@ -63,6 +64,7 @@ class GaussianSimulator(Simulator):
         df: degrees of freedom of the scales' posterior; the band is Student-t with them.
         loadings: of the queries on common factors, by which their errors depend on one another
             (``gaussian.queries``); without columns they are independent.
+        trust: how far observed losses of a run tell of its others (``gaussian.trust``).
         unseen: features of queries that were never recorded, which this simulates then instead of
             the fitted ones (``posterior.unseen``).
     """
@@ -77,6 +79,7 @@ class GaussianSimulator(Simulator):
     log_inflation: Float[np.ndarray, " knot"]
     df: float
     loadings: Float[np.ndarray, "query factor"]
+    trust: Trust = AS_MODELLED
     unseen: ExampleFeatures | None = None
 
     @property
@@ -140,7 +143,8 @@ class GaussianSimulator(Simulator):
     def simulate_observed(self, runs: RunArrays, *, key: jax.Array, draws: int) -> Simulated:
         """The draws of ``simulate``, each given what ``runs`` have of losses after time 0.
 
-        Exact for the model at a draw's scale and, where examples are coupled, at its scenario of
+        As far as left-out runs trust it (``gaussian.trust``), else exact for the model at a draw's
+        scale and, where examples are coupled, at its scenario of
         their residuals: neither scales nor scenarios are weighted by how likely they make what was
         observed.
         """
@@ -153,7 +157,8 @@ class GaussianSimulator(Simulator):
         for at in np.unique(scenario):
             own = scenario == at
             observed = self._observed(posterior, planned[at], runs)
-            of_mean, of_whole = observed.moves(whole[own] / spread)
+            trust = self.trust.at(observed.before, runs.known)
+            of_mean, of_whole = observed.moves(whole[own] / spread, trust)
             mean[own] += of_mean * spread
             whole[own] += of_whole * spread
         return self._in_nats(runs, planned, (np.moveaxis(mean, -1, 0), np.moveaxis(whole, -1, 0)))
@@ -413,6 +418,7 @@ class GaussianSimulator(Simulator):
             "scale": (("query",), self.scale),
             "log_inflation": (("knot",), self.log_inflation),
             "loadings": (("query", "factor"), self.loadings),
+            "trust": (("of_trust",), np.array(self.trust)),
             "batch": (BATCH, fitted.batch),
             "weight": (BATCH, fitted.weight),
             "step_size": (("run", "step"), np.asarray(fitted.step_size)),
@@ -459,6 +465,8 @@ class GaussianSimulator(Simulator):
             df=settings["df" if "df" in settings else "freedom"],
             # Queries were independent in version 0.1.
             loadings=arrays.get("loadings", np.zeros((len(arrays["scale"]), 0))),
+            # Nor was what is observed trusted less than the model says, at first.
+            trust=Trust(*map(float, arrays.get("trust", AS_MODELLED))),
         )
 
 

@@ -126,6 +126,8 @@ ROWS = {
         "linear_gaussian",
         "observed",
         "queries",
+        "nested",
+        "trust",
         "draws",
         "designs",
         "fitted",

@@ -1,6 +1,8 @@
-"""Observing half of the queries of new runs: the others are known better, and their bands hold.
+"""Some losses of new runs are known: the others are known better, and their bands hold.
 
-``-s`` prints the figures.
+The table of ``docs/models.md`` is what ``-s`` prints. The rule by which observed losses are trusted
+was settled on SST-2 and COPA, and looked at once more (its standard errors) after TREC and LoRA;
+those with IA3 had no part in it.
 """
 
 from dataclasses import replace
@@ -10,40 +12,79 @@ import numpy as np
 import pytest
 
 import bayes_simfluence as bs
+from bayes_simfluence.gaussian.trust import AS_MODELLED
 
 pytestmark = pytest.mark.statistical
-FITTED, NEW = 14, 6
+NEW, EVERY = 6, 12
+ENOUGH = 0.84
+"""Of six runs: at a cover of .9 that varies by .05 from run to run, 3 sd below."""
+RECORDINGS = [
+    ("copa", 14),
+    ("sst2", 14),
+    ("sst2", 25),
+    ("trec", 14),
+    ("trec", 25),
+    ("sst2-lora", 14),
+    ("trec-ia3", 14),
+    ("copa-ia3", 14),
+]
 
 
-def judged(posterior, held_out, observed, query):
-    """MSE, mean width and cover of the 90% band of some queries after time 0."""
-    simulated = posterior.simulate(held_out, key=jax.random.key(1), observed=observed)
-    drawn = simulated["loss"].values[0][:, :, 1:, query]
-    truth = held_out["loss"].values[:, 1:, query]
+def judged(posterior, held_out, observed, query, times):
+    """MSE and width, cover of the 90% band of each query and of their mean."""
+    simulated = posterior.simulate(held_out, key=jax.random.key(1), draws=100, observed=observed)
+    drawn = simulated["loss"].values[0][:, :, times][..., query]
+    truth = held_out["loss"].values[:, times][..., query]
+
+    def inside(drawn, truth):
+        low, high = np.quantile(drawn, [0.05, 0.95], axis=0)
+        return ((truth >= low) & (truth <= high)).mean()
+
     low, middle, high = np.quantile(drawn, [0.05, 0.5, 0.95], axis=0)
-    inside = (truth >= low) & (truth <= high)
-    return np.square(middle - truth).mean(), (high - low).mean(), inside.mean()
-
-
-def test_half_of_the_queries_tell_of_the_others():
-    """Six runs: at a cover of .9 that varies by .05 from run to run, .85 is 2.5 sd below."""
-    runs = bs.example_runs("trec").isel(run=slice(0, FITTED + NEW))
-    fitted, held_out = runs.isel(run=slice(0, FITTED)), runs.isel(run=slice(FITTED, None))
-    posterior = bs.fit(fitted, method=bs.Exact(times=8), key=jax.random.key(0))
-    loadings = np.zeros((runs.sizes["query"], 0))
-    independent = replace(posterior, simulator=replace(posterior.simulator, loadings=loadings))
-    others = np.arange(1, runs.sizes["query"], 2)
-    seen = held_out["loss"].isel(query=slice(None, None, 2), time=slice(None, None, 12))
-    rows = {
-        (name, observed is not None): judged(one, held_out, observed, others)
-        for name, one in (("dependent", posterior), ("independent", independent))
-        for observed in (None, seen)
+    return {
+        "mse": np.square(middle - truth).mean(),
+        "width": (high - low).mean(),
+        "single": inside(drawn, truth),
+        "mean": inside(drawn.mean(axis=-1), truth.mean(axis=-1)),
     }
-    for label, row in rows.items():
-        print(f"\n{label}: mse {row[0]:.5f}, width {row[1]:.4f}, cover {row[2]:.3f}")
-    before, given = (rows["dependent", observed] for observed in (False, True))
-    assert given[0] < 0.8 * before[0]
-    assert given[1] < 0.85 * before[1]
-    assert given[2] > 0.85
-    # Where queries depend on nothing in common, one says nothing of another.
-    np.testing.assert_allclose(rows["independent", True], rows["independent", False], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("recording", "fitted"), RECORDINGS)
+def test_bands_of_what_was_not_observed_hold(recording, fitted):
+    runs = bs.example_runs(recording).isel(run=slice(0, fitted + NEW))
+    held_out = runs.isel(run=slice(fitted, None))
+    posterior = bs.fit(
+        runs.isel(run=slice(0, fitted)), method=bs.Exact(times=8), key=jax.random.key(0)
+    )
+    trusting = replace(posterior, simulator=replace(posterior.simulator, trust=AS_MODELLED))
+    half, queries = held_out.sizes["time"] // 2, np.arange(held_out.sizes["query"])
+    loss = held_out["loss"]
+    cases = {
+        "half of the queries": (
+            loss.isel(query=queries[::2], time=slice(None, None, EVERY)),
+            queries[1::2],
+            slice(1, None),
+        ),
+        "first half": (loss.isel(time=slice(0, half + 1, EVERY)), queries, slice(half + 1, None)),
+    }
+    narrowest = 1.0
+    for name, (seen, *others) in cases.items():
+        before = judged(posterior, held_out, None, *others)
+        modelled = judged(trusting, held_out, seen, *others)
+        given = judged(posterior, held_out, seen, *others)
+        rows = (before, modelled, given)
+        covers = (
+            " -> ".join(f"{row[what]:.2f}" for row in rows).replace("0.", ".")
+            for what in ("single", "mean")
+        )
+        ratio = given["mse"] / before["mse"]
+        print(f"\n| {recording}, {fitted} | {name} | {ratio:.2f} | {' | '.join(covers)} |")
+        assert ratio < 0.9
+        assert given["width"] < 0.95 * before["width"]
+        assert given["single"] > ENOUGH
+        # The mean is one number a run: where it is missed before, six runs tell no more.
+        assert given["mean"] > min(ENOUGH, before["mean"] - 0.1)
+        assert modelled["width"] < 0.95 * given["width"]
+        narrowest = min(narrowest, modelled["single"], modelled["mean"])
+    # As the model says, bands are too narrow.
+    assert narrowest < ENOUGH

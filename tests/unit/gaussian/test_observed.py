@@ -13,6 +13,8 @@ from bayes_simfluence.gaussian.queries import correlation, own_sd
 RUNS, STEPS, WEIGHTS, QUERIES = 2, 3, 4, 3
 LOADINGS = np.array([[0.9, 0.0], [0.7, 0.5], [0.0, 0.0]])
 """The third query depends on no other."""
+EXACT = np.ones((RUNS, STEPS, QUERIES))
+"""What is observed tells of all points what the model says."""
 DRAWS = 20_000
 FALSE_ALARM = 5.5
 """Monte Carlo errors are refused beyond this many standard errors: 4e-8 for each number."""
@@ -50,15 +52,23 @@ def joint(before):
     return [np.kron(one, before.correlation) for one in (mean, whole)]
 
 
-def conditional(before, value):
-    """Means and covariances of all deviations given the values (Bishop 2006, eqs. 2.81, 2.82)."""
+def conditional(before, value, trust=EXACT):
+    """Means and covariances of all deviations given the values (Bishop 2006, eqs. 2.81, 2.82).
+
+    Where a point is trusted less to go with the values, its covariance with them is so much less;
+    what all such points then do not owe to the values they have in common.
+    """
     mean, whole = joint(before)
     flat = value.reshape(-1)
-    seen = np.isfinite(flat)
+    seen, share = np.isfinite(flat), trust.reshape(-1)
     inside = np.linalg.inv(whole[np.ix_(seen, seen)])
+    rest = np.sqrt(1.0 - share**2)
     # What is observed has errors, so coefficients go with it by their own covariance.
     return [
-        (one[:, seen] @ inside @ flat[seen], one - one[:, seen] @ inside @ one[seen])
+        (
+            share * (one[:, seen] @ inside @ flat[seen]),
+            one - (1.0 - np.outer(rest, rest)) * (one[:, seen] @ inside @ one[seen]),
+        )
         for one in (mean, whole)
     ]
 
@@ -93,7 +103,7 @@ def same_moments(drawn, mean, covariance):
 @pytest.mark.optimized
 def test_moved_draws_are_those_of_the_conditional_normal(key, before, value):
     mean, whole = draws_of(before, key)
-    moves = Observed.of(before, value).moves(whole)
+    moves = Observed.of(before, value).moves(whole, EXACT)
     found = [drawn + move for drawn, move in zip((mean, whole), moves, strict=True)]
     for drawn, truth in zip(found, conditional(before, value), strict=True):
         same_moments(drawn, *truth)
@@ -101,22 +111,39 @@ def test_moved_draws_are_those_of_the_conditional_normal(key, before, value):
     np.testing.assert_allclose(found[1][:, seen], np.tile(value[seen], (DRAWS, 1)), atol=1e-6)
     # A check that takes the draws before, or one that leaves their dependence out, refuses.
     alone = before._replace(correlation=np.eye(QUERIES))
-    for wrong in (whole, whole + Observed.of(alone, value).moves(whole)[1]):
+    for wrong in (whole, whole + Observed.of(alone, value).moves(whole, EXACT)[1]):
         with pytest.raises(AssertionError):
             same_moments(wrong, *conditional(before, value)[1])
 
 
 @pytest.mark.optimized
+def test_less_trust_is_less_covariance_with_what_was_observed(rng, key, before, value):
+    trust = np.where(np.isfinite(value), 1.0, rng.uniform(size=value.shape))
+    mean, whole = draws_of(before, key)
+    moves = Observed.of(before, value).moves(whole, trust)
+    found = [drawn + move for drawn, move in zip((mean, whole), moves, strict=True)]
+    truths = conditional(before, value, trust)
+    for drawn, truth in zip(found, truths, strict=True):
+        same_moments(drawn, *truth)
+    # Variances are between those before and those of full trust.
+    exact = np.diag(conditional(before, value)[1][1])
+    assert (np.diag(truths[1][1]) > exact - 1e-9).all()
+    assert (np.diag(truths[1][1]) < np.diag(joint(before)[1]) + 1e-9).all()
+    moves = Observed.of(before, value).moves(whole, np.zeros(value.shape))
+    assert np.abs(moves[0]).max() == np.abs(moves[1]).max() == 0.0
+
+
+@pytest.mark.optimized
 def test_who_depends_on_none_is_not_moved(key, before, value):
     _, whole = draws_of(before, key)
-    mean, both = Observed.of(before, value).moves(whole)
+    mean, both = Observed.of(before, value).moves(whole, EXACT)
     assert np.abs(mean[..., 2]).max() == np.abs(both[..., 2]).max() == 0.0
     # Independent queries: what was not observed itself stays as wide as it was.
     alone = before._replace(correlation=np.eye(QUERIES))
     of_one = np.where(np.arange(QUERIES) == 0, value, np.nan)
-    assert np.abs(Observed.of(alone, of_one).moves(whole)[1][..., 1:]).max() == 0.0
+    assert np.abs(Observed.of(alone, of_one).moves(whole, EXACT)[1][..., 1:]).max() == 0.0
     # The other run shares coefficients alone.
-    mean, both = Observed.of(before, of_one).moves(whole)
+    mean, both = Observed.of(before, of_one).moves(whole, EXACT)
     np.testing.assert_array_equal(mean[:, 1], both[:, 1])
     assert np.abs(both[:, 1, :, 1]).max() > 0.1
     assert (np.abs(both - mean)[:, 0, :, :2].max(axis=(0, 1)) > 0.1).all()

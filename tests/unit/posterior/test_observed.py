@@ -1,6 +1,7 @@
 """Simulations given some losses of the runs: what is met, what moves, what is refused."""
 
 import re
+import sys
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import xarray as xr
 
 import bayes_simfluence as bs
+from bayes_simfluence import cli
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.posterior.observed import observed_losses
@@ -167,3 +169,71 @@ def test_new_queries_and_conformal_bands_are_refused(posterior, held_out):
 def test_posteriors_that_are_not_gaussian_refuse(held_out, fitted, name):
     with pytest.raises(Misuse, match=f"got a posterior with a {name} simulator"):
         simulated(fitted(recording(0, 4)), held_out, held_out["loss"].isel(query=[0]))
+
+
+@pytest.fixture
+def command(posterior, held_out, tmp_path, monkeypatch, capsys):
+    """``simulate`` on the command line, given the losses in a file: exit code, output, errors."""
+    posterior.save(tmp_path / "p.nc")
+    bs.export_netcdf(held_out, tmp_path / "runs.nc")
+    monkeypatch.chdir(tmp_path)
+
+    def run(observed, *words):
+        path = observed
+        if isinstance(observed, xr.DataArray | xr.Dataset):
+            observed.to_netcdf(path := "seen.nc", engine="h5netcdf")
+        options = ["--observed", path, "--out", "s.nc", "--draws", "20", "--quiet", *words]
+        monkeypatch.setattr(sys, "argv", ["x", "simulate", "p.nc", "runs.nc", *options])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_losses_come_from_a_file(command, posterior, held_out, tmp_path):
+    """As of Python: of all runs in the file, the selected ones, by the losses alone."""
+    seen = held_out["loss"].isel(query=[0, 2], time=slice(0, 9)).copy()
+    seen[1, 4:, 0] = np.nan
+    code, out, errors = command(seen, "--select", "1:", "--overwrite")
+    assert code == 0, errors
+    # Nine times of two queries of two runs, but five of one.
+    assert f"given {2 * 2 * 9 - 5} losses of 2 runs in seen.nc" in out
+    planned = held_out.isel(run=[1, 2])
+    expected = posterior.simulate(planned, key=KEY, draws=20, observed=seen.isel(run=[1, 2]))
+    found = xr.open_dataset(tmp_path / "s.nc", engine="h5netcdf")
+    np.testing.assert_array_equal(found["loss"], expected["loss"])
+
+
+def test_a_recording_is_such_a_file(command, held_out, tmp_path):
+    some = held_out.assign(loss=held_out["loss"].where(held_out["time"] < 5))
+    bs.save_runs(some, tmp_path / "some.zarr")
+    code, out, errors = command("some.zarr")
+    assert code == 0, errors
+    assert f"given {3 * QUERIES * 5} losses of 3 runs in some.zarr" in out
+    found = xr.open_dataset(tmp_path / "s.nc", engine="h5netcdf")["loss"]
+    assert (found.isel(time=4) == held_out["loss"].isel(time=4)).all()
+    assert (found.isel(time=8).std("draw") > 0).all()
+
+
+REFUSED_FILES = {
+    "nothing": (lambda loss: "no.nc", (), "no.nc: got nothing there"),
+    "no losses": (lambda loss: loss.rename("other").to_dataset(), (), "no variable loss among"),
+    "a run that is not recorded": (
+        lambda loss: loss.assign_coords(run=["a", "b", "c"]), (), "run: got unknown ids a, b, c",
+    ),
+    "an unknown query": (
+        lambda loss: loss.assign_coords(query=[*"abcd"]), (), "query: got unknown ids a, b, c, d",
+    ),
+    "no runs": (lambda loss: loss.isel(run=0, drop=True), (), "of dimensions time, query"),
+    "edited runs": (lambda loss: loss, ("--drop", "0"), "--observed: got --drop"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_FILES)
+def test_files_that_do_not_fit_are_refused(command, held_out, tmp_path, case):
+    change, words, said = REFUSED_FILES[case]
+    code, _, errors = command(change(held_out["loss"]), *words)
+    assert code == 2 and len(errors.strip().splitlines()) == 1
+    assert said in errors
+    assert not (tmp_path / "s.nc").exists()

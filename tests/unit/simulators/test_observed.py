@@ -11,6 +11,7 @@ from scipy.stats import multivariate_t
 
 from bayes_simfluence.gaussian.designs import JITTER, designs_and_means
 from bayes_simfluence.gaussian.queries import correlation
+from bayes_simfluence.gaussian.trust import AS_MODELLED, Trust
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
 from bayes_simfluence.model.coefficients import Varying
@@ -175,6 +176,30 @@ def test_no_query_moves_without_dependence(rng, key):
     for one, other in zip(before, found, strict=True):
         np.testing.assert_array_equal(one[..., 2], other[..., 2])
         assert not np.allclose(one[..., 0], other[..., 0])
+
+
+def test_trust_is_kept_and_decides_what_is_left(rng, key):
+    post, plan = simulator(rng, trust=Trust(4.0, 2.0)), planned(rng)
+    plan = some_observed(plan, np.full(plan.loss.shape, 0.9))
+    arrays = {name: array for name, (_, array) in post.arrays().items()}
+    assert GaussianSimulator.restore(arrays, post.settings()).trust == post.trust
+    # Posteriors of before there was any.
+    arrays.pop("trust")
+    modelled = GaussianSimulator.restore(arrays, post.settings())
+    assert modelled.trust == AS_MODELLED
+    one, other = (
+        each.simulate_observed(plan, key=key, draws=400).loss[0] for each in (post, modelled)
+    )
+    seen = np.isfinite(plan.loss)
+    np.testing.assert_allclose(one[:, seen], np.tile(plan.loss[seen], (400, 1)), atol=1e-5)
+    wide, narrow, before = (
+        drawn.std(axis=0)[~seen].mean()
+        for drawn in (one, other, post.simulate(plan, key=key, draws=400).loss[0])
+    )
+    assert 1.02 * narrow < wide < before
+    np.testing.assert_array_equal(
+        *(each.simulate(plan, key=key, draws=5).loss for each in (post, modelled))
+    )
 
 
 def test_shares_of_a_pool_follow_the_likelihood(rng, key):
