@@ -10,6 +10,7 @@
 | ``time`` 0..T | a point between updates; ``loss[run, time, query]``, time 0 = before any update |
 | not recorded | NaN in ``loss`` of a complete run: not measured at that time; never at time 0 |
 | kind | ``curriculum[run]``, how a design made the run's curriculum (random, sorted, ...) |
+| twin | ``twin[run]``, the run that was trained once more, from weights off by rounding |
 | metric | measured of a query beside its loss (accuracy, margin); NaN where not measured |
 | ``train`` | a training example; its coordinate holds the examples' stable ids |
 | ``query`` | an evaluation example (the paper's z_test); its coordinate holds stable ids |
@@ -38,6 +39,9 @@ from jaxtyping import Float, Int
 
 KIND: Final = "curriculum"
 """Coordinate of runs that come from a design of several kinds of curricula."""
+
+TWIN: Final = "twin"
+"""Coordinate of recordings in which curricula were trained more than once (``data.twins``)."""
 
 SCHEMA_VERSION: Final = 1
 """Version of the run schema below; a store of another version is refused."""

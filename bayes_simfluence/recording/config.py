@@ -60,6 +60,7 @@ class RecordConfig:
     shares: str = say(
         "diverse: shares of kinds, as 'sorted=0.2,half=0.1', the rest random; else 0.1 of each", ""
     )
+    twins: int = say("of the last runs, how many are trained twice: the floor of any simulator", 0)
     optimizer: str = say("update rule", "adamw", ("adamw", "adam", "sgd"))
     learning_rate: float = say("highest step size", 2e-5)
     schedule: str = say("decay of the step size", "linear", ("linear", "cosine", "constant"))
@@ -92,7 +93,7 @@ class RecordConfig:
             positive_integer(name, getattr(self, name))
         for name in ("max_tokens", "new_tokens"):
             positive_integer(name, getattr(self, name))
-        for name in ("features", "warmup_steps", "seed"):
+        for name in ("features", "warmup_steps", "seed", "twins"):
             count_of(name, getattr(self, name))
         self.evaluation.validate()
         self.placement.validate()
@@ -103,7 +104,7 @@ class RecordConfig:
         self.chosen_tuning()
         self.chosen_shares()
         self._check_task()
-        for small, large in (("per_run", "examples"), ("batch_size", "per_run")):
+        for small, large in (("per_run", "examples"), ("batch_size", "per_run"), ("twins", "runs")):
             if getattr(self, small) > getattr(self, large):
                 raise Misuse(
                     small,

@@ -27,6 +27,7 @@ ROWS = {
         "netcdf",
         "weights",
         "training",
+        "twins",
         "identify",
         "claims",
         "tabular",
@@ -83,6 +84,7 @@ ROWS = {
     "recording": [
         "batches",
         "features",
+        "starts",
         "checkpoints",
         "recorded_run",
         "recorder",
@@ -207,6 +209,7 @@ ROWS = {
         "metrics",
         "ranks",
         "synthetic",
+        "floor",
         "compare",
         "calibration",
         "lds",
