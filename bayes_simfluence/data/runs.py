@@ -17,6 +17,7 @@ from bayes_simfluence.conventions import (
     UNRECORDED,
     VARIABLES,
 )
+from bayes_simfluence.data.starts import with_starts
 from bayes_simfluence.data.twins import with_twins
 from bayes_simfluence.data.validation import check_later_losses, refuse_losses, validate_runs
 from bayes_simfluence.data.weights import checked_weights, for_each_slot
@@ -38,6 +39,7 @@ def runs_from_arrays(
     train_feature: Any = None,
     query_feature: Any = None,
     curriculum: Any = None,
+    start: Any = None,
     twin: Any = None,
     attrs: Mapping[str, Any] | None = None,
     keep_diverged: bool = False,
@@ -63,6 +65,8 @@ def runs_from_arrays(
             ``(query, feature)``, as made by ``recording.features``; the default model's prior
             uses them.
         curriculum: a word for how each run's curriculum was made, ``(run,)``, as a design has them.
+        start: number of the initial weights that each run started from, ``(run,)``, 0 = the first;
+            where not all runs started from the same ones (``data.starts``).
         twin: id of the run whose curriculum each run repeats, its own where it repeats none,
             ``(run,)``; for curricula that were trained more than once (``data.twins``).
         attrs: provenance (model, optimizer, ...), kept with the runs.
@@ -123,6 +127,8 @@ def runs_from_arrays(
     )
     if curriculum is not None:
         dataset = with_kinds(dataset, curriculum)
+    if start is not None:
+        dataset = with_starts(dataset, start)
     if twin is not None:
         dataset = with_twins(dataset, twin)
     if not missing:

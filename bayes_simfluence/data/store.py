@@ -21,6 +21,7 @@ from bayes_simfluence.conventions import (
     KIND,
     OF_TRAINING,
     OPTIONAL,
+    START,
     TWIN,
     UNRECORDED,
     Curricula,
@@ -29,6 +30,7 @@ from bayes_simfluence.conventions import (
 from bayes_simfluence.data.metrics import metric_names, metric_variable
 from bayes_simfluence.data.netcdf import plain, read_group, write_groups
 from bayes_simfluence.data.runs import Ids, run_statuses, runs_dataset, same_ids, with_kinds
+from bayes_simfluence.data.starts import with_starts
 from bayes_simfluence.data.training import with_training
 from bayes_simfluence.data.twins import with_twins
 from bayes_simfluence.data.validation import validate_runs
@@ -76,7 +78,7 @@ def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
     Where only one of the two has weights, those of the other are written out as 1; where only one
     has train losses or residuals, those of the other are not known and become NaN; where only one
     says what kind its curricula are of, the others' kind is an empty text; where only one has
-    twins, the other's runs are no twins.
+    twins or other starts, the other's runs are no twins and from start 0.
 
     Raises:
         Misuse: other ids or steps than the store's, or run ids that it holds already.
@@ -98,6 +100,8 @@ def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
             stored, runs = with_training(stored, name), with_training(runs, name)
     if KIND in stored.coords or KIND in runs.coords:
         stored, runs = _said_or_empty(stored), _said_or_empty(runs)
+    if START in stored.coords or START in runs.coords:
+        stored, runs = with_starts(stored), with_starts(runs)
     if TWIN in stored.coords or TWIN in runs.coords:
         stored, runs = with_twins(stored), with_twins(runs)
     for name in (*OPTIONAL, *{*metric_names(stored), *metric_names(runs)}):
@@ -217,6 +221,7 @@ def create_store(
     metrics: Sequence[str] = (),
     training: Sequence[str] = (),
     kinds: Sequence[str] = (),
+    starts: Sequence[int] = (),
     twins: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Path:
@@ -227,6 +232,7 @@ def create_store(
         metrics: names of what will be recorded beside the loss.
         training: those of ``OF_TRAINING`` that will be recorded.
         kinds: of curriculum, one for each run of a design; none is said when empty.
+        starts: number of each run's initial weights; all start alike when empty.
         twins: the run that each run repeats, as ``data.twins`` has it; none is said when empty.
     """
     runs, steps, _ = curricula.shape
@@ -244,6 +250,8 @@ def create_store(
     )
     if kinds:
         dataset = with_kinds(dataset, kinds)
+    if starts:
+        dataset = with_starts(dataset, starts)
     if twins:
         dataset = with_twins(dataset, twins)
     return _write_store(validate_runs(dataset), new_path(path, overwrite=overwrite))

@@ -12,8 +12,9 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Int
 
-from bayes_simfluence.checks import Misuse
+from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.conventions import TWIN
+from bayes_simfluence.data.starts import starts_of
 from bayes_simfluence.data.weights import weights_of
 
 
@@ -87,7 +88,7 @@ def twins_between(runs: xr.Dataset, others: xr.Dataset) -> list[str]:
 
 
 def validate_twins(runs: xr.Dataset) -> None:
-    """Raise unless twins have one curriculum; ``runs`` have valid batches and weights."""
+    """Raise unless twins have one curriculum and one start; ``runs`` are valid otherwise."""
     if TWIN not in runs.coords:
         return
     names = runs[TWIN]
@@ -98,12 +99,12 @@ def validate_twins(runs: xr.Dataset) -> None:
             expected="a text for each run",
             do=f"pass {TWIN}=... to runs_from_arrays, or drop it with runs.drop_vars('{TWIN}')",
         )
-    trained = (runs["batch"].values, weights_of(runs))
+    trained = (runs["batch"].values, weights_of(runs), starts_of(runs))
     for group in twin_groups(runs):
         if any((values[group] != values[group[:1]]).any() for values in trained):
             raise Misuse(
                 f"runs['{TWIN}']",
-                got=f"runs {', '.join(map(str, runs['run'].values[group]))} of other curricula",
-                expected="the same batches and weights in all runs of one name",
+                got=f"runs {shorten(runs['run'].values[group])} of other curricula or starts",
+                expected="the same batches, weights and starts in all runs of one name",
                 do=f"correct the names, or drop them with runs.drop_vars('{TWIN}')",
             )

@@ -7,6 +7,7 @@ from jaxtyping import Bool
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.conventions import COMPLETE, EMPTY_SLOT, OPTIONAL, SCHEMA_VERSION, VARIABLES
 from bayes_simfluence.data.metrics import validate_metrics
+from bayes_simfluence.data.starts import validate_starts
 from bayes_simfluence.data.training import validate_training
 from bayes_simfluence.data.twins import validate_twins
 from bayes_simfluence.data.weights import validate_weights
@@ -56,6 +57,7 @@ def validate_runs(runs: xr.Dataset) -> xr.Dataset:
     _indices_in_range(runs)
     validate_weights(runs)
     validate_training(runs)
+    validate_starts(runs)
     validate_twins(runs)
     _finite_where_complete(runs)
     return runs

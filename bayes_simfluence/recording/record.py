@@ -1,6 +1,6 @@
 """Recording runs: training and per-step evaluation of every query, compiled together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -44,6 +44,7 @@ def record(
     evaluation: Evaluation | None = None,
     placement: Placement | None = None,
     features: int | Features = 64,
+    starts: int | Sequence[int] = 1,
     twins: int = 0,
     key: jax.Array | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -80,13 +81,17 @@ def record(
             weights and kept with the runs for the default model's prior (at most one for each
             training example), 0 = none; or features made before. A resumed store keeps what it
             has.
+        starts: how many initial weights the curricula take turns with, the task's own first, or the
+            number of each one's start, 0 = the task's own. Others are drawn by ``task.fresh`` (of
+            tasks with a classification head that trains: a fresh head), and the coordinate
+            ``start`` of ``run`` says which run had which.
         twins: how many of the curricula, the last ones, are trained a second time, from weights
             that are each moved by one or two units in the last place, up or down. These runs come
             after all others, and the coordinate ``twin`` of ``run`` names the run that each run
             repeats. What twins differ by is the floor of any simulator
             (``evaluation.floor.floor``), and ``compare`` shows each MSE over it.
-        key: decides the random signs of features that are made here, and those by which twins'
-            weights move. When omitted they are those of the command's seed 0
+        key: decides the random signs of features that are made here, other starts, and
+            those by which twins' weights move. When omitted they are those of the command's seed 0
             (``recording.features.features_key()``), the same in every recording.
         provenance: attributes for the store, beside the task's.
         resume: continue a store of the same recording; finished runs are not touched.
@@ -98,7 +103,8 @@ def record(
 
     Raises:
         Misuse: before any training, for whatever does not fit, a loss without a finite gradient
-            where features are made, twins of weights that are all 0, and runs that another process
+            where features are made, twins of weights that are all 0,
+            other starts of a task that cannot draw them, and runs that another process
             records right now.
         WorkFailed: a run could not be written; the runs before it are safe.
     """
@@ -107,8 +113,8 @@ def record(
     weights = None if weights is None else checked_weights(weights, curricula)
     evaluation, placement = evaluation or Evaluation(), placement or Placement()
     key = features_key() if key is None else key
-    starts = Starts(len(curricula), twins, key).validate(task.params)
-    curricula, weights, kinds = _with_twins(starts, curricula, weights, kinds)
+    begun = Starts.of(task, len(curricula), starts, twins, key)
+    curricula, weights, kinds = _with_twins(begun, curricula, weights, kinds)
     total, steps, slots = curricula.shape
     plan = Plan(steps, evaluation).validate()
     accumulate, do = placement.validate().accumulate, "split a batch into fewer parts"
@@ -124,7 +130,7 @@ def record(
     attrs = {**task.provenance, **(provenance or {}), **asdict(evaluation), **placement.kept}
     features = checked_features(task, features)
     batches = Batches(curricula, weights)
-    stored = StoredRecording(store, task, batches, kinds, starts, attrs, features, key)
+    stored = StoredRecording(store, task, batches, kinds, begun, attrs, features, key)
     recording = Recording(training, plan, stored)
     chosen, processes = chosen_runs(placement.only, total), Processes.here(placement.distributed)
     at_once = partial(

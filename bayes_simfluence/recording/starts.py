@@ -1,20 +1,23 @@
-"""The weights that runs start from: a task's own, or for twins these moved at rounding level.
+"""The weights that runs start from: a task's own, others drawn by a key, and twins' beside them.
 
 Training is chaotic where a small step size does not prevent it: what differs in the last bit before
 the first step grows from step to step. A twin makes that visible.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from bayes_simfluence.checks import Misuse, at_most, count_of, keyed
+from bayes_simfluence.tasks.task import Task
 
-STREAM = 1
-"""Of the recording's key, beside those of features: the twins' signs."""
+TWINS, FRESH = 1, 2
+"""Streams of the recording's key, beside that of features."""
 
 
 @dataclass(frozen=True)
@@ -22,56 +25,105 @@ class Starts:
     """From which weights each run of a recording starts.
 
     Attributes:
-        curricula: how many are recorded; runs of these numbers start from the task's own weights.
-        twins: how many of them, the last, are trained a second time; runs of the numbers above.
-        key: decides in which direction each weight of a twin is moved.
+        numbers: of the start of each curriculum, 0 = the task's own weights.
+        twins: how many curricula, the last ones, are trained a second time by runs of their own
+            after all others.
+        key: decides the other starts, and in which direction each weight of a twin is moved.
     """
 
-    curricula: int
+    numbers: tuple[int, ...]
     twins: int
     key: jax.Array
 
-    def validate(self, params: PyTree) -> "Starts":
-        """The starts themselves when twins of ``params`` differ from them.
+    @classmethod
+    def of(
+        cls, task: Task, curricula: int, starts: int | Sequence[int], twins: int, key: jax.Array
+    ) -> "Starts":
+        """Those of a recording of ``curricula`` runs, as ``record`` is asked for them.
 
         Raises:
-            Misuse: no number of twins, more than there are curricula, or no weight other than 0.
+            Misuse: other numbers than there are curricula, starts that the task cannot draw, more
+                twins than curricula, or twins of weights that are all 0.
         """
-        count_of("twins", self.twins)
-        at_most("twins", self.twins, self.curricula, "curricula", do="ask for fewer")
-        keyed(self.key)
-        if self.twins and not any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(params)):
+        if isinstance(starts, int | np.integer):
+            many = at_most("starts", count_of("starts", starts), curricula, "curricula", do="lower")
+            numbers = tuple(run % max(many, 1) for run in range(curricula))
+        else:
+            numbers = tuple(count_of("starts", number) for number in starts)
+        if len(numbers) != curricula or starts == 0:
+            raise Misuse(
+                "starts",
+                got=starts if starts == 0 else f"{len(numbers)} numbers",
+                expected=f"at least 1, or one number for each of {curricula} curricula",
+                do="pass how many starts the curricula share, or the number of each one's",
+            )
+        keyed(key)
+        made = cls(numbers, twins, key)
+        made._check(task)
+        return made
+
+    def _check(self, task: Task) -> None:
+        most = len(self.numbers)
+        at_most("twins", count_of("twins", self.twins), most, "curricula", do="ask for fewer")
+        if task.fresh is None and any(self.numbers):
+            raise Misuse(
+                "starts",
+                got="a task that cannot draw other initial weights",
+                expected="task.fresh, as tasks with a classification head that trains have it",
+                do="give the task fresh=..., or leave starts out",
+            )
+        if any(self.numbers) and task.fresh is not None:
+            own, other = (
+                jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), params)
+                for params in (task.params, jax.eval_shape(task.fresh, task.params, self.key))
+            )
+            if own != other:
+                raise Misuse(
+                    "task.fresh",
+                    got="weights of other names, shapes or types",
+                    expected="those of task.params",
+                    do="return a pytree like task.params",
+                )
+        leaves = jax.tree.leaves(task.params)
+        if self.twins and not any(bool(jnp.any(leaf != 0)) for leaf in leaves):
             raise Misuse(
                 "twins",
                 got="a task whose initial weights are all 0",
                 expected="weights that rounding can move",
                 do="draw the initial weights at random, or leave twins out",
             )
-        return self
 
     @property
     def repeated(self) -> list[int]:
         """The curriculum of each run."""
-        return [*range(self.curricula), *range(self.curricula - self.twins, self.curricula)]
+        curricula = len(self.numbers)
+        return [*range(curricula), *range(curricula - self.twins, curricula)]
+
+    @property
+    def of_runs(self) -> list[int]:
+        """The number of each run's start; empty where all start from the task's own weights."""
+        return [self.numbers[run] for run in self.repeated] if any(self.numbers) else []
 
     @property
     def kept(self) -> dict[str, Any]:
-        """What a store keeps of it as attributes; nothing where there are no twins."""
-        if not self.twins:
-            return {}
-        return {"twins": self.twins, "twins_key": jax.random.key_data(self.key).tolist()}
+        """What a store keeps of it as attributes; nothing where all runs start alike."""
+        made = {"twins": self.twins} if self.twins else {}
+        alike = not self.twins and not any(self.numbers)
+        return {} if alike else {**made, "starts_key": jax.random.key_data(self.key).tolist()}
 
     def moved(self, run: int) -> bool:
         """Whether a run does not start from the task's own weights."""
-        return run >= self.curricula
+        return run >= len(self.numbers) or self.numbers[run] > 0
 
-    def params(self, run: int, params: PyTree) -> PyTree:
-        """The weights that a run starts from, given the task's own."""
-        if not self.moved(run):
-            return params
+    def params(self, run: int, task: Task) -> PyTree:
+        """The weights that a run starts from."""
+        number, twin = self.numbers[self.repeated[run]], run - len(self.numbers)
+        fresh, moved = (jax.random.fold_in(self.key, stream) for stream in (FRESH, TWINS))
+        params = task.params
+        if number:
+            params = task.fresh(params, jax.random.fold_in(fresh, number))  # type: ignore[misc]
         # By the number of the twin, so that a resumed recording draws the same.
-        key = jax.random.fold_in(self.key, STREAM)
-        return perturbed(params, jax.random.fold_in(key, run - self.curricula))
+        return params if twin < 0 else perturbed(params, jax.random.fold_in(moved, twin))
 
 
 @jax.jit

@@ -12,7 +12,7 @@ import xarray as xr
 from jaxtyping import Bool
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.conventions import KIND, TWIN, UNRECORDED
+from bayes_simfluence.conventions import KIND, START, TWIN, UNRECORDED
 from bayes_simfluence.data.claims import alone_in
 from bayes_simfluence.data.metrics import check_metric_name
 from bayes_simfluence.data.runs import same_ids
@@ -116,19 +116,22 @@ class StoredRecording:
             metrics=[check_metric_name(name) for name in self._metrics],
             training=kept_of(self.task),
             kinds=self.kinds,
+            starts=self.starts.of_runs,
             twins=self._twins,
             overwrite=overwrite,
         )
 
     def _check_same(self, stored: xr.Dataset, attrs: Mapping[str, Any]) -> None:
         weights = [stored["weight"].values] if "weight" in stored else []
-        kinds, twins = (
-            stored[name].values.tolist() if name in stored.coords else [] for name in (KIND, TWIN)
+        kinds, starts, twins = (
+            stored[name].values.tolist() if name in stored.coords else []
+            for name in (KIND, START, TWIN)
         )
         mine = [] if self.batches.weight is None else [self.batches.weight]
         same = {
             "curricula": np.array_equal(stored["batch"].values, self.batches.members),
             "kinds of curricula": np.array_equal(kinds, list(self.kinds)),
+            "starts": np.array_equal(starts, self.starts.of_runs),
             "twins": np.array_equal(twins, self._twins),
             "weights": np.array_equal(weights, mine),
             "train ids": same_ids(stored["train"], self.task.train_ids),

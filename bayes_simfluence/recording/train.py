@@ -93,10 +93,10 @@ class _Begin:
 
     def __call__(self, members: list[int]) -> tuple[Carry, list[Queries]]:
         """Of each of ``members``, in order."""
-        starts, params = self._stored.starts, self._stored.task.params
+        starts, task = self._stored.starts, self._stored.task
         if not any(starts.moved(run) for run in members):
-            return self._compiled.begin(params), [self._first] * len(members)
-        each = {run: starts.params(run, params) for run in members}
+            return self._compiled.begin(task.params), [self._first] * len(members)
+        each = {run: starts.params(run, task) for run in members}
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(each[run] for run in members))
         first = {
             run: self._measured(own) if starts.moved(run) else self._first

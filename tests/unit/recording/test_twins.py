@@ -1,5 +1,6 @@
 """Curricula that are trained twice: where twins start, and what stays as it was."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -84,7 +85,7 @@ def test_a_resumed_recording_draws_the_same(squares, curricula, twins, tmp_path)
     again = partial(record, squares, curricula, SGD, store=tmp_path / "runs.zarr", **settings)
     with pytest.warns(UserWarning, match="1 of 5 runs"):
         again(placement=Placement(only=[4]))
-    with pytest.raises(Misuse, match="other twins_key"):
+    with pytest.raises(Misuse, match="other starts_key"):
         again(key=jax.random.key(1))
     with pytest.raises(Misuse, match="other curricula, twins"):
         again(twins=1)
@@ -124,6 +125,7 @@ def test_numbers_of_twins_that_do_not_exist_are_refused(squares, curricula, tmp_
 
 
 def test_weights_that_rounding_cannot_move_are_refused(squares, key):
+    still = replace(squares, params=jax.tree.map(jnp.zeros_like, squares.params))
     with pytest.raises(Misuse, match="a task whose initial weights are all 0"):
-        Starts(2, 1, key).validate(jax.tree.map(jnp.zeros_like, squares.params))
-    Starts(2, 0, key).validate(jax.tree.map(jnp.zeros_like, squares.params))
+        Starts.of(still, 2, 1, 1, key)
+    assert Starts.of(still, 2, 1, 0, key).kept == {}
