@@ -1,6 +1,6 @@
 """Recording runs: training and per-step evaluation of every query, compiled together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from bayes_simfluence.recording.parallel import parallel_of
 from bayes_simfluence.recording.plan import Plan, chosen_runs, units
 from bayes_simfluence.recording.processes import Processes
 from bayes_simfluence.recording.settings import Evaluation, Placement
-from bayes_simfluence.recording.starts import Starts
+from bayes_simfluence.recording.starts import Chosen, Starts
 from bayes_simfluence.recording.step_sizes import StepSize, step_size_reader
 from bayes_simfluence.recording.stored import StoredRecording
 from bayes_simfluence.recording.train import Recording, record_together
@@ -44,7 +44,7 @@ def record(
     evaluation: Evaluation | None = None,
     placement: Placement | None = None,
     features: int | Features = 64,
-    starts: int | Sequence[int] = 1,
+    starts: Chosen = 1,
     twins: int = 0,
     key: jax.Array | None = None,
     provenance: Mapping[str, Any] | None = None,

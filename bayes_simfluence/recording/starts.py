@@ -6,15 +6,18 @@ the first step grows from step to step. A twin makes that visible.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 
-from bayes_simfluence.checks import Misuse, at_most, count_of, keyed
+from bayes_simfluence.checks import Misuse, at_most, count_of, keyed, positive_integer
 from bayes_simfluence.tasks.task import Task
+
+Chosen: TypeAlias = int | Sequence[int] | Int[np.ndarray, " start"]
+"""How many starts the curricula of a recording take turns with, or the number of each one's."""
 
 TWINS, FRESH = 1, 2
 """Streams of the recording's key, beside that of features."""
@@ -36,26 +39,24 @@ class Starts:
     key: jax.Array
 
     @classmethod
-    def of(
-        cls, task: Task, curricula: int, starts: int | Sequence[int], twins: int, key: jax.Array
-    ) -> "Starts":
+    def of(cls, task: Task, curricula: int, starts: Chosen, twins: int, key: jax.Array) -> "Starts":
         """Those of a recording of ``curricula`` runs, as ``record`` is asked for them.
 
         Raises:
             Misuse: other numbers than there are curricula, starts that the task cannot draw, more
                 twins than curricula, or twins of weights that are all 0.
         """
-        if isinstance(starts, int | np.integer):
-            many = at_most("starts", count_of("starts", starts), curricula, "curricula", do="lower")
-            numbers = tuple(run % max(many, 1) for run in range(curricula))
-        else:
-            numbers = tuple(count_of("starts", number) for number in starts)
-        if len(numbers) != curricula or starts == 0:
+        if isinstance(starts, int):
+            positive_integer("starts", starts)
+            at_most("starts", starts, curricula, "curricula", do="ask for fewer")
+            starts = [run % starts for run in range(curricula)]
+        numbers = tuple(count_of("starts", number) for number in starts)
+        if len(numbers) != curricula:
             raise Misuse(
                 "starts",
-                got=starts if starts == 0 else f"{len(numbers)} numbers",
-                expected=f"at least 1, or one number for each of {curricula} curricula",
-                do="pass how many starts the curricula share, or the number of each one's",
+                got=f"{len(numbers)} numbers",
+                expected=f"one for each of {curricula} curricula, or how many starts they share",
+                do="pass the number of each curriculum's start",
             )
         keyed(key)
         made = cls(numbers, twins, key)

@@ -56,7 +56,11 @@ def test_a_run_from_another_start_is_that_of_a_task_with_these_weights(
     task, curricula, runs, tmp_path, parallel
 ):
     key = jax.random.key(3)
-    settings = {"placement": Placement(parallel=parallel), "key": key, "starts": [2, 0, 2]}
+    settings = {
+        "placement": Placement(parallel=parallel),
+        "key": key,
+        "starts": np.array([2, 0, 2]),
+    }
     varied = record(task, curricula, SGD, store=tmp_path / "a.zarr", **settings)
     drawn = fresh(task.params, jax.random.fold_in(jax.random.fold_in(key, 2), 2))
     other = replace(task, params=drawn, fresh=None)
@@ -110,9 +114,9 @@ def test_a_fresh_head_is_drawn_as_the_first_one(key):
 @pytest.mark.parametrize(
     ("starts", "match"),
     [
-        (0, r"starts: got 0; expected at least 1, or one number for each of 3 curricula"),
+        (0, r"starts: got 0; expected an integer >= 1"),
         (4, r"starts: got 4; expected at most the 3 curricula"),
-        ([0, 1], r"starts: got 2 numbers"),
+        ([0, 1], r"starts: got 2 numbers; expected one for each of 3 curricula"),
         ([0, 1, -1], r"starts: got -1; expected an integer >= 0"),
     ],
 )
