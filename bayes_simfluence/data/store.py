@@ -190,7 +190,7 @@ def example_runs(name: str = "sst2") -> xr.Dataset:
         name: MiniLM fully fine-tuned on ``sst2`` (sentiment, two classes), ``trec`` (questions, six
             classes) or ``copa`` (pairs of sentences, plausible or not); with adapters in
             ``sst2-lora``, ``sst2-ia3``, ``trec-ia3`` and ``copa-ia3``; ``sst2-sgd``: plain SGD at a
-            high rate, where runs are chaotic and hard to predict; ``trec-causal``: a small GPT-2
+            high rate, where runs are hard to predict; ``trec-causal``: a small GPT-2
             on questions as text.
 
             Otherwise made are ``sst2-counterfactuals`` (88 runs of 72 steps, 32 queries, with the

@@ -90,8 +90,8 @@ def record(
             after all others, and the coordinate ``twin`` of ``run`` names the run that each run
             repeats. What twins differ by is the floor of any simulator
             (``evaluation.floor.floor``), and ``compare`` shows each MSE over it.
-        key: decides the random signs of features that are made here, other starts, and
-            those by which twins' weights move. When omitted they are those of the command's seed 0
+        key: decides the random signs of features that are made here, other starts, and which way
+            twins' weights move. When omitted it is that of the command's seed 0
             (``recording.features.features_key()``), the same in every recording.
         provenance: attributes for the store, beside the task's.
         resume: continue a store of the same recording; finished runs are not touched.
@@ -103,9 +103,8 @@ def record(
 
     Raises:
         Misuse: before any training, for whatever does not fit, a loss without a finite gradient
-            where features are made, twins of weights that are all 0,
-            other starts of a task that cannot draw them, and runs that another process
-            records right now.
+            where features are made, twins of weights that are all 0, other starts of a task that
+            cannot draw them, and runs that another process records right now.
         WorkFailed: a run could not be written; the runs before it are safe.
     """
     curricula, kinds = _curricula_and_kinds(curricula)

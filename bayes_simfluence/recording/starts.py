@@ -1,7 +1,7 @@
 """The weights that runs start from: a task's own, others drawn by a key, and twins' beside them.
 
-Training is chaotic where a small step size does not prevent it: what differs in the last bit before
-the first step grows from step to step. A twin makes that visible.
+Where training is chaotic, what differs in the last bit before the first step grows from step to
+step. A twin shows by how much.
 """
 
 from collections.abc import Sequence
@@ -46,10 +46,10 @@ class Starts:
             Misuse: other numbers than there are curricula, starts that the task cannot draw, more
                 twins than curricula, or twins of weights that are all 0.
         """
-        if isinstance(starts, int):
-            positive_integer("starts", starts)
-            at_most("starts", starts, curricula, "curricula", do="ask for fewer")
-            starts = [run % starts for run in range(curricula)]
+        if isinstance(starts, int | np.integer):
+            turns = positive_integer("starts", starts)
+            at_most("starts", turns, curricula, "curricula", do="ask for fewer")
+            starts = [run % turns for run in range(curricula)]
         numbers = tuple(count_of("starts", number) for number in starts)
         if len(numbers) != curricula:
             raise Misuse(
