@@ -113,11 +113,13 @@ def test_fits_do_without_twins_and_say_so(twice, key):
 
 
 def test_twins_are_left_out_together(twice, key):
-    table = elpd_over_runs(twice, key=key, method=bs.Ridge(penalty=0.01), folds=20)
+    table = elpd_over_runs(twice, key=key, method=bs.Ridge(penalty=0.01), folds=4)
     assert table.index.tolist() == list(range(17))
-    rest = twice.isel(run=[run for run in range(17) if run not in (8, 13)])
+    # Every fourth curriculum is left out at once; run 13 repeats that of run 8.
+    out = (0, 4, 8, 13)
+    rest = twice.isel(run=[run for run in range(17) if run not in out])
     posterior = bs.fit(rest, method=bs.Ridge(penalty=0.01), key=key)
-    for run in (8, 13):
+    for run in out:
         left_out = twice.isel(run=[run])
         error = posterior.simulate(left_out, key=key)["mean_loss"][0, 0] - left_out["loss"]
         expected = float(np.square(error.isel(time=slice(1, None))).mean())

@@ -7,18 +7,24 @@ import pytest
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.evaluation.variance import PARTS, variance_split
+from bayes_simfluence.evaluation.variance import PARTS, _kinds, _parts, variance_split
 
 SIZES = (4, 3, 2, 2)
 """Sets of examples, orders of each, starts of each curriculum, runs of each start."""
 
 
-def nested(rng, sizes=SIZES, sds=(0.4, 0.2, 0.3, 0.1), shared_starts=False):
-    """A balanced design of losses with known parts, and its runs, of three queries."""
+def losses_of(rng, sizes, sds):
+    """Losses of three queries in a balanced nested design, their parts normal with these sds."""
     loss = np.zeros((*sizes, 3))
     for axis, sd in enumerate(sds):
         shape = (*sizes[: axis + 1], *(1,) * (len(sizes) - axis - 1), 3)
         loss += rng.normal(0.0, sd, shape)
+    return loss
+
+
+def nested(rng, sizes=SIZES, sds=(0.4, 0.2, 0.3, 0.1), shared_starts=False):
+    """A balanced design of losses with known parts, and its runs, of three queries."""
+    loss = losses_of(rng, sizes, sds)
     loss -= loss.min() - 0.1
     batch, starts = [], []
     for number, (one, order, start, _) in enumerate(product(*map(range, sizes))):
@@ -56,14 +62,13 @@ def test_a_balanced_nested_design_gives_its_analysis_of_variance(rng):
 
 def test_the_parts_are_unbiased_in_an_unbalanced_design(rng):
     sds = (0.4, 0.2, 0.3, 0.1)
-    found = []
     kept = rng.permutation(int(np.prod(SIZES)))[:36]
-    for _ in range(400):
-        _, runs = nested(rng, sds=sds)
-        found.append(variance_split(runs.isel(run=kept))["variance"].iloc[:4])
-    error = np.mean(found, axis=0) - np.square(sds)
+    kinds = _kinds(nested(rng)[1].isel(run=kept))
+    drawn = [losses_of(rng, SIZES, sds).reshape(-1, 3)[kept] for _ in range(400)]
+    found = np.stack([_parts(loss, kinds)[:4] for loss in drawn])
+    error = found.mean(axis=0) - np.square(sds)
     # Four standard errors: one part in 16,000 is further off by chance.
-    np.testing.assert_array_less(np.abs(error), 4 * np.std(found, axis=0) / np.sqrt(400))
+    np.testing.assert_array_less(np.abs(error), 4 * found.std(axis=0) / np.sqrt(400))
 
 
 def test_a_start_that_several_curricula_share_is_no_part_of_their_likeness(rng):
