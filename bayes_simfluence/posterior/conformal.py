@@ -232,11 +232,13 @@ def _not_fitted(runs: xr.Dataset, fitted: xr.Dataset) -> None:
         for at in np.flatnonzero(fitted["run"].values == run)
         if np.array_equal(batch, fitted["batch"].values[at])
     ]
-    same = same or twins_between(runs, fitted)
-    if same:
+    twins = [] if same else twins_between(runs, fitted)
+    if same or twins:
         raise Misuse(
             "calibration runs",
-            got=f"{len(same)} fitted runs or twins of such ({same[0]}, ...)",
+            got=f"{len(same)} fitted runs ({same[0]}, ...)"
+            if same
+            else f"{len(twins)} twins of fitted runs ({twins[0]}, ...)",
             expected="runs that the fit did not see",
             do="hold runs out, or pass Conformal() to use predictions of left-out fitted runs",
         )

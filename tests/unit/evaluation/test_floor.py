@@ -131,5 +131,5 @@ def test_twins_of_fitted_runs_neither_validate_nor_calibrate(twice, key):
     with pytest.raises(Misuse, match=r"validation: got twins of fitted runs: 12, 13"):
         bs.fit(fitted, method=bs.Ridge(), validation=twins, key=key)
     band = bs.Conformal(twins, probability=0.8)
-    with pytest.raises(Misuse, match="5 fitted runs or twins of such"):
+    with pytest.raises(Misuse, match="5 twins of fitted runs"):
         bs.mean_trajectory(fitted).simulate(fitted.isel(run=[0]), key=key, band=band)
