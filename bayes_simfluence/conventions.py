@@ -2,7 +2,7 @@
 
 | word | meaning |
 |---|---|
-| ``run`` | one recorded fine-tuning run; all runs of a recording start from the same weights |
+| ``run`` | one recorded fine-tuning run; all start from the same weights, unless ``start`` says |
 | ``step`` 1..T | one update; ``batch[run, step, slot]`` holds indices into ``train``, -1 = empty |
 | weight | ``weight[run, step, slot]`` >= 0 of the example in a slot; 1 where not recorded |
 | train loss | ``train_loss[run, step, slot]`` of the example in a slot just before the update |
@@ -10,6 +10,8 @@
 | ``time`` 0..T | a point between updates; ``loss[run, time, query]``, time 0 = before any update |
 | not recorded | NaN in ``loss`` of a complete run: not measured at that time; never at time 0 |
 | kind | ``curriculum[run]``, how a design made the run's curriculum (random, sorted, ...) |
+| start | ``start[run]``, which initial weights: 0 = the task's own, others drawn anew |
+| twin | ``twin[run]``, the run that was trained once more, from weights off by rounding |
 | metric | measured of a query beside its loss (accuracy, margin); NaN where not measured |
 | ``train`` | a training example; its coordinate holds the examples' stable ids |
 | ``query`` | an evaluation example (the paper's z_test); its coordinate holds stable ids |
@@ -38,6 +40,15 @@ from jaxtyping import Float, Int
 
 KIND: Final = "curriculum"
 """Coordinate of runs that come from a design of several kinds of curricula."""
+
+TWIN: Final = "twin"
+"""Coordinate of recordings in which curricula were trained more than once (``data.twins``)."""
+
+START: Final = "start"
+"""Coordinate of recordings whose runs start from other weights (``data.starts``)."""
+
+OF_RUNS: Final = (KIND, START, TWIN)
+"""Coordinates of ``run`` that a recording may have beside its ids."""
 
 SCHEMA_VERSION: Final = 1
 """Version of the run schema below; a store of another version is refused."""

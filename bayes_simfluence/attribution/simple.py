@@ -6,6 +6,7 @@ from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse
 from bayes_simfluence.data.runs import usable_runs
+from bayes_simfluence.data.twins import without_twins
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.posterior.posterior import Posterior
 from bayes_simfluence.simulators.affine import AffineSimulator
@@ -35,13 +36,13 @@ def mean_trajectory(runs: xr.Dataset) -> Posterior:
     The band holds each run's difference from the mean of the others. Where losses are missing,
     the mean at a time is over the runs that were recorded then; times at which none was, and the
     differences of a run between its own recorded times, are interpolated linearly, and kept
-    constant after the last.
+    constant after the last. Of twins the first alone counts.
 
     >>> import bayes_simfluence as bs
     >>> bs.mean_trajectory(bs.example_runs()).settings
     {'method': 'mean trajectory'}
     """
-    runs = usable_runs(runs)
+    runs, _ = without_twins(usable_runs(runs))
     count = runs.sizes["run"]
     if count < 2:
         raise Misuse(

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from bayes_simfluence.attribution.scores import check_scores
 from bayes_simfluence.checks import Misuse, named
 from bayes_simfluence.data.runs import usable_runs
+from bayes_simfluence.data.twins import without_twins
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import RunArrays
@@ -30,7 +31,8 @@ def additive_simulator(scores: xr.DataArray, runs: xr.Dataset, *, band: bool = T
     Args:
         scores: effects on the loss, ``(train, query)``, a negative one lowers it; ids as in
             ``runs``, in any order.
-        runs: recorded runs, none of those that the simulator is judged by.
+        runs: recorded runs, none of those that the simulator is judged by; of twins the first
+            alone counts.
         band: add the residual trajectories of the runs, each at the scale that the other runs
             give, as predictive noise; without it the simulation has no spread.
 
@@ -41,7 +43,7 @@ def additive_simulator(scores: xr.DataArray, runs: xr.Dataset, *, band: bool = T
         Misuse: ids without a score, scores that are not finite, fewer than two runs for a band.
     """
     check_scores(scores)
-    runs = usable_runs(runs)
+    runs, _ = without_twins(usable_runs(runs))
     count = runs.sizes["run"]
     if band and count < 2:
         raise Misuse(

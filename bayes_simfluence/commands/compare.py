@@ -73,6 +73,7 @@ def compare(
 
     from bayes_simfluence.attribution.score_files import load_scores
     from bayes_simfluence.evaluation import compare as comparing
+    from bayes_simfluence.evaluation.floor import floor
     from bayes_simfluence.report.tables import save_table
 
     key, fit_key = jax.random.key(seed), jax.random.fold_in(jax.random.key(seed), 1)
@@ -101,7 +102,10 @@ def compare(
         reference=reference or None,
         progress=progress_of(quiet),
     )
-    show_metrics(table, [*comparing.METRICS, *([comparing.RATIO] if reference else [])])
+    beside = [name for name in (comparing.RATIO, comparing.OVER_FLOOR) if name in table]
+    show_metrics(table, [*comparing.METRICS, *beside])
+    if comparing.OVER_FLOOR in table:
+        print(floor(held_out, key=key))
     if out is not None:
         print(f"table in {save_table(table, out, overwrite=overwrite)}")
 

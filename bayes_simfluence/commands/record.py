@@ -44,7 +44,7 @@ def _record(
 ) -> None:
     """Fine-tune a checkpoint in many runs and record every query's loss at every step."""
     settings = config_of(RecordConfig, config, options).validate()
-    share = positions(only, settings.runs, "--only") if only else None
+    share = positions(only, settings.runs + settings.twins, "--only") if only else None
     if distributed:
         from bayes_simfluence.recording.processes import join_processes
 

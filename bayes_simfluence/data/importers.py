@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from bayes_simfluence.checks import Misuse, choice_of, shorten
-from bayes_simfluence.conventions import COMPLETE, KIND, OPTIONAL
+from bayes_simfluence.conventions import COMPLETE, OF_RUNS, OPTIONAL
 from bayes_simfluence.data.gptdynamics import is_gptdynamics, read_gptdynamics
 from bayes_simfluence.data.longform import runs_of
 from bayes_simfluence.data.runs import Ids, runs_from_arrays
@@ -20,7 +20,7 @@ from bayes_simfluence.files import PathLike, atomically, new_path, readable
 
 FORMATS: Final = ("csv", "parquet", "npz", "gptdynamics")
 SUFFIXES: Final = {".csv": "csv", ".parquet": "parquet", ".pq": "parquet", ".npz": "npz"}
-ARRAYS: Final = ("batch", "loss", *OPTIONAL, KIND, *IDS, "status", "attrs")
+ARRAYS: Final = ("batch", "loss", *OPTIONAL, *OF_RUNS, *IDS, "status", "attrs")
 """Arrays of an ``.npz`` file, named as arguments of ``runs_from_arrays``; attrs as JSON text."""
 
 
@@ -164,7 +164,7 @@ def _attrs(path: Path, text: np.ndarray | None) -> dict[str, Any]:
 
 def _to_npz(runs: xr.Dataset, path: Path) -> Path:
     arrays: dict[str, Any] = {
-        name: runs[name].values for name in ("batch", "loss", *OPTIONAL, KIND) if name in runs
+        name: runs[name].values for name in ("batch", "loss", *OPTIONAL, *OF_RUNS) if name in runs
     }
     if not (runs["status"].values == COMPLETE).all():
         arrays["status"] = runs["status"].values

@@ -12,10 +12,10 @@ import numpy as np
 import xarray as xr
 
 from bayes_simfluence.checks import Misuse, of_shape
-from bayes_simfluence.conventions import KIND, METRIC, METRIC_DIMS, VARIABLES
+from bayes_simfluence.conventions import METRIC, METRIC_DIMS, OF_RUNS, VARIABLES
 
 WORD = re.compile(r"[A-Za-z][\w.-]*")
-COORDINATES = ("run", "step", "time", "train", "query", "slot", "feature", KIND)
+COORDINATES = ("run", "step", "time", "train", "query", "slot", "feature", *OF_RUNS)
 
 
 def metric_names(runs: xr.Dataset) -> list[str]:

@@ -17,6 +17,8 @@ from bayes_simfluence.conventions import (
     UNRECORDED,
     VARIABLES,
 )
+from bayes_simfluence.data.starts import with_starts
+from bayes_simfluence.data.twins import with_twins
 from bayes_simfluence.data.validation import check_later_losses, refuse_losses, validate_runs
 from bayes_simfluence.data.weights import checked_weights, for_each_slot
 
@@ -37,6 +39,8 @@ def runs_from_arrays(
     train_feature: Any = None,
     query_feature: Any = None,
     curriculum: Any = None,
+    start: Any = None,
+    twin: Any = None,
     attrs: Mapping[str, Any] | None = None,
     keep_diverged: bool = False,
     missing: bool = False,
@@ -61,6 +65,10 @@ def runs_from_arrays(
             ``(query, feature)``, as made by ``recording.features``; the default model's prior
             uses them.
         curriculum: a word for how each run's curriculum was made, ``(run,)``, as a design has them.
+        start: number of the initial weights that each run started from, ``(run,)``, 0 = the first;
+            where not all runs started from the same ones (``data.starts``).
+        twin: id of the run whose curriculum each run repeats, its own where it repeats none,
+            ``(run,)``; for curricula that were trained more than once (``data.twins``).
         attrs: provenance (model, optimizer, ...), kept with the runs.
         keep_diverged: mark runs with a NaN or infinite loss as diverged (fits leave them out)
             instead of refusing them.
@@ -73,8 +81,8 @@ def runs_from_arrays(
     Raises:
         Misuse: shapes that do not fit, runs of different length, indices out of range, a weight
             that is negative or not finite, a batch of examples without weight, train losses or
-            residuals that do not fit their batches, a loss that is not finite, or under
-            ``missing`` one that is needed.
+            residuals that do not fit their batches, twins of other curricula, a loss that is not
+            finite, or under ``missing`` one that is needed.
 
     >>> runs = runs_from_arrays(batch=[[[0, 1], [1, -1]]], loss=[[[0.7], [0.6], [0.5]]])
     >>> dict(runs.sizes)
@@ -119,6 +127,10 @@ def runs_from_arrays(
     )
     if curriculum is not None:
         dataset = with_kinds(dataset, curriculum)
+    if start is not None:
+        dataset = with_starts(dataset, start)
+    if twin is not None:
+        dataset = with_twins(dataset, twin)
     if not missing:
         refuse_losses(
             dataset,

@@ -21,6 +21,8 @@ from bayes_simfluence.conventions import (
     KIND,
     OF_TRAINING,
     OPTIONAL,
+    START,
+    TWIN,
     UNRECORDED,
     Curricula,
     Trajectory,
@@ -28,7 +30,9 @@ from bayes_simfluence.conventions import (
 from bayes_simfluence.data.metrics import metric_names, metric_variable
 from bayes_simfluence.data.netcdf import plain, read_group, write_groups
 from bayes_simfluence.data.runs import Ids, run_statuses, runs_dataset, same_ids, with_kinds
+from bayes_simfluence.data.starts import with_starts
 from bayes_simfluence.data.training import with_training
+from bayes_simfluence.data.twins import with_twins
 from bayes_simfluence.data.validation import validate_runs
 from bayes_simfluence.data.weights import with_weights
 from bayes_simfluence.files import PathLike, atomically, first_line, new_path, old_path, readable
@@ -73,7 +77,8 @@ def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
 
     Where only one of the two has weights, those of the other are written out as 1; where only one
     has train losses or residuals, those of the other are not known and become NaN; where only one
-    says what kind its curricula are of, the others' kind is an empty text.
+    says what kind its curricula are of, the others' kind is an empty text; where only one has
+    twins or other starts, the other's runs are no twins and from start 0.
 
     Raises:
         Misuse: other ids or steps than the store's, or run ids that it holds already.
@@ -95,6 +100,10 @@ def append_runs(runs: xr.Dataset, path: PathLike) -> Path:
             stored, runs = with_training(stored, name), with_training(runs, name)
     if KIND in stored.coords or KIND in runs.coords:
         stored, runs = _said_or_empty(stored), _said_or_empty(runs)
+    if START in stored.coords or START in runs.coords:
+        stored, runs = with_starts(stored), with_starts(runs)
+    if TWIN in stored.coords or TWIN in runs.coords:
+        stored, runs = with_twins(stored), with_twins(runs)
     for name in (*OPTIONAL, *{*metric_names(stored), *metric_names(runs)}):
         if (name in stored) != (name in runs):
             raise Misuse(
@@ -189,7 +198,7 @@ def example_runs(name: str = "sst2") -> xr.Dataset:
         name: MiniLM fully fine-tuned on ``sst2`` (sentiment, two classes), ``trec`` (questions, six
             classes) or ``copa`` (pairs of sentences, plausible or not); with adapters in
             ``sst2-lora``, ``sst2-ia3``, ``trec-ia3`` and ``copa-ia3``; ``sst2-sgd``: plain SGD at a
-            high rate, where runs are chaotic and hard to predict; ``trec-causal``: a small GPT-2
+            high rate, where runs are hard to predict; ``trec-causal``: a small GPT-2
             on questions as text.
 
             Otherwise made are ``sst2-counterfactuals`` (88 runs of 72 steps, 32 queries, with the
@@ -220,6 +229,8 @@ def create_store(
     metrics: Sequence[str] = (),
     training: Sequence[str] = (),
     kinds: Sequence[str] = (),
+    starts: Sequence[int] = (),
+    twins: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Path:
     """A store with the curricula (and features) of runs that are still to be recorded.
@@ -229,6 +240,8 @@ def create_store(
         metrics: names of what will be recorded beside the loss.
         training: those of ``OF_TRAINING`` that will be recorded.
         kinds: of curriculum, one for each run of a design; none is said when empty.
+        starts: number of each run's initial weights; all start alike when empty.
+        twins: the run that each run repeats, as ``data.twins`` has it; none is said when empty.
     """
     runs, steps, _ = curricula.shape
     values = {
@@ -245,6 +258,10 @@ def create_store(
     )
     if kinds:
         dataset = with_kinds(dataset, kinds)
+    if starts:
+        dataset = with_starts(dataset, starts)
+    if twins:
+        dataset = with_twins(dataset, twins)
     return _write_store(validate_runs(dataset), new_path(path, overwrite=overwrite))
 
 

@@ -14,6 +14,7 @@ from bayes_simfluence.checks import Misuse, keyed
 from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.data.curriculum import shuffled_epochs
 from bayes_simfluence.data.runs import Ids, ids_of, planned_runs, usable_runs
+from bayes_simfluence.data.twins import without_twins
 from bayes_simfluence.data.weights import weights_of
 
 
@@ -82,12 +83,13 @@ def subsets_from_arrays(
 def subsets_of_runs(runs: xr.Dataset) -> xr.Dataset:
     """Recorded runs as subsets: who was in a run's batches, and the losses after its last step.
 
-    An example that has weight 0 wherever it occurs in a run was not trained on.
+    An example that has weight 0 wherever it occurs in a run was not trained on. Of twins the first
+    alone is a subset.
 
     Raises:
         Misuse: runs whose last losses were not recorded.
     """
-    runs = usable_runs(runs)
+    runs, _ = without_twins(usable_runs(runs))
     size = runs.sizes["train"]
     # A further column takes the empty slots and those of no weight.
     counted = (weights_of(runs) > 0) & (runs["batch"].values != EMPTY_SLOT)

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.conventions import COMPLETE, KIND, OPTIONAL, SCHEMA_VERSION
+from bayes_simfluence.conventions import COMPLETE, OF_RUNS, OPTIONAL, SCHEMA_VERSION
 from bayes_simfluence.data.columns import COLUMNS
 from bayes_simfluence.data.longform import rows_of
 from bayes_simfluence.data.tabular import pyarrow_for
@@ -49,8 +49,8 @@ def read_about(path: Path) -> dict[str, Any]:
             do="remove the file, or export the runs again",
         )
     features = {name: np.array(content[name], np.float32) for name in FEATURES if name in content}
-    kinds = {KIND: content[KIND]} if KIND in content else {}
-    return {**about, **features, **kinds}
+    said = {name: content[name] for name in OF_RUNS if name in content}
+    return {**about, **features, **said}
 
 
 def write_table(runs: xr.Dataset, path: Path, *, parquet: bool) -> None:
@@ -101,7 +101,7 @@ def _about(runs: xr.Dataset) -> str:
         **{f"{name}_ids": listed for name, listed in ids.items()},
         "dtype": str(runs["loss"].dtype),
         "attrs": dict(runs.attrs),
-        **{name: runs[name].values.tolist() for name in (*FEATURES, KIND) if name in runs},
+        **{name: runs[name].values.tolist() for name in (*FEATURES, *OF_RUNS) if name in runs},
     }
     try:
         return json.dumps(about, ensure_ascii=False, default=_plain)

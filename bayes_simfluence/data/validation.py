@@ -7,7 +7,9 @@ from jaxtyping import Bool
 from bayes_simfluence.checks import Misuse, shorten
 from bayes_simfluence.conventions import COMPLETE, EMPTY_SLOT, OPTIONAL, SCHEMA_VERSION, VARIABLES
 from bayes_simfluence.data.metrics import validate_metrics
+from bayes_simfluence.data.starts import validate_starts
 from bayes_simfluence.data.training import validate_training
+from bayes_simfluence.data.twins import validate_twins
 from bayes_simfluence.data.weights import validate_weights
 
 
@@ -17,8 +19,8 @@ def validate_runs(runs: xr.Dataset) -> xr.Dataset:
     Raises:
         Misuse: a variable, dimension or id is missing, repeated or out of range; weights that
             are negative, not finite or sum to 0 in a batch with examples; train losses or
-            residuals that do not fit their batches; in a complete run, a loss that is infinite or
-            not recorded at time 0.
+            residuals that do not fit their batches; twins of other curricula; in a complete run,
+            a loss that is infinite or not recorded at time 0.
     """
     if not isinstance(runs, xr.Dataset):
         raise Misuse(
@@ -55,6 +57,8 @@ def validate_runs(runs: xr.Dataset) -> xr.Dataset:
     _indices_in_range(runs)
     validate_weights(runs)
     validate_training(runs)
+    validate_starts(runs)
+    validate_twins(runs)
     _finite_where_complete(runs)
     return runs
 

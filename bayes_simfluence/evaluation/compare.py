@@ -11,8 +11,18 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
-from bayes_simfluence.checks import Misuse, SupportWarning, choice_of, keyed, positive_integer
+from bayes_simfluence.checks import (
+    Misuse,
+    RunsWarning,
+    SupportWarning,
+    choice_of,
+    keyed,
+    positive_integer,
+    shorten,
+)
 from bayes_simfluence.data.runs import usable_runs
+from bayes_simfluence.data.twins import twins_between
+from bayes_simfluence.evaluation.floor import by_curriculum, twin_variances
 from bayes_simfluence.evaluation.metrics import (
     bootstrap_interval,
     last_known,
@@ -45,6 +55,10 @@ METRICS = (
 
 RATIO = "mse_ratio"
 """Column with each method's MSE over that of the reference; there only when one is named."""
+
+OVER_FLOOR = "mse_over_floor"
+"""Column with each method's MSE over what twins differ by (``floor``), 1 = as little as any
+simulator errs in expectation; there only when some of the runs are twins."""
 
 ENDS = ("", "_low", "_high")
 """Endings of a metric's columns: the value, and the ends of its bootstrap interval."""
@@ -92,6 +106,11 @@ def compare(
     run, and across runs the one at the last time that was recorded in all of them, so that runs
     are compared at one time (a query without such a time is left out of ``spearman_run``).
 
+    Where runs have twins (``bs.record(..., twins=K)``), ``mse_over_floor`` is each MSE over half of
+    the twins' mean squared difference (``evaluation.floor``): 1 is as little as any simulator errs
+    in expectation. In its interval runs and pairs of twins are resampled apart. Runs whose twins a
+    method was fitted to are said (``RunsWarning``): they are not held out.
+
     Runs that leave what a method was fitted to are said once for all methods (``SupportWarning``).
     A method that fails, while it is made or while it simulates, keeps its row: its numbers are NaN
     and the column ``failed`` says the reason. When every method fails, the last error is raised.
@@ -125,6 +144,7 @@ def compare(
     simulate_key, bootstrap_key = jax.random.split(key)
     columns = [name + end for name in METRICS for end in ENDS]
     rows: dict[str, dict[str, float]] = {}
+    seen: dict[str, list[str]] = {}
     known: dict[str, RunScores] = {}
     reasons: dict[str, str] = {}
     last: Exception | None = None
@@ -136,6 +156,7 @@ def compare(
                     reasons[name] = compared.reason
                     continue
                 posterior = compared if isinstance(compared, Posterior) else compared()
+                seen[name] = twins_between(runs, posterior.runs)
                 scores = scores_by_run(posterior, runs, key=simulate_key, draws=draws)
                 rows[name] = table_of(scores, key=bootstrap_key, resamples=resamples)
                 known[name] = scores
@@ -158,9 +179,15 @@ def compare(
         ratios = [_ratio(known.get(name), known.get(reference), chosen) for name in rows]
         for end, column in zip(ENDS, zip(*ratios, strict=True), strict=True):
             table[RATIO + end] = column
+    floors = by_curriculum(twin_variances(runs))
+    if len(floors):
+        over = [_over_floor(known.get(name), floors, bootstrap_key, resamples) for name in rows]
+        for end, column in zip(ENDS, zip(*over, strict=True), strict=True):
+            table[OVER_FLOOR + end] = column
     if reasons:
         table[FAILED] = [reasons.get(name, "") for name in rows]
     table.index.name = "method"
+    _say_seen(seen)
     far = {name: scores.left for name, scores in known.items() if scores.left}
     if far:
         warn(f"{next(iter(far.values()))} ({', '.join(far)}).", SupportWarning, stacklevel=2)
@@ -220,6 +247,36 @@ def table_of(scores: RunScores, *, key: jax.Array, resamples: int) -> dict[str, 
             row[name], again = float(scores[name].mean()), scores[name][chosen].mean(axis=1)
         row[f"{name}_low"], row[f"{name}_high"] = bootstrap_interval(again)
     return row
+
+
+def _over_floor(
+    scores: RunScores | None,
+    floors: Float[np.ndarray, " curriculum"],
+    key: jax.Array,
+    resamples: int,
+) -> tuple[float, float, float]:
+    """The MSE over the floor of the same runs, and its interval."""
+    if scores is None:
+        return (float("nan"),) * 3
+    mse = scores["mse"]
+    again = mse[resamples_of(key, resamples, len(mse))].mean(axis=1)
+    floor_again = floors[resamples_of(jax.random.fold_in(key, 1), resamples, len(floors))]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(mse.mean() / floors.mean())
+        return (value, *bootstrap_interval(again / floor_again.mean(axis=1)))
+
+
+def _say_seen(seen: Mapping[str, list[str]]) -> None:
+    """Warn of runs whose twins methods were fitted to."""
+    methods = {name: twins for name, twins in seen.items() if twins}
+    if methods:
+        twins = next(iter(methods.values()))
+        warn(
+            f"Runs {shorten(twins)} have the curricula of fitted runs, whose twins they are, and "
+            f"are not held out ({', '.join(methods)}): leave both of a pair out of the fit.",
+            RunsWarning,
+            stacklevel=3,
+        )
 
 
 def _ratio(

@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jaxtyping import Int
 
 from bayes_simfluence.checks import FitWarning, positive_integer
 from bayes_simfluence.data.runs import usable_runs
+from bayes_simfluence.data.twins import twin_groups
 from bayes_simfluence.evaluation.compare import scores_by_run
 from bayes_simfluence.inference.method import Method
 from bayes_simfluence.model.simfluence import Simfluence
@@ -31,17 +33,19 @@ def elpd_over_runs(
     """Expected log predictive density of runs that were left out, by refitting without them.
 
     Losses within a run are not exchangeable, so whole runs are left out: one of ``folds`` groups
-    after the other (as many folds as runs leave out each run by itself).
+    after the other (as many folds as runs leave out each run by itself). Twins are left out
+    together.
 
     Returns:
         One row per run: ``elpd`` (natural log, mean over points) and ``mse`` (nats squared).
     """
     runs = usable_runs(runs)
-    count = min(positive_integer("folds", folds), runs.sizes["run"])
+    group = _groups(runs)
+    count = min(positive_integer("folds", folds), int(group.max()) + 1)
     scored: dict[int, tuple[float, float]] = {}
     with (progress or Silent()).work("left-out runs", count) as meter:
         for fold, fold_key in enumerate(jax.random.split(key, count)):
-            out = np.arange(fold, runs.sizes["run"], count)
+            out = np.flatnonzero(group % count == fold)
             rest = np.setdiff1d(np.arange(runs.sizes["run"]), out)
             fit_key, draw_key = jax.random.split(fold_key)
             posterior = fit(runs.isel(run=rest), model=model, method=method, key=fit_key)
@@ -52,6 +56,14 @@ def elpd_over_runs(
     return pd.DataFrame(
         ordered, columns=["elpd", "mse"], index=pd.Index(runs["run"].values, name="run")
     )
+
+
+def _groups(runs: xr.Dataset) -> Int[np.ndarray, " run"]:
+    """Numbers from 0 of the runs that can be left out by themselves, the same for twins."""
+    first = np.arange(runs.sizes["run"])
+    for twins in twin_groups(runs):
+        first[twins] = twins[0]
+    return np.unique(first, return_inverse=True)[1]
 
 
 def loo_over_runs(idata: Any) -> pd.DataFrame:

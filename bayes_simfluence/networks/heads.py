@@ -25,8 +25,15 @@ def with_head(tensors: Tensors, network: Network, outputs: int, key: jax.Array) 
     It has the dtype of the network's own tensors.
     """
     dtype = next(x.dtype for x in tensors.values() if jnp.issubdtype(x.dtype, jnp.floating))
-    weight = 0.02 * jax.random.normal(key, (outputs, network.width))
-    fresh = (weight.astype(dtype), jnp.zeros(outputs, dtype))
+    empty = (jnp.zeros((outputs, network.width), dtype), jnp.zeros(outputs, dtype))
+    return fresh_head({**tensors, **dict(zip(HEAD, empty, strict=True))}, key)
+
+
+def fresh_head(tensors: Tensors, key: jax.Array) -> Tensors:
+    """``tensors`` with other weights of their head, drawn as by ``with_head``."""
+    weight, bias = (tensors[name] for name in HEAD)
+    drawn = 0.02 * jax.random.normal(key, weight.shape)
+    fresh = (drawn.astype(weight.dtype), jnp.zeros_like(bias))
     return {**tensors, **dict(zip(HEAD, fresh, strict=True))}
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse, named
 from bayes_simfluence.data.runs import usable_runs
+from bayes_simfluence.data.twins import twins_between, without_twins
 from bayes_simfluence.posterior.bands import (
     FLOOR,
     Shape,
@@ -177,7 +178,8 @@ class _Scored(NamedTuple):
 def _held_out_scores(
     runs: xr.Dataset, posterior: Simulates, query: np.ndarray, *, key: jax.Array, draws: int
 ) -> _Scored:
-    runs = usable_runs(runs)
+    # Twins are no two runs drawn apart.
+    runs, _ = without_twins(usable_runs(runs))
     _not_fitted(runs, posterior.runs)
     runs = runs.isel(query=named("queries", query, runs["query"].values))
     # The same key: the new run and the calibration runs meet the same draws of coefficients.
@@ -230,10 +232,13 @@ def _not_fitted(runs: xr.Dataset, fitted: xr.Dataset) -> None:
         for at in np.flatnonzero(fitted["run"].values == run)
         if np.array_equal(batch, fitted["batch"].values[at])
     ]
-    if same:
+    twins = [] if same else twins_between(runs, fitted)
+    if same or twins:
         raise Misuse(
             "calibration runs",
-            got=f"{len(same)} fitted runs ({same[0]}, ...)",
+            got=f"{len(same)} fitted runs ({same[0]}, ...)"
+            if same
+            else f"{len(twins)} twins of fitted runs ({twins[0]}, ...)",
             expected="runs that the fit did not see",
             do="hold runs out, or pass Conformal() to use predictions of left-out fitted runs",
         )

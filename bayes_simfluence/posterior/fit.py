@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import xarray as xr
 
-from bayes_simfluence.checks import FitFailed, FitWarning, Misuse, keyed, named
+from bayes_simfluence.checks import FitFailed, FitWarning, Misuse, keyed, named, shorten
 from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.data.identify import identifiability
 from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.data.training import residuals_of
+from bayes_simfluence.data.twins import twins_between, without_twins
 from bayes_simfluence.inference.method import FitContext, LeftOutRuns, Method
 from bayes_simfluence.inference.stack import Stack
 from bayes_simfluence.inference.verdict import Verdict
@@ -42,7 +43,8 @@ def fit(
     """Infer a simulator of training runs from recorded ones.
 
     Args:
-        runs: recorded runs; unusable ones are left out with a warning.
+        runs: recorded runs; unusable ones are left out with a warning. Of twins the first is
+            fitted: where runs are left out to judge predictions of them, twins must be, too.
         key: decides whatever a method draws.
         model: what is inferred; the method's own default when omitted.
         method: how; ``Stack()`` when omitted.
@@ -74,7 +76,7 @@ def fit(
         raise Misuse(
             "model", got=type(model).__name__, expected="a Simfluence(...)", do="pass an instance"
         )
-    runs = usable_runs(runs)
+    runs, twins = without_twins(usable_runs(runs))
     checked = None if validation is None else _like(usable_runs(validation), runs)
     fit_key, check_key = jax.random.split(key)
     model, uncoupled = settled_coupling(model, method, runs)
@@ -89,7 +91,13 @@ def fit(
     verdict = Verdict(
         fitted.verdict.ok,
         fitted.verdict.sentence,
-        (*fitted.verdict.notes, *uncoupled, *_said_of(weighed), *identifiability(runs).sentences()),
+        (
+            *fitted.verdict.notes,
+            *_said_of_twins(twins),
+            *uncoupled,
+            *_said_of(weighed),
+            *identifiability(runs).sentences(),
+        ),
         {**fitted.verdict.numbers, **weighed},
     )
     if not verdict.ok and strict:
@@ -173,8 +181,25 @@ def _said_of(weighed: dict[str, float]) -> list[str]:
     ]
 
 
+def _said_of_twins(count: int) -> list[str]:
+    if count == 0:
+        return []
+    return [
+        f"{count} runs have the curricula of fitted runs, whose twins they are, and were not "
+        "fitted: a run could not be left out while its twin stays."
+    ]
+
+
 def _like(validation: xr.Dataset, runs: xr.Dataset) -> xr.Dataset:
     """The validation runs with examples and queries in the order of the fitted ones."""
+    seen = twins_between(validation, runs)
+    if seen:
+        raise Misuse(
+            "validation",
+            got=f"twins of fitted runs: {shorten(seen)}",
+            expected="runs of other curricula",
+            do="take both of a pair into the fitted runs, or into the validation runs",
+        )
     for name in ("train", "query"):
         if validation.sizes[name] != runs.sizes[name]:
             raise Misuse(

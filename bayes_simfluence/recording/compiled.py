@@ -117,7 +117,8 @@ class CompiledSteps:
         runs: how many train in one call; all arguments and results but the shared ones have them
             as their leading axis.
         steps: most steps of one call.
-        begin: the carry of runs that start from the task's parameters.
+        begin: the carry of runs that all start from one run's parameters.
+        begin_each: the carry of runs with parameters of their own, stacked.
         measure: loss and metrics of every query, at one run's parameters.
         place: puts the shared arguments where the compiled steps want them.
         advance: ``(carry, fixed, batches, looks, count) -> (carry, measured)``; takes ``count``
@@ -127,6 +128,7 @@ class CompiledSteps:
     runs: int
     steps: int
     begin: Callable[[PyTree], Carry]
+    begin_each: Callable[[PyTree], Carry]
     measure: Callable[[PyTree, Fixed], dict[str, Float[Array, " query"]]]
     place: Callable[[Fixed], Fixed]
     advance: Any
@@ -171,6 +173,8 @@ class CompiledSteps:
         mesh = Mesh(np.asarray(devices), (AXIS,))
         over, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((AXIS,), ()))
         begin = jax.jit(partial(_begin, training.optimizer, runs), out_shardings=over)
+        each = jax.vmap(partial(_carry, training.optimizer))
+        begin_each = jax.jit(each, out_shardings=over)
         stretch = _stretch(training, parallel, steps)
         if len(devices) > 1:
             split, whole = over.spec, everywhere.spec
@@ -193,7 +197,7 @@ class CompiledSteps:
         )
         measure = jax.jit(measure_of(training.task, training.placement.query_chunk))
         place = partial(jax.device_put, device=everywhere)
-        return cls(runs, steps, begin, measure, place, advance.compile())
+        return cls(runs, steps, begin, begin_each, measure, place, advance.compile())
 
 
 def kept_of(task: Task | Functions) -> tuple[str, ...]:
@@ -327,8 +331,12 @@ def _gradient(training: Training) -> Callable[[PyTree, Fixed, Batches], tuple[Py
     return gradient
 
 
+def _carry(optimizer: optax.GradientTransformation, params: PyTree) -> Carry:
+    return Carry(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
 def _begin(optimizer: optax.GradientTransformation, runs: int, params: PyTree) -> Carry:
-    carry = Carry(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    carry = _carry(optimizer, params)
     return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], runs, axis=0), carry)
 
 

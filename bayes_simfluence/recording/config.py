@@ -27,6 +27,9 @@ ONLY = {
 }
 """Setting -> the tasks that have it; elsewhere it would be ignored, and is refused."""
 
+AT_MOST = {"per_run": "examples", "batch_size": "per_run", "twins": "runs", "starts": "runs"}
+"""Setting -> the one that it must not exceed."""
+
 
 @dataclass(frozen=True)
 class RecordConfig:
@@ -60,6 +63,8 @@ class RecordConfig:
     shares: str = say(
         "diverse: shares of kinds, as 'sorted=0.2,half=0.1', the rest random; else 0.1 of each", ""
     )
+    starts: int = say("fresh heads that the runs take turns with, 1 = all from the same", 1)
+    twins: int = say("of the last runs, how many are trained twice: the floor of any simulator", 0)
     optimizer: str = say("update rule", "adamw", ("adamw", "adam", "sgd"))
     learning_rate: float = say("highest step size", 2e-5)
     schedule: str = say("decay of the step size", "linear", ("linear", "cosine", "constant"))
@@ -88,11 +93,11 @@ class RecordConfig:
         Raises:
             Misuse: the first one that is not.
         """
-        for name in ("examples", "queries", "runs", "per_run", "batch_size", "epochs"):
+        for name in ("examples", "queries", "runs", "per_run", "batch_size", "epochs", "starts"):
             positive_integer(name, getattr(self, name))
         for name in ("max_tokens", "new_tokens"):
             positive_integer(name, getattr(self, name))
-        for name in ("features", "warmup_steps", "seed"):
+        for name in ("features", "warmup_steps", "seed", "twins"):
             count_of(name, getattr(self, name))
         self.evaluation.validate()
         self.placement.validate()
@@ -103,7 +108,7 @@ class RecordConfig:
         self.chosen_tuning()
         self.chosen_shares()
         self._check_task()
-        for small, large in (("per_run", "examples"), ("batch_size", "per_run")):
+        for small, large in AT_MOST.items():
             if getattr(self, small) > getattr(self, large):
                 raise Misuse(
                     small,

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 import xarray as xr
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from bayes_simfluence.checks import Misuse, at_most, hashable
 from bayes_simfluence.conventions import EMPTY_SLOT, Curricula
@@ -26,6 +26,7 @@ from bayes_simfluence.recording.parallel import parallel_of
 from bayes_simfluence.recording.plan import Plan, chosen_runs, units
 from bayes_simfluence.recording.processes import Processes
 from bayes_simfluence.recording.settings import Evaluation, Placement
+from bayes_simfluence.recording.starts import Chosen, Starts
 from bayes_simfluence.recording.step_sizes import StepSize, step_size_reader
 from bayes_simfluence.recording.stored import StoredRecording
 from bayes_simfluence.recording.train import Recording, record_together
@@ -43,6 +44,8 @@ def record(
     evaluation: Evaluation | None = None,
     placement: Placement | None = None,
     features: int | Features = 64,
+    starts: Chosen = 1,
+    twins: int = 0,
     key: jax.Array | None = None,
     provenance: Mapping[str, Any] | None = None,
     resume: bool = False,
@@ -78,9 +81,18 @@ def record(
             weights and kept with the runs for the default model's prior (at most one for each
             training example), 0 = none; or features made before. A resumed store keeps what it
             has.
-        key: decides the random signs of features that are made here. When omitted they are those of
-            the command's seed 0 (``recording.features.features_key()``), the same in every
-            recording.
+        starts: how many initial weights the curricula take turns with, the task's own first, or the
+            number of each one's start, 0 = the task's own. Others are drawn by ``task.fresh`` (of
+            tasks with a classification head that trains: a fresh head), and the coordinate
+            ``start`` of ``run`` says which run had which.
+        twins: how many of the curricula, the last ones, are trained a second time, from weights
+            that are each moved by one or two units in the last place, up or down. These runs come
+            after all others, and the coordinate ``twin`` of ``run`` names the run that each run
+            repeats. What twins differ by is the floor of any simulator
+            (``evaluation.floor.floor``), and ``compare`` shows each MSE over it.
+        key: decides the random signs of features that are made here, other starts, and which way
+            twins' weights move. When omitted it is that of the command's seed 0
+            (``recording.features.features_key()``), the same in every recording.
         provenance: attributes for the store, beside the task's.
         resume: continue a store of the same recording; finished runs are not touched.
         overwrite: replace a store that exists.
@@ -91,13 +103,17 @@ def record(
 
     Raises:
         Misuse: before any training, for whatever does not fit, a loss without a finite gradient
-            where features are made, and runs that another process records right now.
+            where features are made, twins of weights that are all 0, other starts of a task that
+            cannot draw them, and runs that another process records right now.
         WorkFailed: a run could not be written; the runs before it are safe.
     """
     curricula, kinds = _curricula_and_kinds(curricula)
     curricula = _checked_curricula(task.validate(), curricula)
     weights = None if weights is None else checked_weights(weights, curricula)
     evaluation, placement = evaluation or Evaluation(), placement or Placement()
+    key = features_key() if key is None else key
+    begun = Starts.of(task, len(curricula), starts, twins, key)
+    curricula, weights, kinds = _with_twins(begun, curricula, weights, kinds)
     total, steps, slots = curricula.shape
     plan = Plan(steps, evaluation).validate()
     accumulate, do = placement.validate().accumulate, "split a batch into fewer parts"
@@ -112,9 +128,8 @@ def record(
     )
     attrs = {**task.provenance, **(provenance or {}), **asdict(evaluation), **placement.kept}
     features = checked_features(task, features)
-    key = features_key() if key is None else key
     batches = Batches(curricula, weights)
-    stored = StoredRecording(store, task, batches, kinds, attrs, features, key)
+    stored = StoredRecording(store, task, batches, kinds, begun, attrs, features, key)
     recording = Recording(training, plan, stored)
     chosen, processes = chosen_runs(placement.only, total), Processes.here(placement.distributed)
     at_once = partial(
@@ -149,6 +164,18 @@ def _record_share(
         pending = [group for group in mine if wanted[group].any()]
         if pending:
             record_together(recording, pending, wanted, written=claims.release, progress=progress)
+
+
+def _with_twins(
+    starts: Starts, curricula: Curricula, weights: Any, kinds: tuple[str, ...]
+) -> tuple[Int[np.ndarray, "all step slot"], Any, tuple[str, ...]]:
+    """All runs' curricula, weights and kinds, those of twins after the others."""
+    repeated = starts.repeated
+    return (
+        curricula[repeated],
+        None if weights is None else weights[repeated],
+        tuple(kinds[run] for run in repeated) if kinds else (),
+    )
 
 
 def _curricula_and_kinds(given: Curricula | Design) -> tuple[Curricula, tuple[str, ...]]:

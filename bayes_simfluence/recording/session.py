@@ -76,6 +76,8 @@ def record_from_config(
         evaluation=config.evaluation,
         placement=replace(config.placement, only=only, distributed=distributed),
         features=features,
+        starts=config.starts,
+        twins=config.twins,
         key=features_key(config.seed),
         provenance=_provenance(config),
         resume=resume,
@@ -111,11 +113,14 @@ def _designed(
 def _provenance(config: RecordConfig) -> dict[str, Any]:
     """The settings without the paths of the machine that recorded.
 
-    The settings of a random design say nothing new, and earlier versions had none.
+    The settings of a random design, of no twins and of one start say nothing new, and earlier
+    versions had none.
     """
     settings = {**config.as_dict(), "parallel": config.placement.parallel}
-    if config.design == "random":
-        settings = {name: settings[name] for name in settings if name not in ("design", "shares")}
+    silent = ["design", "shares"] if config.design == "random" else []
+    silent += [] if config.twins else ["twins"]
+    silent += [] if config.starts > 1 else ["starts"]
+    settings = {name: value for name, value in settings.items() if name not in silent}
     for name in ("checkpoint", "train", "query"):
         settings[name] = Path(settings[name]).name
     return {"settings": settings, "seed": config.seed, "optimizer": config.optimizer}

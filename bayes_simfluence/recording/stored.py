@@ -12,7 +12,7 @@ import xarray as xr
 from jaxtyping import Bool
 
 from bayes_simfluence.checks import Misuse
-from bayes_simfluence.conventions import KIND, UNRECORDED
+from bayes_simfluence.conventions import KIND, START, TWIN, UNRECORDED
 from bayes_simfluence.data.claims import alone_in
 from bayes_simfluence.data.metrics import check_metric_name
 from bayes_simfluence.data.runs import same_ids
@@ -21,6 +21,7 @@ from bayes_simfluence.files import PathLike, new_path
 from bayes_simfluence.progress import Progress
 from bayes_simfluence.recording.compiled import Batches, kept_of
 from bayes_simfluence.recording.features import Features, features_of
+from bayes_simfluence.recording.starts import Starts
 from bayes_simfluence.tasks.task import Task
 
 PACKAGES = ("bayes-simfluence", "jax", "optax", "numpy")
@@ -31,8 +32,9 @@ class StoredRecording:
     """What a store holds of a recording before its first run ends.
 
     Attributes:
-        batches: of all runs, ``(run, step, slot)``.
+        batches: of all runs, twins included, ``(run, step, slot)``.
         kinds: of curriculum, one for each run of a design; empty where there is no design.
+        starts: the weights that each run starts from.
         attrs: of the store, beside the versions of packages and the number of runs at once.
         features: of the task's examples, for the default model's prior, or how many to make.
         key: decides the random signs of those that are made.
@@ -42,6 +44,7 @@ class StoredRecording:
     task: Task
     batches: Batches
     kinds: Sequence[str]
+    starts: Starts
     attrs: Mapping[str, Any]
     features: int | Features
     key: jax.Array
@@ -72,7 +75,7 @@ class StoredRecording:
             stored = open_store(path) if resume and path.exists() else None
             at_once = parallel(None if stored is None else stored.attrs.get("parallel"))
             versions = {name: version(name) for name in PACKAGES}
-            attrs = {**self.attrs, "versions": versions, "parallel": at_once}
+            attrs = {**self.attrs, **self.starts.kept, "versions": versions, "parallel": at_once}
             if stored is None:
                 self._create(attrs, features, overwrite=overwrite)
             else:
@@ -87,6 +90,11 @@ class StoredRecording:
     def unrecorded(self) -> Bool[np.ndarray, " run"]:
         """Runs that are not finished yet."""
         return stored_statuses(self.path) == UNRECORDED
+
+    @property
+    def _twins(self) -> list[str]:
+        """The run that each run repeats, by its id in the store; empty where there are no twins."""
+        return [str(run) for run in self.starts.repeated] if self.starts.twins else []
 
     @property
     def _metrics(self) -> tuple[str, ...]:
@@ -108,16 +116,23 @@ class StoredRecording:
             metrics=[check_metric_name(name) for name in self._metrics],
             training=kept_of(self.task),
             kinds=self.kinds,
+            starts=self.starts.of_runs,
+            twins=self._twins,
             overwrite=overwrite,
         )
 
     def _check_same(self, stored: xr.Dataset, attrs: Mapping[str, Any]) -> None:
         weights = [stored["weight"].values] if "weight" in stored else []
-        kinds = stored[KIND].values.tolist() if KIND in stored.coords else []
+        kinds, starts, twins = (
+            stored[name].values.tolist() if name in stored.coords else []
+            for name in (KIND, START, TWIN)
+        )
         mine = [] if self.batches.weight is None else [self.batches.weight]
         same = {
             "curricula": np.array_equal(stored["batch"].values, self.batches.members),
             "kinds of curricula": np.array_equal(kinds, list(self.kinds)),
+            "starts": np.array_equal(starts, self.starts.of_runs),
+            "twins": np.array_equal(twins, self._twins),
             "weights": np.array_equal(weights, mine),
             "train ids": same_ids(stored["train"], self.task.train_ids),
             "query ids": same_ids(stored["query"], self.task.query_ids),

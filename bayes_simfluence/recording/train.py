@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -17,6 +18,7 @@ from bayes_simfluence.progress import Meter, Progress
 from bayes_simfluence.recording.checkpoints import new_checkpoints, write_weights
 from bayes_simfluence.recording.compiled import (
     Batches,
+    Carry,
     CompiledSteps,
     Measured,
     Training,
@@ -67,21 +69,45 @@ def record_together(
         Misuse: a score that is not one number for each query.
         WorkFailed: a run could not be written; those before it are safe.
     """
-    task, fixed = recording.stored.task, fixed_of(recording.stored.task)
     compiled = recording.compiled(len(groups[0]), jax.local_devices()[: len(groups)])
-    measured = compiled.measure(task.params, fixed)
-    initial = {name: np.asarray(row) for name, row in measured.items()}
-    initial |= _scores(task, task.params)
-    fixed = compiled.place(fixed)
+    begin = _Begin(recording.stored, compiled)
+    fixed = compiled.place(fixed_of(recording.stored.task))
     label = "record" if compiled.runs == 1 else f"record, {compiled.runs} at once"
     total, done = int(wanted.sum()), 0
     with progress.work(label, total * recording.plan.steps) as meter:
         for members in _loads(groups, compiled.runs):
             places = {run: members.index(run) for run in members if wanted[run]}
             notes = _Notes(meter, len(places), f"{done} of {total} runs")
-            for run in _train(recording, compiled, fixed, initial, members, places, notes):
+            for run in _train(recording, compiled, fixed, begin, members, places, notes):
                 written(run)
             done += len(places)
+
+
+class _Begin:
+    """Where runs begin: their first weights, and what is measured of the queries with them."""
+
+    def __init__(self, stored: StoredRecording, compiled: CompiledSteps) -> None:
+        self._stored, self._compiled = stored, compiled
+        self._fixed = fixed_of(stored.task)
+        self._first = self._measured(stored.task.params)
+
+    def __call__(self, members: list[int]) -> tuple[Carry, list[Queries]]:
+        """Of each of ``members``, in order."""
+        starts, task = self._stored.starts, self._stored.task
+        if not any(starts.moved(run) for run in members):
+            return self._compiled.begin(task.params), [self._first] * len(members)
+        each = {run: starts.params(run, task) for run in members}
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(each[run] for run in members))
+        first = {
+            run: self._measured(own) if starts.moved(run) else self._first
+            for run, own in each.items()
+        }
+        return self._compiled.begin_each(stacked), [first[run] for run in members]
+
+    def _measured(self, params: PyTree) -> Queries:
+        measured = self._compiled.measure(params, self._fixed)
+        rows = {name: np.asarray(row) for name, row in measured.items()}
+        return rows | _scores(self._stored.task, params)
 
 
 class _Notes:
@@ -101,7 +127,7 @@ def _train(
     recording: Recording,
     compiled: CompiledSteps,
     fixed: Fixed,
-    initial: Queries,
+    begin: _Begin,
     members: list[int],
     places: dict[int, int],
     notes: _Notes,
@@ -112,12 +138,13 @@ def _train(
     rates = np.full((len(members), plan.steps), np.nan, np.float32)
     kept = {name: np.full(batches.members.shape, np.nan, np.float32) for name in kept_of(task)}
     shape = (len(members), plan.steps + 1, len(task.query_ids))
-    values = {name: np.full(shape, np.nan, np.float32) for name in initial}
-    for name, row in initial.items():
-        values[name][:, 0] = row
+    carry, before = begin(members)
+    values = {name: np.full(shape, np.nan, np.float32) for name in before[0]}
+    for name, rows in values.items():
+        rows[:, 0] = [queries[name] for queries in before]
     saved = new_checkpoints(stored.path, list(places) if plan.saved else [])
     with saved as folders:
-        carry, behind = compiled.begin(task.params), None
+        behind = None
         at_stop = _Stops(task, plan, values, places, folders)
         for first, last in plan.stretches(at_stop.times):
             at_stop(first, carry.params)

@@ -20,6 +20,7 @@ HIGHER = {"spearman_query", "spearman_change", "spearman_run", "elpd"}
 SHORT = {
     "mse": "MSE",
     "mse_ratio": "MSE / reference's",
+    "mse_over_floor": "MSE / floor",
     "mae": "MAE",
     "spearman_query": "Spearman, queries",
     "spearman_change": "Spearman, change",

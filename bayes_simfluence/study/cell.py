@@ -14,6 +14,7 @@ from bayes_simfluence.checks import Misuse
 from bayes_simfluence.conventions import UNRECORDED
 from bayes_simfluence.data.runs import usable_runs
 from bayes_simfluence.data.store import example_runs, open_runs, stored_statuses
+from bayes_simfluence.data.twins import without_twins
 from bayes_simfluence.evaluation.compare import FAILED
 from bayes_simfluence.study.config import EXAMPLE, CellConfig, StudyConfig
 from bayes_simfluence.study.methods import ATTRIBUTIONS, SIMULATORS
@@ -107,7 +108,7 @@ class Cell:
         Raises:
             Misuse: fewer usable runs than the study needs.
         """
-        runs, study = usable_runs(self.runs), self.study
+        (runs, _), study = without_twins(usable_runs(self.runs)), self.study
         if runs.sizes["run"] < study.needed:
             raise Misuse(
                 f"cell {self.config.name!r}: runs",

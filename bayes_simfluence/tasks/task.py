@@ -79,6 +79,9 @@ class Task:
             target's probability, where that is not ``1 - exp(-loss)``: the mean over target tokens
             for text. Recorded beside each training example's loss, from the same outputs.
 
+        fresh: ``fresh(params, key) -> params``, other initial weights like the first ones: a fresh
+            head, or all of them drawn anew; ``record(..., starts=...)`` begins runs from them.
+
     >>> import jax.numpy as jnp
     >>> task = Task(
     ...     params={"mean": jnp.zeros(())},
@@ -113,6 +116,7 @@ class Task:
         None
     )
     output_residual: Callable[[Float[Array, "..."], Example], Float[Array, ""]] | None = None
+    fresh: Callable[[Params, jax.Array], Params] | None = None
 
     @property
     def functions(self) -> Functions:

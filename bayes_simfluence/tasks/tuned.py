@@ -12,6 +12,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from bayes_simfluence.networks.checkpoint import Pretrained
+from bayes_simfluence.networks.heads import HEAD, fresh_head
 from bayes_simfluence.networks.tensor_files import Tensors
 from bayes_simfluence.tasks.generation import Write, metrics_and_scores
 from bayes_simfluence.tasks.likelihood import drawn_slopes, mean_nats, mean_residual
@@ -68,6 +69,7 @@ class Prepared:
             query_ids=list(self.rows["query"].ids),
             query_lengths=filled_lengths(self.examples["query"]),
             cut=shortened,
+            fresh=fresh_head if set(HEAD) <= set(tuned.params) else None,
             provenance={"model": self.model.name, "tuning": tuned.as_dict(), **self.provenance},
             **parts,
         )

@@ -106,6 +106,28 @@ def test_scores_are_compared_as_simulators(command, tmp_path):
     assert command(*words, tmp_path / "table.tex")[0] == 2
 
 
+def test_a_comparison_of_twins_shows_the_floor(command, tmp_path):
+    recorded, _ = linear_runs(key=jax.random.key(0), runs=8, train=12, per_run=8, epochs=2)
+    twice = recorded.isel(run=[*range(8), 6, 7]).assign_coords(run=np.arange(10))
+    loss = twice["loss"] + np.float32(0.01) * (twice["run"] > 7) * (twice["time"] > 0)
+    names = ("run", [*"01234567", "6", "7"])
+    twice = twice.assign(loss=loss.astype(np.float32)).assign_coords(twin=names)
+    runs = bs.export_netcdf(twice, tmp_path / "twice.nc")
+    values = np.zeros((recorded.sizes["train"], recorded.sizes["query"]))
+    ids = (recorded[one].values.tolist() for one in ("train", "query"))
+    save_scores(score_array(values, *ids, method="none", units="nat"), tmp_path / "none.nc")
+    words = [
+        "compare", runs, "--fitted", runs, "--fitted-select", "0:6", "--scores",
+        tmp_path / "none.nc", "--draws", 10, "--quiet", "--select",
+    ]  # fmt: skip
+    code, out, errors = command(*words, "6:", "--out", tmp_path / "table.md")
+    assert code == 0, errors
+    assert "Floor of any simulator's MSE, by 2 curricula" in out and "5e-05 [5e-05, 5e-05]" in out
+    assert "MSE / floor" in (tmp_path / "table.md").read_text()
+    code, out, errors = command(*words, "6:8")
+    assert code == 0 and "loor" not in out, errors
+
+
 def test_same_seed_same_simulation(command, runs, tmp_path):
     command("fit", runs, "--kind", "additive", "--quiet", "--out", tmp_path / "p.nc")
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):

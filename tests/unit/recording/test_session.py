@@ -1,5 +1,7 @@
 """The settings of a recording reach it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -44,6 +46,21 @@ def test_settings_are_those_of_the_recording(squares, tmp_path, monkeypatch):
         session.record_from_config(config, parts, only=[0, 2], resume=True)
     again = session.record_from_config(config, parts, only=slice(1, 2), resume=True)
     xr.testing.assert_identical(again, runs)
+
+
+def test_starts_and_twins_are_recorded_and_said(squares, tmp_path, monkeypatch):
+    drawn = replace(squares, fresh=lambda params, key: {**params, "v": 2 * params["v"]})
+    monkeypatch.setattr(session, "task_of", lambda config: drawn)
+    plain = {"evaluate_every": 1, "checkpoints": 0, "accumulate": 1, "remat": False}
+    config = session.merged(SETTINGS, plain, {"starts": 2, "twins": 1})
+    runs = session.record_from_config(config, tmp_path / "runs.zarr")
+    assert runs["start"].values.tolist() == [0, 1, 0, 0]
+    assert runs["twin"].values.tolist() == ["0", "1", "2", "2"]
+    said = runs.attrs["settings"]
+    assert (said["starts"], said["twins"], said["runs"]) == (2, 1, 3)
+    # What earlier versions did not know is not said where it changes nothing.
+    silent = session._provenance(session.merged(SETTINGS))["settings"]
+    assert not {"starts", "twins", "design"} & set(silent)
 
 
 def test_a_number_of_runs_at_once_may_come_as_text():

@@ -405,6 +405,10 @@ def test_curricula_are_random_subsets_in_epochs(config):
         ({"runs": True}, "runs: got True"),
         ({"parallel": -1}, "parallel: got -1"),
         ({"max_tokens": 0}, "max_tokens: got 0"),
+        ({"twins": -1}, "twins: got -1; expected an integer >= 0"),
+        ({"twins": 33}, "twins: got 33; expected at most runs = 32"),
+        ({"starts": 0}, "starts: got 0; expected an integer >= 1"),
+        ({"starts": 33}, "starts: got 33; expected at most runs = 32"),
         ({"features": -1}, "features: got -1; expected an integer >= 0"),
         ({"warmup_steps": -1}, "warmup_steps: got -1"),
         ({"seed": -1}, "seed: got -1"),
@@ -603,12 +607,14 @@ def test_a_diverse_design_goes_by_the_labels_of_the_files(config, recorded, tmp_
 
 
 def test_a_recording_of_adapters_from_settings(config, recorded, tmp_path):
-    settings = changed(config, tuning="lora", rank=2, targets="query", learning_rate=0.1)
+    settings = changed(config, tuning="lora", rank=2, targets="query", learning_rate=0.1, starts=2)
     runs = record_from_config(settings, tmp_path / "runs.zarr")
     assert runs.attrs["tuning"]["targets"] == ["query"]
     assert 0 < runs.attrs["tuning"]["share"] < 0.5
     start, full = runs["loss"].isel(time=0), recorded[1]["loss"].isel(time=0)
-    np.testing.assert_allclose(start, full, rtol=1e-5)
+    fresh = runs["start"].values == 1
+    np.testing.assert_allclose(start[~fresh], full[~fresh], rtol=1e-5)
+    assert (np.abs(start[fresh].values - full[fresh].values) > 1e-4).any(axis=1).all()
     assert np.abs(runs["loss"].isel(time=-1) - start).max() > 0.01
     again = record_from_config(settings, tmp_path / "runs.zarr", resume=True)
     xr.testing.assert_identical(again, runs)
