@@ -24,6 +24,8 @@ LONGER = 0.25
 """Unit for length: a quarter more steps."""
 UNSEEN = 0.25
 """Unit for unseen examples: a quarter of the exposure so far."""
+ELSEWHERE = 0.5
+"""Unit for initial losses: half of what losses moved in the fitted runs."""
 FREE, BEYOND = 3.0, 3.0
 """For balance: standard deviations about the fitted runs' mean that are free, and the unit."""
 WINDOWS = (8, 4, 2, 1)
@@ -147,6 +149,29 @@ def _unseen(fitted: Course, planned: Course) -> Departure:
     share = exposure / so_far
     words = f"unseen examples, {float(share.max()):.0%} of what is trained on"
     return Departure("unseen examples", share / UNSEEN, words)
+
+
+def other_start(
+    initial: Float[np.ndarray, "fitted query"],
+    moved: Float[np.ndarray, " query"],
+    own: Float[np.ndarray, "run query"],
+    steps: int,
+) -> Departure:
+    """Initial losses unlike those of any fitted run: training forgets what a start adds to them.
+
+    Args:
+        initial: losses of the fitted runs before the first update, nats.
+        moved: root mean square change of each query's loss in the fitted runs.
+        own: initial losses of the planned runs.
+        steps: of the planned runs, at all of which the distance is the same.
+    """
+    runs = len(initial)
+    spread = initial.std(axis=0, ddof=1) * np.sqrt(1 + 1 / runs) if runs > 1 else 0.0
+    off = np.maximum(np.abs(own - initial.mean(axis=0)) - FREE * spread, 0.0)
+    size = np.sqrt(np.square(off).mean(axis=1))
+    unit = ELSEWHERE * max(float(np.sqrt(np.square(moved).mean())), 1e-12)
+    distance = np.broadcast_to((size / unit)[:, None], (len(own), steps))
+    return Departure("initial losses", distance, f"initial losses {size.max():.2g} nats off")
 
 
 DEPARTURES: tuple[Callable[[Course, Course], Departure | None], ...] = (

@@ -21,7 +21,7 @@ from bayes_simfluence.posterior.courses import (
     directions_of,
     features_of,
 )
-from bayes_simfluence.posterior.departures import departures
+from bayes_simfluence.posterior.departures import Departure, departures, other_start
 
 ENOUGH = 0.5
 """Below this a run has left what was recorded."""
@@ -31,7 +31,7 @@ MEANING = (
     "has been from it, 1 / (1 + largest distance so far), and never rises again. Below "
     f"{ENOUGH} bands, which widen with the distance, may be too narrow. It looks at step size, "
     "batch size, length, class balance over windows (by gradient features; without them only where "
-    "examples are few), repetition and unseen examples, not at losses."
+    "examples are few), repetition, unseen examples and initial losses, at no later ones."
 )
 
 
@@ -106,11 +106,23 @@ def support_of(recorded: Recorded, fitted: xr.Dataset, runs: xr.Dataset) -> Supp
     if width and "train_feature" in runs and runs["train_feature"].shape[1] == width:
         own = np.asarray(runs["train_feature"].values, float)[new]
     course = course_of(planned, recorded.directions, np.concatenate([known, own]))
-    return _support(recorded.course, course)
+    found = departures(recorded.course, course)
+    return _support([*found, *_starts(fitted, runs, course.steps)])
 
 
-def _support(fitted: Course, planned: Course) -> Support:
-    found = departures(fitted, planned)
+def _starts(fitted: xr.Dataset, runs: xr.Dataset, steps: int) -> list[Departure]:
+    """How far initial losses are from the fitted runs', by queries that both have."""
+    place = {str(name): at for at, name in enumerate(fitted["query"].values)}
+    own = np.array([place.get(str(name), -1) for name in runs["query"].values])
+    loss = np.asarray(fitted["loss"].values[:, :, own[own >= 0]], float)
+    if not loss.size:
+        return []
+    initial = np.asarray(runs["loss"].values[:, 0, own >= 0], float)
+    moved = np.sqrt(np.nanmean(np.square(loss - loss[:, :1]), axis=(0, 1)))
+    return [other_start(loss[:, 0], moved, initial, steps)]
+
+
+def _support(found: list[Departure]) -> Support:
     distance = np.stack([one.distance for one in found])
     so_far = np.maximum.accumulate(distance.max(axis=0), axis=1)
     value = np.pad(1 / (1 + so_far), ((0, 0), (1, 0)), constant_values=1.0)

@@ -299,6 +299,23 @@ def test_a_simulation_warns_once_and_says_where(mean, new, band):
     np.testing.assert_array_equal(support["run"], mixed["run"])
 
 
+def test_another_start_is_told_by_initial_losses(mean, new):
+    """Against the definition; a fit to several starts is not surprised by one more of their kind."""
+    runs, other = mean.runs, new.isel(run=slice(0, 2)).copy(deep=True)
+    moved = np.sqrt(np.square(runs["loss"] - runs["loss"].isel(time=0)).mean(("run", "time")))
+    size = float(np.sqrt(np.square(moved).mean()))
+    other["loss"].values[1] += 2 * size
+    support = support_of(Recorded.of(runs), runs, other)
+    assert support.reasons == [[], ["initial losses"]]
+    assert support.sentence.count(f"initial losses {2 * size:.2g} nats off") == 1
+    np.testing.assert_allclose(support.distance[1, 1:], 2 / ELSEWHERE, rtol=1e-5)
+    starts = size * np.random.default_rng(0).normal(size=(runs.sizes["run"], 1, 1))
+    varied = runs.assign(loss=runs["loss"] + starts)
+    assert support_of(Recorded.of(varied), varied, other).reasons == [[], []]
+    renamed = other.assign_coords(query=[f"new {name}" for name in other["query"].values])
+    assert support_of(Recorded.of(runs), runs, renamed).reasons == [[], []]
+
+
 def test_strict_refuses_before_any_work(mean, new, monkeypatch):
     with monkeypatch.context() as idle:
         idle.setattr("bayes_simfluence.posterior.posterior.simulated_runs", None)
