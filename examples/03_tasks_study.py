@@ -3,7 +3,7 @@
     python examples/03_tasks_study.py --out docs
 
 Bands: the default fitted on 25, 15, 8 and 5 runs of each recording, several splits, 5 held-out runs
-each, beside the mean trajectory and the paper's ridge. Features: what is lost without them, and
+each, beside the mean trajectory and the paper's ridge. Features: what is left without them, and
 what it is worth to look at few such runs at more than 24 times. Parts: errors, exposures,
 coefficients, time effects, links and priors one by one, to choose by the score of left-out runs;
 held-out figures stand beside it. Intervals are bootstrapped over recorded runs. An hour or more on
@@ -64,8 +64,8 @@ PARTS: dict[str, bs.Simfluence] = {
 }
 WITH_FEATURES = {"prior: 16 gradient features": 16}
 """Parts for which a recording keeps its first gradient features alone."""
-BARE_FEW, BARE, WITH = "no features, 24 times", "no features", "features"
-"""Fits without gradient features, at 24 times of each run and at the default's; with them."""
+BARE_FEW, BARE = "24 times", "default"
+"""Fits without gradient features, at 24 times of each run and at the default's."""
 NORMAL = "normal"
 PRIORS: dict[str, bs.priors.Prior] = {
     NORMAL: bs.priors.Normal(features=False),
@@ -124,13 +124,12 @@ def methods(
 def without_features(
     few: xr.Dataset, key: jax.Array
 ) -> Iterator[tuple[str, Callable[[], bs.Posterior]]]:
-    """Method, and its fit to runs without their gradient features; last with them."""
+    """Method, and its fit to runs without their gradient features."""
     bare = few.drop_dims("feature")
     yield MEAN, lambda: bs.mean_trajectory(few)
     if few.sizes["run"] < FITTED:
         yield BARE_FEW, partial(bs.fit, bare, method=bs.Stack(times=TIMES), key=key)
     yield BARE, partial(bs.fit, bare, method=bs.Stack(), key=key)
-    yield WITH, partial(bs.fit, few, method=bs.Stack(), key=key)
 
 
 def best_in_hindsight(fit: xr.Dataset, test: xr.Dataset, key: jax.Array) -> bs.Posterior:
@@ -181,7 +180,7 @@ def study(measurements: Measurements, options: argparse.Namespace) -> None:
     priors = dict(list(PRIORS.items())[: options.priors])
     compared = len(parts) + len(priors)
     total = len(recordings) * options.splits * (3 + len(COUNTS)) + len(parts_on) * compared
-    total += sum(4 - (count == FITTED) for count in COUNTS[-options.few :]) * len(bare_on)
+    total += sum(3 - (count == FITTED) for count in COUNTS[-options.few :]) * len(bare_on)
     with Bars().work("fits", total) as meter:
 
         def keep(
@@ -409,9 +408,9 @@ def main() -> None:
             goals_table(table),
             bands_table(table),
             "## Without gradient features",
-            "`Stack()`, the default, fitted to runs of the first split without their features: on "
-            f"{TIMES} times of each run, as before, and on as many as make 600 points, as it does; "
-            "beside them the fit with features. 7 held-out runs.",
+            "`Stack()`, the default, fitted to runs of the first split without their features, at "
+            f"{TIMES} times of each run and at as many as make 600 points, as it does by itself. "
+            "7 held-out runs.",
             features_table(table),
             "## Parts",
             "Score: log density (of losses in nats) of a left-out run per point under fits to the "
