@@ -39,7 +39,7 @@ RESAMPLES = 1000
 MEAN, RIDGE, ORACLE, DEFAULT = "mean trajectory", "ridge, residual band", "ridge, oracle", "default"
 
 BARE_ON = ("sst2", "copa", "trec")
-"""Recordings whose features are left out; the default was chosen on the first two."""
+"""Recordings whose features are left out; the default was chosen on the first."""
 TIMES = 24
 PARTS_ON = ("sst2", "trec")
 """Recordings on which parts are compared."""
