@@ -3,10 +3,11 @@
     python examples/03_tasks_study.py --out docs
 
 Bands: the default fitted on 25, 15, 8 and 5 runs of each recording, several splits, 5 held-out runs
-each, beside the mean trajectory and the paper's ridge. Parts: errors, exposures, coefficients, time
-effects, links and priors one by one, to choose by the score of left-out runs; held-out figures
-stand beside it. Intervals are bootstrapped over recorded runs. An hour or more on two cores;
-measurements are kept in tasks.csv, and a second call continues from there.
+each, beside the mean trajectory and the paper's ridge. Features: what is left without them, and
+what it is worth to look at few such runs at more than 24 times. Parts: errors, exposures,
+coefficients, time effects, links and priors one by one, to choose by the score of left-out runs;
+held-out figures stand beside it. Intervals are bootstrapped over recorded runs. An hour or more on
+two cores; measurements are kept in tasks.csv, and a second call continues there.
 """
 
 import argparse
@@ -37,6 +38,9 @@ METRICS = ("mse", "crps", "coverage_90", "final_coverage_90")
 RESAMPLES = 1000
 MEAN, RIDGE, ORACLE, DEFAULT = "mean trajectory", "ridge, residual band", "ridge, oracle", "default"
 
+BARE_ON = ("sst2", "copa", "trec")
+"""Recordings whose features are left out; the default was chosen on the first."""
+TIMES = 24
 PARTS_ON = ("sst2", "trec")
 """Recordings on which parts are compared."""
 PARTS: dict[str, bs.Simfluence] = {
@@ -60,6 +64,8 @@ PARTS: dict[str, bs.Simfluence] = {
 }
 WITH_FEATURES = {"prior: 16 gradient features": 16}
 """Parts for which a recording keeps its first gradient features alone."""
+BARE_FEW, BARE = "24 times", "default"
+"""Fits without gradient features, at 24 times of each run and at the default's."""
 NORMAL = "normal"
 PRIORS: dict[str, bs.priors.Prior] = {
     NORMAL: bs.priors.Normal(features=False),
@@ -115,6 +121,17 @@ def methods(
         yield DEFAULT, count, lambda few=few: bs.fit(few, method=bs.Exact(times=times), key=key)
 
 
+def without_features(
+    few: xr.Dataset, key: jax.Array
+) -> Iterator[tuple[str, Callable[[], bs.Posterior]]]:
+    """Method, and its fit to runs without their gradient features."""
+    bare = few.drop_dims("feature")
+    yield MEAN, lambda: bs.mean_trajectory(few)
+    if few.sizes["run"] < FITTED:
+        yield BARE_FEW, partial(bs.fit, bare, method=bs.Stack(times=TIMES), key=key)
+    yield BARE, partial(bs.fit, bare, method=bs.Stack(), key=key)
+
+
 def best_in_hindsight(fit: xr.Dataset, test: xr.Dataset, key: jax.Array) -> bs.Posterior:
     """The paper's ridge at the penalty that is best on the held-out runs themselves."""
     fits = [bs.fit(fit, method=bs.Ridge(penalty=penalty), key=key) for penalty in PENALTIES]
@@ -159,9 +176,11 @@ def study(measurements: Measurements, options: argparse.Namespace) -> None:
     }
     parts = dict(list(PARTS.items())[: options.parts])
     parts_on = [name for name in PARTS_ON if name in recordings]
+    bare_on = [name for name in BARE_ON if name in recordings]
     priors = dict(list(PRIORS.items())[: options.priors])
     compared = len(parts) + len(priors)
     total = len(recordings) * options.splits * (3 + len(COUNTS)) + len(parts_on) * compared
+    total += sum(3 - (count == FITTED) for count in COUNTS[-options.few :]) * len(bare_on)
     with Bars().work("fits", total) as meter:
 
         def keep(
@@ -184,6 +203,16 @@ def study(measurements: Measurements, options: argparse.Namespace) -> None:
                     keep(
                         make, test, study="bands", recording=recording, method=name, fitted=count,
                         split=seed,
+                    )  # fmt: skip
+        for recording in bare_on:
+            fit, _, _ = split(recordings[recording], 0)
+            unseen = recordings[recording].drop_sel(run=fit["run"].values)
+            for count in COUNTS[-options.few :]:
+                few = fit.isel(run=slice(0, count))
+                for name, make in without_features(few, jax.random.key(0)):
+                    keep(
+                        make, unseen, study="features", recording=recording, method=name,
+                        fitted=count, split=0,
                     )  # fmt: skip
         # Half of the times: what compares parts need not be the finest fit.
         method = bs.Exact(times=max(options.times // 2, 2))
@@ -269,6 +298,26 @@ def goals_table(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def features_table(table: pd.DataFrame) -> str:
+    """One line for each recording, number of runs and fit."""
+    rows = table[table["study"] == "features"]
+    lines = [
+        "| recording | runs fitted | fit | MSE | CRPS | CRPS over mean trajectory's "
+        "| 90% covers, all steps | final step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (recording, count), cell in rows.groupby(["recording", "fitted"], sort=False):
+        mean = cell.groupby("method", sort=False)[list(METRICS)].mean()
+        for name, one in mean.drop(index=MEAN).iterrows():
+            ratio = one["crps"] / mean.loc[MEAN, "crps"]
+            covers = f"{one['coverage_90']:.3f} | {one['final_coverage_90']:.3f}"
+            lines.append(
+                f"| {recording} | {count} | {name} | {one['mse']:.3g} | {one['crps']:.3g} "
+                f"| {ratio:.2f} | {covers} |"
+            )
+    return "\n".join(lines)
+
+
 def parts_table(table: pd.DataFrame, study: str = "parts", base: str = "default") -> str:
     """Score of left-out runs for each part and recording, and scores of the held-out runs."""
     parts = table[table["study"] == study]
@@ -334,6 +383,9 @@ def main() -> None:
     parser.add_argument("--recordings", nargs="+", default=list(EXAMPLES), choices=list(EXAMPLES))
     parser.add_argument("--splits", type=int, default=2)
     parser.add_argument("--queries", type=int, default=None, help="fewer, for a trial")
+    parser.add_argument(
+        "--few", type=int, default=len(COUNTS), help="numbers of runs without features, for a trial"
+    )
     parser.add_argument("--parts", type=int, default=len(PARTS), help="fewer, for a trial")
     parser.add_argument("--priors", type=int, default=len(PRIORS), help="fewer, for a trial")
     parser.add_argument("--draws", type=int, default=400)
@@ -355,6 +407,11 @@ def main() -> None:
             "runs. Losses in nats.",
             goals_table(table),
             bands_table(table),
+            "## Without gradient features",
+            "`Stack()`, the default, fitted to runs of the first split without their features, at "
+            f"{TIMES} times of each run and at as many as make 600 points, as it does by itself. "
+            "7 held-out runs.",
+            features_table(table),
             "## Parts",
             "Score: log density (of losses in nats) of a left-out run per point under fits to the "
             "25 runs of the first split at 12 times of each run, minus the default's (higher is "

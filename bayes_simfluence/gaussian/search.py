@@ -27,8 +27,10 @@ from bayes_simfluence.progress import Progress
 
 Criterion = Literal["leave-one-run-out", "marginal", "evidence", "nuts"]
 CRITERIA: tuple[Criterion, ...] = ("leave-one-run-out", "marginal", "evidence", "nuts")
-COARSE, COARSE_STEPS, FINE_STEPS = 12, 60, 8
-"""Times per run and most L-BFGS iterations of the search; iterations of its polish."""
+COARSE_STEPS, FINE_STEPS = 60, 8
+"""Most L-BFGS iterations of the search on half of the times, and of its polish on all of them."""
+TIMES, COARSE, POINTS = 24, 12, 600
+"""Least times of each run, and of a search; runs x times up to which few runs give more."""
 INFLATION_KNOTS = 5
 """Fewer follow the error along training less well; more do not help left-out runs."""
 
@@ -109,6 +111,22 @@ def recorded_rows(known: Bool[np.ndarray, "run step"], count: int) -> Int[np.nda
     return np.unique(rows)
 
 
+def times_of(times: int | None, runs: int, *, features: bool) -> int:
+    """Times of each run to condition on: those given, or what tells of as many examples.
+
+    Without gradient features every example has an effect of its own, and few runs at few times
+    have fewer losses than there are examples: as many times are taken as ``POINTS`` allows.
+
+    >>> [times_of(None, runs, features=False) for runs in (5, 8, 15, 25, 100)]
+    [120, 75, 40, 24, 24]
+    >>> times_of(None, 5, features=True)
+    24
+    """
+    if times is not None:
+        return times
+    return TIMES if features else max(TIMES, POINTS // runs)
+
+
 def search(
     model: Simfluence,
     runs: RunArrays,
@@ -119,7 +137,7 @@ def search(
 ) -> Searched:
     """The hyperparameters that maximize the criterion plus a weak prior, by L-BFGS.
 
-    A search on a few times per run is followed by a polish on the times ``rows``.
+    A search on half of the times is followed by a polish on all of them.
 
     Args:
         model: whose hyperparameters.
@@ -132,7 +150,7 @@ def search(
     hypers, held = hypers_of(model, runs.features), held or {}
     free, iterations, converged = start(hypers, held), 0, True
     moves = np.array([name not in held for name in hypers])
-    coarse = recorded_rows(runs.known_steps, min(COARSE, len(rows)))
+    coarse = recorded_rows(runs.known_steps, min(max(COARSE, len(rows) // 2), len(rows)))
     best = np.inf
     with double_precision(), progress.work("hyperparameters", None) as meter:
         for stage, limit in ((coarse, COARSE_STEPS), (rows, FINE_STEPS)):

@@ -69,10 +69,11 @@ class Stack:
         times: as for ``Exact``.
     """
 
-    times: int = 24
+    times: int | None = None
 
     def __post_init__(self) -> None:
-        positive_integer("Stack(times=...)", self.times)
+        if self.times is not None:
+            positive_integer("Stack(times=...)", self.times)
 
     @property
     def couples(self) -> bool:

@@ -23,6 +23,7 @@ SMALL = {
         "--queries=3",
         "--draws=20",
         "--times=2",
+        "--few=1",
         "--parts=2",
         "--priors=1",
     ],

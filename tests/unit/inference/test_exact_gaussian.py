@@ -9,14 +9,17 @@ import pytest
 
 import bayes_simfluence as bs
 from bayes_simfluence.checks import FitFailed, FitWarning, Misuse
+from bayes_simfluence.gaussian import search as search_module
 from bayes_simfluence.gaussian.dense import predictions_of_left_out
 from bayes_simfluence.gaussian.designs import designs_and_means
 from bayes_simfluence.gaussian.linear_gaussian import LinearGaussian
 from bayes_simfluence.gaussian.search import _negative_score, band_of, even_rows
+from bayes_simfluence.inference import exact
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.hyper import log_prior, natural_values, start
 from bayes_simfluence.model.simfluence import Simfluence, hypers_of
 from bayes_simfluence.posterior.arrays import recorded_arrays
+from bayes_simfluence.progress import Silent
 
 RUNS, STEPS, TIMES, QUERY = 4, 16, 4, 3
 EXACT = bs.Exact(times=TIMES)
@@ -265,6 +268,41 @@ def test_times_are_spread_evenly_and_hold_the_last(steps, count):
     rows = even_rows(steps, count)
     assert rows[-1] == steps - 1 and len(rows) == min(count, steps) and rows[0] >= 0
     assert np.ptp(np.diff(rows)) <= 1 if len(rows) > 1 else True
+
+
+class Looked(Exception):
+    """Rows that a search was asked to look at."""
+
+
+@pytest.mark.parametrize(
+    ("method", "runs", "times"),
+    [(bs.Exact(), 5, 96), (bs.Stack(), 8, 75), (bs.Exact(), 15, 40), (bs.Stack(times=8), 5, 8)],
+)
+def test_few_runs_without_features_are_looked_at_at_more_times(monkeypatch, method, runs, times):
+    def search(model, fitted, rows, *rest):
+        raise Looked(len(rows))
+
+    monkeypatch.setattr(exact, "search", search)
+    with pytest.raises(Looked) as found:
+        bs.fit(examples().drop_dims("feature").isel(run=slice(0, runs)), method=method, key=KEY)
+    assert found.value.args == (times,)
+    with pytest.raises(Looked) as found:
+        bs.fit(examples().isel(run=slice(0, runs)), method=method, key=KEY)
+    assert found.value.args == (method.times or 24,)
+
+
+@pytest.mark.parametrize(("times", "first"), [(96, 48), (24, 12), (16, 12), (8, 8)])
+def test_a_search_begins_on_half_of_the_times(monkeypatch, times, first):
+    looked = []
+
+    def objective(model, runs, rows, *rest):
+        looked.append(len(rows))
+        return lambda moved: (0.0, np.zeros_like(moved))
+
+    monkeypatch.setattr(search_module, "_objective", objective)
+    runs = recorded_arrays(examples().isel(run=slice(0, 2)))
+    search_module.search(Simfluence(), runs, even_rows(96, times), "marginal", Silent())
+    assert looked == [first, times]
 
 
 def test_times_are_counted():
