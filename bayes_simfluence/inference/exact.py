@@ -35,6 +35,11 @@ FEATURELESS = (
     "times less (docs/results.md). bs.record makes them by default (features=64)."
 )
 """What a verdict says of a recording without features."""
+ONE_RUN = (
+    "One run: scales and hyperparameters are fitted to it, and there is no other to check its band "
+    "by. Record more runs."
+)
+"""What a verdict says of a single run."""
 MARGIN = 0.95
 """Left-out runs must be predicted better than their mean by more than luck."""
 
@@ -73,6 +78,11 @@ class Exact:
                 expected="hyperparameters='nuts'",
                 do="pass both or none",
             )
+
+    @property
+    def has_prior(self) -> bool:
+        """Priors say something where there is no run."""
+        return True
 
     @property
     def couples(self) -> bool:
@@ -176,13 +186,6 @@ def check_gaussian(runs: RunArrays, model: Simfluence) -> None:
                 "or priors.Features without pooling, noise.Smooth, AR1 or Gaussian",
                 do="fit it with NUTS() or SVI(), which take every model",
             )
-    if len(runs.batch) < 2:
-        raise Misuse(
-            "runs",
-            got="one run",
-            expected="at least two, since the error of a run is learned from left-out ones",
-            do="record more runs, or fit Simfluence.linear()",
-        )
     # All queries share one covariance.
     other = (runs.known != runs.known[..., :1]).any(axis=(0, 1))
     if other.any():
@@ -217,7 +220,9 @@ def _verdict(
         f"({band.raw_coverage:.0%} before): sd x {inflated[0]:.2f} early, "
         f"x {inflated[1]:.2f} at the end."
     ]
-    if len(truth) < 8:
+    if len(truth) == 1:
+        notes = []
+    elif len(truth) < 8:
         notes.append(
             f"{len(truth)} runs tell little of the error's scale: the band is wide for it."
         )
@@ -231,6 +236,8 @@ def _verdict(
             tuple(notes),
             numbers,
         )
+    if len(truth) == 1:
+        return Verdict(False, ONE_RUN, tuple(notes), numbers)
     compared = f"MSE of left-out runs {mse:.2g}, of the mean trajectory {mse_of_mean:.2g}"
     if mse >= MARGIN * mse_of_mean:
         return Verdict(

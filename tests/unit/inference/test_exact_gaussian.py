@@ -219,14 +219,16 @@ def test_features_that_are_there_may_be_left_unused():
     assert alone.train.shape == (200, 64) and alone.query.shape == (QUERY, 0)
 
 
-def test_two_runs_are_enough_and_one_is_not():
-    posterior = quietly(recording(2))
+@pytest.mark.parametrize("runs", [1, 2])
+def test_one_run_and_two_are_enough(runs):
+    posterior = quietly(recording(runs))
     with pytest.warns(bs.SupportWarning, match="unseen examples"):
         finite(posterior)
-    with pytest.raises(
-        Misuse, match=r"runs: got one run; expected at least two.*Simfluence.linear\(\)"
-    ):
-        bs.fit(recording(1), method=EXACT, key=KEY)
+    one = "One run: scales and hyperparameters are fitted to it"
+    assert posterior.verdict.sentence.startswith(one) == (runs == 1)
+    assert any("cover" in note for note in posterior.verdict.notes) == (runs == 2)
+    # A single run is left out of nothing but itself: what is left is the prior.
+    assert np.isfinite(posterior.left_out["predicted"]).all() and posterior.simulator.df == 3
 
 
 def test_the_evidence_is_a_criterion(posterior):
