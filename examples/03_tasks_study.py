@@ -409,7 +409,7 @@ def main() -> None:
             bands_table(table),
             "## Without gradient features",
             "`Stack()`, the default, fitted to runs of the first split without their features, at "
-            f"{TIMES} times of each run and at as many as make 600 points, as it does by itself. "
+            f"{TIMES} times of each run and at as many as make 400 points, as it does by itself. "
             "7 held-out runs.",
             features_table(table),
             "## Parts",

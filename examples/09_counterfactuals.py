@@ -33,6 +33,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from truth.kinds import KINDS, LIKE, NEW_QUERIES
+from truth.marks import between_marks
 from truth.recordings import (
     DEMO,
     DIVERSE,
@@ -317,14 +318,6 @@ def cover_table(fits: Mapping[str, Any]) -> str:
                 " / ".join(map(number, np.mean(each, axis=0))) if each else "" for each in found
             ]
     return table(["fit", *(COLUMNS[name] for name in names)], rows)
-
-
-def between_marks(whole: str, text: str, name: str) -> str:
-    """The page with ``text`` between the marks of ``name``, or at its end if there are none."""
-    first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    head, _, rest = whole.partition(first)
-    tail = rest.partition(last)[2] or "\n"
-    return f"{head}{first}\n{text}\n{last}{tail}"
 
 
 def lower_table(fits: Mapping[str, Any]) -> str:

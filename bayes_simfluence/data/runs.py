@@ -200,6 +200,18 @@ def run_statuses(loss: np.ndarray, *, missing: bool = False) -> np.ndarray:
     return np.where(bad.any(axis=(1, 2)), DIVERGED, COMPLETE).astype(np.int8)
 
 
+def nothing_recorded(runs: xr.Dataset) -> bool:
+    """Whether a valid dataset has no runs, or planned ones alone.
+
+    >>> runs = runs_from_arrays(batch=[[[0, 1]]], loss=[[[0.7], [0.6]]])
+    >>> nothing_recorded(runs), nothing_recorded(runs.isel(run=slice(0, 0)))
+    (False, True)
+    >>> nothing_recorded(planned_runs(runs, [[[0, -1]]]))
+    True
+    """
+    return bool((validate_runs(runs)["status"].values == UNRECORDED).all())
+
+
 def usable_runs(runs: xr.Dataset) -> xr.Dataset:
     """The complete runs of a valid dataset; warns of those left out.
 

@@ -29,7 +29,7 @@ Criterion = Literal["leave-one-run-out", "marginal", "evidence", "nuts"]
 CRITERIA: tuple[Criterion, ...] = ("leave-one-run-out", "marginal", "evidence", "nuts")
 COARSE_STEPS, FINE_STEPS = 60, 8
 """Most L-BFGS iterations of the search on half of the times, and of its polish on all of them."""
-TIMES, COARSE, POINTS = 24, 12, 600
+TIMES, COARSE, POINTS = 24, 12, 400
 """Least times of each run, and of a search; runs x times up to which few runs give more."""
 INFLATION_KNOTS = 5
 """Fewer follow the error along training less well; more do not help left-out runs."""
@@ -118,7 +118,7 @@ def times_of(times: int | None, runs: int, *, features: bool) -> int:
     have fewer losses than there are examples: as many times are taken as ``POINTS`` allows.
 
     >>> [times_of(None, runs, features=False) for runs in (5, 8, 15, 25, 100)]
-    [120, 75, 40, 24, 24]
+    [80, 50, 26, 24, 24]
     >>> times_of(None, 5, features=True)
     24
     """

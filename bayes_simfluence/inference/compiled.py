@@ -11,7 +11,7 @@ from numpyro import handlers
 
 from bayes_simfluence.inference.numpyro_runs import NumpyroRuns
 from bayes_simfluence.model.arrays import RunArrays
-from bayes_simfluence.model.numpyro_model import Gaps, Units, numpyro_model
+from bayes_simfluence.model.numpyro_model import Gaps, Units, numpyro_model, prior_sites
 from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.model.sites import kept
 
@@ -43,7 +43,7 @@ class CompiledModel:
 
     def prior_sites(self, data: Data, *, key: Array, draws: int) -> dict[str, Array]:
         """Draws from the prior of everything needed to simulate, leading axis of draws."""
-        return _prior_sites(self, data, jax.random.split(key, draws))
+        return _prior_sites(self.model, *data, jax.random.split(key, draws))
 
     def sites_of(self, data: Data, values: Mapping[str, Array]) -> dict[str, Array]:
         """Everything needed to simulate, from draws of the sample sites (leading axis of draws)."""
@@ -56,14 +56,7 @@ class CompiledModel:
         return trace
 
 
-@partial(jax.jit, static_argnums=0)
-def _prior_sites(model: CompiledModel, data: Data, keys: Array) -> dict[str, Array]:
-    def of_draw(key: Array) -> dict[str, Array]:
-        seeded = handlers.seed(partial(model, simulate=True), key)
-        return kept(handlers.trace(seeded).get_trace(*data))
-
-    sites: dict[str, Array] = jax.lax.map(of_draw, keys, batch_size=8)
-    return sites
+_prior_sites = partial(jax.jit, static_argnums=0)(prior_sites)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -37,6 +37,11 @@ FEATURELESS = (
     "times less (docs/results.md). bs.record makes them by default (features=64)."
 )
 """What a verdict says of a recording without features."""
+ONE_RUN = (
+    "One run: scales and hyperparameters are fitted to it, and there is no other to check its band "
+    "by. Record more runs."
+)
+"""What a verdict says of a single run."""
 MARGIN = 0.95
 """Left-out runs must be predicted better than their mean by more than luck."""
 
@@ -58,7 +63,7 @@ class Exact:
         hyperparameters: the criterion, or ``nuts``.
         times: times of each run that the two-timescale model conditions on, spread evenly; cost
             grows with the cube of runs x times. When omitted 24; of few runs without gradient
-            features as many as make 600 points (75 of 8 runs, 40 of 15), since 24 times would say
+            features as many as make 400 points (50 of 8 runs, 26 of 15), since 24 times would say
             less than there are examples, unless hyperparameters are sampled.
         sampler: settings of the sampling; ``NUTS()`` when omitted.
     """
@@ -78,6 +83,11 @@ class Exact:
                 expected="hyperparameters='nuts'",
                 do="pass both or none",
             )
+
+    @property
+    def has_prior(self) -> bool:
+        """Priors say something where there is no run."""
+        return True
 
     @property
     def couples(self) -> bool:
@@ -183,13 +193,6 @@ def check_gaussian(runs: RunArrays, model: Simfluence) -> None:
                 "or priors.Features without pooling, noise.Smooth, AR1 or Gaussian",
                 do="fit it with NUTS() or SVI(), which take every model",
             )
-    if len(runs.batch) < 2:
-        raise Misuse(
-            "runs",
-            got="one run",
-            expected="at least two, since the error of a run is learned from left-out ones",
-            do="record more runs, or fit Simfluence.linear()",
-        )
     # All queries share one covariance.
     other = (runs.known != runs.known[..., :1]).any(axis=(0, 1))
     if other.any():
@@ -224,7 +227,9 @@ def _verdict(
         f"({band.raw_coverage:.0%} before): sd x {inflated[0]:.2f} early, "
         f"x {inflated[1]:.2f} at the end."
     ]
-    if len(truth) < 8:
+    if len(truth) == 1:
+        notes = []
+    elif len(truth) < 8:
         notes.append(
             f"{len(truth)} runs tell little of the error's scale: the band is wide for it."
         )
@@ -238,6 +243,8 @@ def _verdict(
             tuple(notes),
             numbers,
         )
+    if len(truth) == 1:
+        return Verdict(False, ONE_RUN, tuple(notes), numbers)
     compared = f"MSE of left-out runs {mse:.2g}, of the mean trajectory {mse_of_mean:.2g}"
     if mse >= MARGIN * mse_of_mean:
         return Verdict(

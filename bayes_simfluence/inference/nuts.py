@@ -80,6 +80,11 @@ class NUTS:
             )
 
     @property
+    def has_prior(self) -> bool:
+        """Priors say something where there is no run."""
+        return True
+
+    @property
     def couples(self) -> bool:
         """Examples may act by their residuals."""
         return True

@@ -76,6 +76,11 @@ class Stack:
             positive_integer("Stack(times=...)", self.times)
 
     @property
+    def has_prior(self) -> bool:
+        """Priors say something where there is no run."""
+        return True
+
+    @property
     def couples(self) -> bool:
         """Examples may act by their residuals."""
         return True
@@ -217,6 +222,8 @@ def _verdict(
         **{f"weight_{name}": float(share) for name, share in zip(names, weights, strict=True)},
     }
     shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(names, weights, strict=True))
+    if len(truth) == 1:
+        return replace(largest, notes=(f"Pooled fits: {shares}.", *largest.notes), numbers=numbers)
     note = (
         f"Pooled fits: {shares}. 90% bands cover {numbers['left_out_coverage_90']:.0%} of left-out "
         "points."

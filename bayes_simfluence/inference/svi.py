@@ -87,6 +87,11 @@ class SVI:
             )
 
     @property
+    def has_prior(self) -> bool:
+        """Priors say something where there is no run."""
+        return True
+
+    @property
     def couples(self) -> bool:
         """Examples may act by their residuals."""
         return True

@@ -152,7 +152,9 @@ class RunArrays(NamedTuple):
     @property
     def largest_step_size(self) -> float | None:
         """The unit of step sizes; None when none were recorded, or all are zero."""
-        return None if self.step_size is None else float(np.max(self.step_size)) or None
+        if self.step_size is None:
+            return None
+        return float(np.max(self.step_size, initial=0.0)) or None
 
     def take(self, runs: Int[Any, "*chosen"]) -> "RunArrays":
         """Some of the runs, or one."""

@@ -15,6 +15,7 @@ import numpy as np
 import numpyro
 from jaxtyping import Array, Float, Int
 from numpyro import distributions as dist
+from numpyro import handlers
 
 from bayes_simfluence.model import kalman
 from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays, no_features
@@ -28,7 +29,7 @@ from bayes_simfluence.model.mean_function import (
     multipliers,
 )
 from bayes_simfluence.model.simfluence import MULTIPLICATIVE, Simfluence, hypers_of
-from bayes_simfluence.model.sites import latent
+from bayes_simfluence.model.sites import kept, latent
 
 SCALE = Hyper(0.05, 1.5, "positive", "sd of the effect of a step on one example, units of the link")
 WIDE_SCALE = Hyper(
@@ -142,6 +143,26 @@ def numpyro_model(
             runs, linked = runs.take(chosen), linked[chosen]
         density = density_of(model, sites, coefficients, runs, linked, gaps)
         numpyro.factor("log_density", density.sum(axis=(1, 2)))
+
+
+def prior_sites(
+    model: Simfluence, runs: RunArrays, units: Units, keys: Array
+) -> dict[str, Float[Array, "draw *shape"]]:
+    """Draws from the prior of everything needed to simulate, one for each key.
+
+    Args:
+        model: whose prior.
+        runs: any, with the examples, queries and features that sites are wanted of.
+        units: of the queries' scales.
+        keys: decide the draws.
+    """
+
+    def of_draw(key: Array) -> dict[str, Array]:
+        program = partial(numpyro_model, model, runs, units, Gaps((), (), False), simulate=True)
+        return kept(handlers.trace(handlers.seed(program, key)).get_trace())
+
+    sites: dict[str, Array] = jax.lax.map(of_draw, keys, batch_size=8)
+    return sites
 
 
 def _imputed(linked: Float[Array, "run time query"], gaps: Gaps) -> Array:

@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Array, Float
 
-from bayes_simfluence.checks import Misuse, named
+from bayes_simfluence.checks import Misuse, named, positive_number
 from bayes_simfluence.model.arrays import ExampleFeatures
 from bayes_simfluence.model.effects import Prior, Shape
 from bayes_simfluence.model.hyper import NEGLIGIBLE, Hyper, Values
@@ -25,9 +25,10 @@ class Scores(Prior):
     recording's examples and queries, so ``scale`` is what a step on one example of typical score
     does to the loss, in units of the link (nats for large losses). It is learned for each part
     (``staying_scores``, ``fading_scores``), the same for all queries. Its prior is normal with mean
-    0.1 and sd 0.2: scores are believed to point the right way (two to one), and a step that moves a
-    loss by more than 0.5 would surprise. Scores of noise end near 0, scores of the opposite sign
-    below it.
+    ``believed`` and twice that as sd: scores are believed to point the right way (two to one), and
+    a step that moves a loss by more than five times ``believed`` would surprise. Scores of noise
+    end near 0, scores of the opposite sign below it. Where no run was fitted it is drawn from that
+    prior.
 
     Examples and queries without scores cannot be simulated.
 
@@ -37,9 +38,13 @@ class Scores(Prior):
             them, which may hold more ids than the recording, or an array in the recording's order.
             Of a saved model only a description is left, a text.
         base: the law of effects around that mean, with features and pooling of its own.
+        believed: what a step on one example of typical score is believed to do to the loss before
+            any run is seen, units of the link: by default a hundred steps on helpful examples
+            lower it by two. Where steps are few, or batches large, say more.
 
     Raises:
-        Misuse: scores that are not finite or all zero, or no matrix; when fitted, ids of the
+        Misuse: scores that are not finite or all zero, or no matrix, a belief that is not above
+            zero; when fitted, ids of the
             recording without scores.
 
     >>> import jax, bayes_simfluence as bs
@@ -63,6 +68,7 @@ class Scores(Prior):
 
     matrix: Any = field(repr=False, kw_only=False)
     base: Prior = field(default_factory=Normal)
+    believed: float = 0.02
     # Both are those of ``base``: its features are left out where they are resolved.
     features: bool = field(default=True, init=False, repr=False)
     pooled: bool = field(default=False, init=False, repr=False)
@@ -75,6 +81,7 @@ class Scores(Prior):
                 expected="a prior such as priors.Normal(), not of scores itself",
                 do="pass an instance; add up scores of several kinds before",
             )
+        positive_number("Scores(believed=...)", self.believed)
         for shared in ("pooled", "gaussian", "scaled", "varying"):
             object.__setattr__(self, shared, getattr(self.base, shared))
         if isinstance(self.matrix, str):
@@ -106,8 +113,8 @@ class Scores(Prior):
         free = self.base.hypers(part, self.alike(features))
         if features.train.shape[1]:
             free[f"{part}_scores"] = Hyper(
-                0.1,
-                0.2,
+                self.believed,
+                2.0 * self.believed,
                 "real",
                 "loss change of a step on an example of typical score",
                 constant=NEGLIGIBLE if part == "fading" else None,
@@ -169,7 +176,11 @@ class Scores(Prior):
         return own + self.base.mean(values, part, exposure, self.alike(features))
 
     def _settings(self) -> dict[str, Any]:
-        return {"matrix": _described(self.matrix), "base": self.base.as_dict()}
+        return {
+            "matrix": _described(self.matrix),
+            "base": self.base.as_dict(),
+            "believed": self.believed,
+        }
 
 
 def _values(matrix: Any) -> Float[np.ndarray, "..."]:

@@ -10,11 +10,12 @@ import xarray as xr
 from bayes_simfluence.checks import FitFailed, FitWarning, Misuse, keyed, named, shorten
 from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.data.identify import identifiability
-from bayes_simfluence.data.runs import usable_runs
+from bayes_simfluence.data.runs import nothing_recorded, usable_runs
 from bayes_simfluence.data.training import residuals_of
 from bayes_simfluence.data.twins import twins_between, without_twins
 from bayes_simfluence.inference.method import FitContext, LeftOutRuns, Method
 from bayes_simfluence.inference.stack import Stack
+from bayes_simfluence.inference.unfitted import from_prior
 from bayes_simfluence.inference.verdict import Verdict
 from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.simfluence import Simfluence
@@ -26,6 +27,11 @@ from bayes_simfluence.posterior.widening import widening_of
 from bayes_simfluence.progress import Progress, Silent
 from bayes_simfluence.simulators.base import Simulator
 
+UNCOUPLED = (
+    "Effects are additive, since losses of the steps' own examples were not recorded: curricula "
+    "unlike the recorded ones may be far outside their bands (docs/counterfactuals.md). Record "
+    "anew, or pass train_losses to Recorder."
+)
 FEWEST_DRAWS, MOST_DRAWS, MOST_QUERIES = 100, 400, 20
 """Draws and queries that Pareto k is measured on."""
 
@@ -44,7 +50,9 @@ def fit(
 
     Args:
         runs: recorded runs; unusable ones are left out with a warning. Of twins the first is
-            fitted: where runs are left out to judge predictions of them, twins must be, too.
+            fitted: where runs are left out to judge predictions of them, twins must be, too. With
+            no run, or with planned ones alone, everything is the prior: hyperparameters, scales
+            and effects are drawn from it, and the verdict says so.
         key: decides whatever a method draws.
         model: what is inferred; the method's own default when omitted.
         method: how; ``Stack()`` when omitted.
@@ -76,6 +84,8 @@ def fit(
         raise Misuse(
             "model", got=type(model).__name__, expected="a Simfluence(...)", do="pass an instance"
         )
+    if nothing_recorded(runs):
+        return _unfitted(runs, model, method, strict=strict)
     runs, twins = without_twins(usable_runs(runs))
     checked = None if validation is None else _like(usable_runs(validation), runs)
     fit_key, check_key = jax.random.split(key)
@@ -100,10 +110,7 @@ def fit(
         ),
         {**fitted.verdict.numbers, **weighed},
     )
-    if not verdict.ok and strict:
-        raise FitFailed(verdict.sentence)
-    if not verdict.ok:
-        warn(verdict.sentence, FitWarning, stacklevel=2)
+    _told(verdict, strict=strict)
     left_out = None if fitted.left_out is None else _named(fitted.left_out, runs)
     return Posterior(
         simulator=fitted.simulator,
@@ -118,6 +125,38 @@ def fit(
     )
 
 
+def _unfitted(runs: xr.Dataset, model: Simfluence, method: Method, *, strict: bool) -> Posterior:
+    """The posterior of no runs: the prior's."""
+    # A method says so itself; what a caller brings may know nothing of priors.
+    if not getattr(method, "has_prior", False):
+        raise Misuse(
+            "runs",
+            got="no recorded run",
+            expected="at least one, since this method has no prior to go by",
+            do="record runs, or fit with method=Stack(), Exact(), NUTS() or SVI()",
+        )
+    fitted = from_prior(recorded_arrays(runs, model.prior), model)
+    notes = fitted.verdict.notes
+    if model.coupled:
+        notes = (UNCOUPLED, *notes)
+    verdict = replace(fitted.verdict, notes=notes)
+    _told(verdict, strict=strict)
+    return Posterior(
+        simulator=fitted.simulator,
+        verdict=verdict,
+        runs=runs.isel(run=slice(0, 0)),
+        settings={"model": model.as_dict(), **method.as_dict(), "has_prior": False},
+    )
+
+
+def _told(verdict: Verdict, *, strict: bool) -> None:
+    """Warn of a bad verdict, or raise when that is wanted."""
+    if not verdict.ok and strict:
+        raise FitFailed(verdict.sentence)
+    if not verdict.ok:
+        warn(verdict.sentence, FitWarning, stacklevel=3)
+
+
 def settled_coupling(
     model: Simfluence, method: Method, runs: xr.Dataset
 ) -> tuple[Simfluence, list[str]]:
@@ -127,11 +166,7 @@ def settled_coupling(
     additive = replace(model, coupling="none")
     residual = residuals_of(runs)
     if residual is None:
-        return additive, [
-            "Effects are additive, since losses of the steps' own examples were not recorded: "
-            "curricula unlike the recorded ones may be far outside their bands "
-            "(docs/counterfactuals.md). Record anew, or pass train_losses to Recorder."
-        ]
+        return additive, [UNCOUPLED]
     # A method says so itself; what a caller brings may know nothing of it.
     if not getattr(method, "couples", False):
         return additive, [

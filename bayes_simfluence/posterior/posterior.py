@@ -49,6 +49,7 @@ from bayes_simfluence.simulators.base import Simulator
 from bayes_simfluence.simulators.gaussian import GaussianSimulator
 from bayes_simfluence.simulators.mean import MeanSimulator
 from bayes_simfluence.simulators.pooled import PooledSimulator
+from bayes_simfluence.simulators.prior import PriorSimulator
 from bayes_simfluence.simulators.sampled import SampledSimulator
 
 VERSION = 1
@@ -61,6 +62,7 @@ SIMULATORS: dict[str, type[Simulator]] = {
         MeanSimulator,
         GaussianSimulator,
         PooledSimulator,
+        PriorSimulator,
         SampledSimulator,
     )
 }
@@ -102,8 +104,8 @@ class Posterior:
     widening: Widening | None = None
 
     @cached_property
-    def _recorded(self) -> Recorded:
-        return Recorded.of(self.runs)
+    def _recorded(self) -> Recorded | None:
+        return Recorded.of(self.runs) if self.runs.sizes["run"] else None
 
     def simulate(
         self,
@@ -283,6 +285,10 @@ class Posterior:
         draws = positive_integer("draws", draws)
         draws = self.simulator.draws or draws
         affordable(self.runs, draws, wanted, limit_bytes)
+        if not self.runs.sizes["run"]:
+            # Nothing was observed: draws of the prior are all that there is.
+            alone = {"posterior": self.samples(key=key, draws=draws)}
+            return container({name: group for name, group in alone.items() if name in wanted})
         loss = times_masked(self.runs, times)
         made = self._densities(loss, key, draws if LIKELIHOOD & set(wanted) else 1)
         observed = made["observed_data"]["time"].values

@@ -31,7 +31,8 @@ MEANING = (
     "has been from it, 1 / (1 + largest distance so far), and never rises again. Below "
     f"{ENOUGH} bands, which widen with the distance, may be too narrow. It looks at step size, "
     "batch size, length, class balance over windows (by gradient features; without them only where "
-    "examples are few), repetition, unseen examples and initial losses, at no later ones."
+    "examples are few), repetition, unseen examples and initial losses, at no later ones. "
+    "0 = no run was recorded."
 )
 
 
@@ -40,7 +41,8 @@ class Support:
     """Of simulated runs.
 
     Attributes:
-        value: in (0, 1], never rising with time; 1 before the first update.
+        value: in (0, 1], never rising with time; 1 before the first update; 0 after it where no run
+            was recorded.
         reasons: of each run that has left what was recorded, the names of what makes it so, the
             farthest first; none for the others.
         sentence: the same for all runs in words; empty when none has left.
@@ -53,7 +55,8 @@ class Support:
     @property
     def distance(self) -> Float[np.ndarray, "run time"]:
         """The largest one so far: 0 = as recorded, 1 = has clearly left it."""
-        return 1.0 / self.value - 1.0
+        with np.errstate(divide="ignore"):
+            return 1.0 / self.value - 1.0
 
     def variable(self) -> tuple[tuple[str, str], np.ndarray, dict[str, Any]]:
         """Dimensions, values and attributes: the meaning, and the reasons of each run in order."""
@@ -84,8 +87,10 @@ class Recorded:
         return cls(arrays, directions, course_of(arrays, directions, features_of(arrays)))
 
 
-def support_of(recorded: Recorded, fitted: xr.Dataset, runs: xr.Dataset) -> Support:
+def support_of(recorded: Recorded | None, fitted: xr.Dataset, runs: xr.Dataset) -> Support:
     """How far planned runs are from the fitted ones; examples may be new.
+
+    Where no run was fitted, ``recorded`` is None, and all runs are as far as can be.
 
     >>> import bayes_simfluence as bs
     >>> runs = bs.example_runs()
@@ -97,6 +102,8 @@ def support_of(recorded: Recorded, fitted: xr.Dataset, runs: xr.Dataset) -> Supp
     >>> far.reasons, far.value[0, -1].round(2).item()
     ([['step size']], 0.15)
     """
+    if recorded is None:
+        return _of_nothing(runs)
     planned, new = positions_with_new(runs, fitted["train"].values)
     known = features_of(recorded.arrays)
     own = np.zeros((len(new), known.shape[1]))
@@ -120,6 +127,13 @@ def _starts(fitted: xr.Dataset, runs: xr.Dataset, steps: int) -> list[Departure]
     initial = np.asarray(runs["loss"].values[:, 0, own >= 0], float)
     moved = np.sqrt(np.nanmean(np.square(loss - loss[:, :1]), axis=(0, 1)))
     return [other_start(loss[:, 0], moved, initial, steps)]
+
+
+def _of_nothing(runs: xr.Dataset) -> Support:
+    value = np.zeros((runs.sizes["run"], runs.sizes["time"]))
+    value[:, 0] = 1.0
+    sentence = "no run was recorded: everything is the prior"
+    return Support(value, [["no recorded run"]] * len(value), sentence)
 
 
 def _support(found: list[Departure]) -> Support:

@@ -122,7 +122,7 @@ def test_baselines_page(tmp_path, monkeypatch):
     assert study.needed == study.cells[1].record.runs and study.cells[1].record.tuning == "lora"
 
 
-@pytest.mark.parametrize("name", ["study.yaml", "study_every_step.yaml"])
+@pytest.mark.parametrize("name", ["scores.yaml", "study.yaml", "study_every_step.yaml"])
 def test_the_settings_of_studies_are_possible(name):
     study = study_of(yaml.safe_load((ROOT / "examples" / name).read_text("utf-8")))
     assert set(study.methods) <= set(ATTRIBUTIONS)

@@ -33,6 +33,10 @@ SMALL = {
     "07_wrong_labels.py": [],
     "08_data_mixtures.py": [f"--data={SHARED / 'regmix'}", "--runs=48"],
     "09_counterfactuals.py": ["--small", "--fits=1", "--times=4", "--draws=40"],
+    "10_scores_as_prior.py": [
+        *("--recordings", "trec", "--counts", "0", "2"),
+        *("--queries=3", "--draws=20", "--times=4"),
+    ],
 }
 WRITTEN = {
     "01_record_fit_simulate.py": ["runs.zarr", "posterior.nc", "curves.png"],
@@ -48,12 +52,14 @@ WRITTEN = {
         "counterfactuals.md",
         "counterfactuals.json",
     ],
+    "10_scores_as_prior.py": ["scores-as-prior.png", "scores-as-prior.json", "baselines.md"],
 }
 LONG = [
     "02_results_study.py",
     "03_tasks_study.py",
     "07_wrong_labels.py",
     "09_counterfactuals.py",
+    "10_scores_as_prior.py",
 ]
 """Studies: they run with the long suites, at a small size."""
 READS = {"08_data_mixtures.py": SHARED / "regmix"}

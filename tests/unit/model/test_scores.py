@@ -70,9 +70,11 @@ def test_the_base_says_which_methods_take_it():
 
 
 def test_the_base_survives_as_plain_values():
-    prior = bs.priors.Scores(matrix(np.ones((3, 2))), base=bs.priors.StudentT(df=7.0))
+    base = bs.priors.StudentT(df=7.0)
+    prior = bs.priors.Scores(matrix(np.ones((3, 2))), base=base, believed=3.0)
     again = bs.priors.prior_from_dict(prior.as_dict())
-    assert again.base == prior.base and again.as_dict() == prior.as_dict()
+    assert again.base == prior.base and again.believed == 3.0
+    assert again.as_dict() == prior.as_dict()
     assert again.matrix == "3 x 2 of mine"
 
 
@@ -81,6 +83,7 @@ def test_the_base_survives_as_plain_values():
     [
         (lambda: bs.priors.Scores(np.zeros((3, 2))), "got nothing but zeros"),
         (lambda: bs.priors.Scores(np.full((3, 2), np.nan)), "got values not finite"),
+        (lambda: bs.priors.Scores(np.ones((3, 2)), believed=0.0), "believed=.*got 0.0"),
         (lambda: bs.priors.Scores(np.ones(3)), r"got shape \(3,\)"),
         (lambda: bs.priors.Scores(xr.DataArray(np.ones((3, 2)))), "got dimensions"),
         (
@@ -202,8 +205,12 @@ def test_what_has_no_scores_is_refused_plainly():
 def test_the_scale_has_the_prior_that_the_docstring_says():
     """Mean and sd of 400 prior draws, within five standard errors."""
     whole, scores = recorded()
-    before = PriorOf(model(bs.priors.Scores(scores)))
-    drawn = before(whole.isel(run=[0]), key=jax.random.key(0), draws=400)
-    scale = drawn.parameters["staying_scores"].values
-    assert scale.mean() == pytest.approx(0.1, abs=5 * 0.2 / np.sqrt(400))
-    assert scale.std() == pytest.approx(0.2, rel=5 / np.sqrt(2 * 400))
+    for believed, prior in (
+        (0.02, bs.priors.Scores(scores)),
+        (4.0, bs.priors.Scores(scores, believed=4.0)),
+    ):
+        before = PriorOf(model(prior))
+        drawn = before(whole.isel(run=[0]), key=jax.random.key(0), draws=400)
+        scale = drawn.parameters["staying_scores"].values
+        assert scale.mean() == pytest.approx(believed, abs=5 * 2 * believed / np.sqrt(400))
+        assert scale.std() == pytest.approx(2 * believed, rel=5 / np.sqrt(2 * 400))

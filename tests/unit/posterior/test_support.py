@@ -300,7 +300,7 @@ def test_a_simulation_warns_once_and_says_where(mean, new, band):
 
 
 def test_another_start_is_told_by_initial_losses(mean, new):
-    """Against the definition; a fit to several starts is not surprised by one more of their kind."""
+    """Against the definition; a fit to several starts is not surprised by one more."""
     runs, other = mean.runs, new.isel(run=slice(0, 2)).copy(deep=True)
     moved = np.sqrt(np.square(runs["loss"] - runs["loss"].isel(time=0)).mean(("run", "time")))
     size = float(np.sqrt(np.square(moved).mean()))
