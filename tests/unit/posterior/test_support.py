@@ -16,6 +16,7 @@ from bayes_simfluence.data.store import EXAMPLES
 from bayes_simfluence.model.arrays import exposures
 from bayes_simfluence.posterior.arrays import positions_with_new, recorded_arrays
 from bayes_simfluence.posterior.courses import course_of, directions_of, features_of
+from bayes_simfluence.posterior.departures import ELSEWHERE
 from bayes_simfluence.posterior.support import ENOUGH, Recorded, support_of
 
 KEY = jax.random.key(0)
