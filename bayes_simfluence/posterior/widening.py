@@ -9,6 +9,7 @@ themselves far from the others; where all runs are alike it is what is believed 
 that changed together in the fitted runs err together.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,12 @@ BELIEVED, UNSURE = 0.9, 0.7
 RATES = BELIEVED * np.geomspace(0.02, 50.0, 61)
 # One program each, not one for every operation.
 _link_of, _loss_of = (jax.jit(function, static_argnums=0) for function in (link_of, loss_of))
+
+
+@partial(jax.jit, static_argnums=1)
+def _normals(key: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    keys = jax.random.split(key, len(shapes))
+    return [jax.random.normal(*each) for each in zip(keys, shapes, strict=True)]
 
 
 class Widening(NamedTuple):
@@ -150,11 +157,8 @@ def widened(
     if not far.any() or loss.shape[1] < 2:
         return loss
     chains, draws, *_, queries = loss.shape
-    keys = jax.random.split(key, 3)
     shapes = (chains, draws, queries), (chains, draws, widening.loadings.shape[1]), (chains, draws)
-    own, common, amount = (
-        np.asarray(jax.random.normal(*each)) for each in zip(keys, shapes, strict=True)
-    )
+    own, common, amount = map(np.asarray, _normals(key, shapes))
     error = own * own_sd(widening.loadings) + common @ widening.loadings.T
     size = widening.size[_same_time(loss.shape[3], widening)]
     result = loss.copy()

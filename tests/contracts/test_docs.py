@@ -85,7 +85,8 @@ def test_the_recording_page_records_with_settings_that_fit():
             continue
         options = [word[2:].replace("-", "_") for word in words[2::2]]
         values = dict(zip(options, words[3::2], strict=True))
-        values.pop("out")
+        for place in ("out", "only"):
+            values.pop(place, None)
         typed = {name: int(x) if kinds[name] == (int,) else x for name, x in values.items()}
         tasks.add(merged(typed).task)
     assert tasks == {"classification", "choice", "causal", "seq2seq"}
