@@ -56,7 +56,8 @@ def groups_apart(
     runs, rows, queries = pulled.shape
     grid = np.asarray(left_out.precision).reshape(runs, rows, runs, rows)
     moved = np.broadcast_to(moved, pulled.shape)
-    groups = min(GROUPS, runs)
+    # Of a single run no others would be left.
+    groups = min(GROUPS, runs) if runs > 1 else 0
     for first in range(groups):
         own = np.arange(first, runs, groups)
         others = np.setdiff1d(np.arange(runs), own)

@@ -25,6 +25,8 @@ FOLDS = 8
 """Most groups of runs that are left out in turn to choose the shares."""
 OWN = 0.02
 """Least variance that is a query's own."""
+PENALTIES = np.geomspace(1e-3, 1e3, 13)
+"""Of the regression of weights on features, over the mean size of features."""
 RIDGE = 0.1
 """Added to the features' kernel where loadings are carried to queries that were not recorded."""
 
@@ -111,6 +113,44 @@ def carried_loadings(
     known, other = _unit_rows(features), _unit_rows(new)
     kernel = known @ known.T + RIDGE * np.eye(len(known))
     return _bounded(other @ known.T @ np.linalg.solve(kernel, loadings))
+
+
+def carried_weights(
+    weights: Float[np.ndarray, "weight query"],
+    features: Float[np.ndarray, "query feature"],
+    new: Float[np.ndarray, "new feature"],
+) -> Float[np.ndarray, "weight new"]:
+    """Weights of queries that were not recorded: linear in features, by ridge regression.
+
+    What recorded queries taught of a prior mean that goes by features, such as too large a drift,
+    holds for others as well. The penalty is the one under which queries left out in turn are
+    predicted best; an infinite one leaves the recorded queries' mean, as does having no features.
+
+    >>> features = np.random.default_rng(0).normal(size=(30, 2))
+    >>> weights = np.array([[1.0, -2.0]]) @ features.T + 3.0
+    >>> carried_weights(weights, features, np.array([[1.0, 1.0]])).round(1).tolist()
+    [[2.0]]
+    """
+    mean = weights.mean(axis=1, keepdims=True)
+    centre = features.mean(axis=0)
+    inside, across = features - centre, new - centre
+    values, vectors = np.linalg.eigh(inside @ inside.T)
+    values = np.maximum(values, 0.0)
+    told = vectors.T @ (weights - mean).T
+    best, carried = np.inf, np.zeros((len(new), len(weights)))
+    for penalty in (*(values.mean() * PENALTIES), np.inf):
+        if not penalty > 0:
+            continue
+        kept = values / (values + penalty) if np.isfinite(penalty) else np.zeros(len(values))
+        residual = vectors @ ((1.0 - kept)[:, None] * told)
+        own = np.einsum("qv,v,qv->q", vectors, kept, vectors) + 1.0 / len(features)
+        error = np.square(residual / np.maximum(1.0 - own, 1e-6)[:, None]).sum()
+        if error < best:
+            best, carried = (
+                error,
+                across @ inside.T @ vectors @ (told / (values + penalty)[:, None]),
+            )
+    return np.asarray(mean + carried.T)
 
 
 def own_sd(loadings: Float[np.ndarray, "query factor"]) -> Float[np.ndarray, " query"]:

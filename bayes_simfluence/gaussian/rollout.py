@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from bayes_simfluence.conventions import EMPTY_SLOT
 from bayes_simfluence.gaussian.examples import (
@@ -22,6 +22,7 @@ from bayes_simfluence.gaussian.examples import (
     observed_examples,
     of_examples,
 )
+from bayes_simfluence.gaussian.queries import carried_weights
 from bayes_simfluence.linalg import double_precision
 from bayes_simfluence.model.arrays import RunArrays
 from bayes_simfluence.model.coupling import residual_of, running_mean
@@ -97,17 +98,32 @@ def drawn_residuals(
         scenarios: how many.
     """
     state_key, error_key = jax.random.split(key)
+    observed = observed_examples(model, fitted)
     with double_precision():
         states = drawn_states(
-            model, free, fitted, observed_examples(model, fitted), size, scale, state_key,
-            knots=knots, draws=scenarios,
-        )  # fmt: skip
+            model, free, fitted, observed, size, scale, state_key, knots=knots, draws=scenarios
+        )
+        states = _of_unseen(model, fitted, states, np.asarray(observed.known.any(axis=1)))
     for scenario, own in enumerate(jax.random.split(error_key, scenarios)):
         with double_precision():
             white = jax.random.normal(own, (len(runs.batch), runs.steps + 1, runs.train))
             one = States(states.weights[scenario], states.start[scenario], states.scale)
             found = rolled_out(model, free, one, runs, size, white, knots=knots)
         yield np.asarray(found)
+
+
+def _of_unseen(
+    model: Simfluence, fitted: RunArrays, states: States, seen: Bool[np.ndarray, " train"]
+) -> States:
+    """Examples that no run trained on differ from the others' mean as their features tell."""
+    features = np.asarray(model.prior.alike(fitted.features).train)
+    if seen.all() or not seen.any() or not features.shape[1]:
+        return states
+    weights = np.array(states.weights)
+    known = weights.mean(axis=0)[:, seen]
+    carried = carried_weights(known, features[seen], features[~seen])
+    weights[:, :, ~seen] += carried - known.mean(axis=1, keepdims=True)
+    return states._replace(weights=jnp.asarray(weights))
 
 
 def left_out_residuals(

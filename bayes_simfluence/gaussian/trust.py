@@ -113,7 +113,12 @@ def learned_trust(
 
 
 def _least(squares: list[Float[np.ndarray, "part candidate_or_nothing"]]) -> float:
-    """The least factor that does in all parts, from mean squares of each run; NaN: no such part."""
+    """The least factor that does in all parts, from mean squares of each run; NaN: no such part.
+
+    The largest where no run was left out.
+    """
+    if not squares:
+        return FACTORS[-1]
     of_runs = np.array(squares)
     given, nothing = of_runs[:, :, :-1], of_runs[:, :, -1:]
     # At most one, or no more than when nothing is given.

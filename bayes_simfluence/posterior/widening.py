@@ -72,6 +72,9 @@ def widening_of(runs: xr.Dataset, left_out: xr.Dataset | None) -> Widening:
     linked = _linked(runs["loss"].values, positive)
     with np.errstate(invalid="ignore"):
         change = linked - linked[:, :1]
+    if left_out is not None:
+        # Of the times that the fit looked at alone.
+        change[:, ~np.isin(runs["time"].values, [0, *left_out["time"].values])] = np.nan
     known = np.isfinite(change)
     change = np.where(known, change, 0.0)
     counts = np.maximum(known[:, 1:].sum(axis=(0, 1)), 1)

@@ -33,7 +33,7 @@ from bayes_simfluence.gaussian.fitted import (
     typical_step,
 )
 from bayes_simfluence.gaussian.observed import Deviations, Observed
-from bayes_simfluence.gaussian.queries import carried_loadings, correlation, own_sd
+from bayes_simfluence.gaussian.queries import carried_loadings, carried_weights, correlation, own_sd
 from bayes_simfluence.gaussian.rollout import OF_STATES, SCENARIOS, drawn_residuals
 from bayes_simfluence.gaussian.search import interpolated_inflation, typical
 from bayes_simfluence.gaussian.trust import AS_MODELLED, Trust
@@ -318,12 +318,13 @@ class GaussianSimulator(Simulator):
                 self.model, jnp.asarray(self.free), self.fitted, jnp.asarray(self.rows), knots=knots
             )
         if self.unseen is not None:
-            # Nothing was seen of these queries: the others' mean, with the prior around it.
-            mean = np.asarray(conditioned.mean).mean(axis=1, keepdims=True)
-            conditioned = conditioned._replace(
-                mean=np.broadcast_to(mean, (len(mean), len(self.scale))),
-                gain=np.zeros(conditioned.gain.shape),
+            # Nothing was seen of these queries: what others' say of them, with the prior around it.
+            known = np.asarray(self.fitted.features.query)
+            mean = carried_weights(
+                np.asarray(conditioned.mean), known, np.asarray(self.unseen.query)
             )
+            gain = np.zeros(conditioned.gain.shape)
+            conditioned = conditioned._replace(mean=mean, gain=gain)
         return FittedWeights(conditioned, size, knots)
 
     def _simulated(

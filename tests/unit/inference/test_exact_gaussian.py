@@ -176,6 +176,7 @@ def quietly(runs, **settings):
     return found
 
 
+@pytest.mark.filterwarnings("ignore:.*initial losses:bayes_simfluence.SupportWarning")
 def test_a_constant_loss_gives_finite_results():
     runs = recording()
     runs["loss"].values[..., 1] = 0.5

@@ -146,8 +146,9 @@ def test_scores_are_the_mean_of_effects():
     # Around it effects of the base fall to either side alike: 400 coins, false alarms 1e-4.
     above = float((along > scale).mean())
     assert abs(above - 0.5) < 3.9 * 0.5 / np.sqrt(400)
-    # In units of a base whose scale is drawn anew each time, the scores still show.
-    assert stats.spearmanr(scale.values.ravel(), along.mean("query").values.ravel())[0] > 0.3
+    # In units of a base whose scale is drawn anew each time, the scores still show: 200 pairs.
+    rank = stats.spearmanr(scale.values.ravel(), along.mean("query").values.ravel())[0]
+    assert rank > 3.7 / np.sqrt(200)
 
 
 def test_a_method_without_a_prior_needs_runs():
