@@ -270,10 +270,10 @@ def _say_seen(seen: Mapping[str, list[str]]) -> None:
     """Warn of runs whose twins methods were fitted to."""
     methods = {name: twins for name, twins in seen.items() if twins}
     if methods:
-        twins = next(iter(methods.values()))
+        runs = list(dict.fromkeys(run for twins in methods.values() for run in twins))
         warn(
-            f"Runs {shorten(twins)} have the curricula of fitted runs, whose twins they are, and "
-            f"are not held out ({', '.join(methods)}): leave both of a pair out of the fit.",
+            f"Runs {shorten(runs)} were fitted, or their twins were ({', '.join(methods)}): they are "
+            "not held out. Leave both of a pair out of the fit.",
             RunsWarning,
             stacklevel=3,
         )

@@ -3,8 +3,9 @@
 A training example that was never trained on is one more row of features: its own effect has the
 prior's spread, and what its features say of it is conditioned on as everything else is. A query
 that was never recorded is one more draw from the population of queries: its prior mean follows from
-its features, its weights are centred on the recorded queries' mean with the prior's spread, and the
-spread of its scale is that of the recorded queries' scales.
+its features, its weights are centred on what the recorded queries' say by theirs
+(``gaussian.queries.carried_weights``) with the prior's spread, and the spread of its scale is that
+of the recorded queries' scales.
 """
 
 import jax
