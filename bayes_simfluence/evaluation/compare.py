@@ -272,8 +272,8 @@ def _say_seen(seen: Mapping[str, list[str]]) -> None:
     if methods:
         runs = list(dict.fromkeys(run for twins in methods.values() for run in twins))
         warn(
-            f"Runs {shorten(runs)} were fitted, or their twins were ({', '.join(methods)}): they are "
-            "not held out. Leave both of a pair out of the fit.",
+            f"Runs {shorten(runs)} were fitted, or their twins were ({', '.join(methods)}): they "
+            "are not held out. Leave both of a pair out of the fit.",
             RunsWarning,
             stacklevel=3,
         )

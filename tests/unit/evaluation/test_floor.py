@@ -96,7 +96,7 @@ def test_tables_show_each_mse_over_it(twice, key):
 
 def test_a_table_says_that_twins_of_fitted_runs_are_not_held_out(twice, key):
     methods = {"still": bs.persistence(twice.isel(run=slice(0, 9)))}
-    with pytest.warns(RunsWarning, match=r"Runs 12, 13 have the curricula .* \(still\)"):
+    with pytest.warns(RunsWarning, match=r"Runs 12, 13 were fitted, .* \(still\): they are not"):
         bs.compare(methods, twice.isel(run=slice(9, None)), key=key, draws=4, resamples=10)
 
 
