@@ -87,7 +87,8 @@ def test_scores_are_those_of_the_pilot_run_and_their_cost_is_known(studied):
     # The pilot run is run 0 of the recording, bit for bit, with its weights.
     pilot = bs.open_runs(cell.pilot)
     np.testing.assert_array_equal(pilot["batch"][0], cell.runs["batch"][0])
-    np.testing.assert_array_equal(pilot["loss"][0, [0, -1]], cell.runs["loss"][0, [0, -1]])
+    # The same run, in a program of its own: equal up to rounding.
+    np.testing.assert_allclose(pilot["loss"][0, [0, -1]], cell.runs["loss"][0, [0, -1]], rtol=1e-6)
     pilot = Pilot(task_of(cell.config.record), cell.pilot, 4, 2, cell.key("x"), Silent())
     assert [saved.step for saved in pilot.checkpoints()] == [2, 4]
     assert [saved.step for saved in pilot.checkpoints(1)] == [4]
