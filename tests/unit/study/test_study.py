@@ -84,7 +84,7 @@ def test_scores_are_those_of_the_pilot_run_and_their_cost_is_known(studied):
     assert scores.sizes == {"train": 8, "query": 5}
     outcome = outcome_of(cell.scores("grad-dot"))
     assert outcome.seconds > 0 and outcome.peak_bytes != 0
-    # The pilot run is run 0 of the recording, bit for bit, with its weights.
+    # The pilot run is run 0 of the recording, with its weights.
     pilot = bs.open_runs(cell.pilot)
     np.testing.assert_array_equal(pilot["batch"][0], cell.runs["batch"][0])
     # The same run, in a program of its own: equal up to rounding.
