@@ -100,7 +100,7 @@ def support_of(recorded: Recorded | None, fitted: xr.Dataset, runs: xr.Dataset) 
     1.0
     >>> far = support_of(recorded, fitted, other.assign(step_size=10 * other["step_size"]))
     >>> far.reasons, far.value[0, -1].round(2).item()
-    ([['step size']], 0.15)
+    ([['step size']], 0.09)
     """
     if recorded is None:
         return _of_nothing(runs)
