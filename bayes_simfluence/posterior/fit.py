@@ -90,7 +90,6 @@ def fit(
     checked = None if validation is None else _like(usable_runs(validation), runs)
     fit_key, check_key = jax.random.split(key)
     model, uncoupled = settled_coupling(model, method, runs)
-    _check_link(model, runs)
     recorded = recorded_arrays(runs, model.prior, residuals=model.coupled)
     context = FitContext(
         key=fit_key,
@@ -148,18 +147,6 @@ def _unfitted(runs: xr.Dataset, model: Simfluence, method: Method, *, strict: bo
         runs=runs.isel(run=slice(0, 0)),
         settings={"model": model.as_dict(), **method.as_dict(), "has_prior": False},
     )
-
-
-def _check_link(model: Simfluence, runs: xr.Dataset) -> None:
-    """Raise where losses are below what the link is of."""
-    least = float(np.nanmin(runs["loss"].values))
-    if model.link != "identity" and least < 0:
-        raise Misuse(
-            "runs['loss']",
-            got=f"losses down to {least:.3g}",
-            expected=f"losses of at least 0 for effects on the scale of link={model.link!r}",
-            do="fit Simfluence(link='identity'), or record losses that are not negative",
-        )
 
 
 def _told(verdict: Verdict, *, strict: bool) -> None:

@@ -18,6 +18,7 @@ from bayes_simfluence.gaussian.queries import (
     RIDGE,
     _log_density,
     carried_loadings,
+    carried_weights,
     own_sd,
     query_loadings,
 )
@@ -153,3 +154,16 @@ def test_scales_are_one_for_all_recorded_queries_and_each_new_ones_own(rng, own_
     ]  # fmt: skip
     # Of 4000 independent pairs a correlation is known to 1.6%.
     assert np.corrcoef(np.log(scales))[0, 1] == pytest.approx(float(not own_scales), abs=0.08)
+
+
+def test_weights_follow_features_only_where_they_do():
+    """Ten queries of three features: a drift along them is carried over, noise is not."""
+    rng = np.random.default_rng(0)
+    features, new = rng.normal(size=(10, 3)), rng.normal(size=(4, 3))
+    slope, noise = rng.normal(size=(50, 3)), rng.normal(size=(50, 10))
+    drift = slope @ features.T + 0.01 * noise
+    np.testing.assert_allclose(carried_weights(drift, features, new), slope @ new.T, atol=0.1)
+    mean = noise.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(carried_weights(noise, features, new), mean + np.zeros(4), atol=0.2)
+    nothing = carried_weights(noise, np.zeros((10, 0)), np.zeros((4, 0)))
+    np.testing.assert_allclose(nothing, np.repeat(mean, 4, axis=1))

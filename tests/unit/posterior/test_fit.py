@@ -85,10 +85,3 @@ def test_arguments_of_the_wrong_kind_are_refused(runs, key, settings, match):
 def test_a_class_is_no_method(runs, key):
     with pytest.raises(Misuse, match=r"not a class or a name"):
         unchecked()(runs, method=bs.Ridge, key=key)
-
-
-def test_negative_losses_need_another_link():
-    runs = bs.example_runs().isel(run=slice(0, 2), query=slice(0, 1))
-    lower = runs.assign(loss=runs["loss"] - 5.0)
-    with pytest.raises(bs.Misuse, match=r"losses down to -.*link='log-odds'"):
-        bs.fit(lower, key=jax.random.key(0))
