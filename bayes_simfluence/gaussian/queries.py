@@ -137,19 +137,15 @@ def carried_weights(
     values, vectors = np.linalg.eigh(inside @ inside.T)
     values = np.maximum(values, 0.0)
     told = vectors.T @ (weights - mean).T
-    best, carried = np.inf, np.zeros((len(new), len(weights)))
-    for penalty in (*(values.mean() * PENALTIES), np.inf):
-        if not penalty > 0:
-            continue
-        kept = values / (values + penalty) if np.isfinite(penalty) else np.zeros(len(values))
+
+    def missed(penalty: float) -> float:
+        kept = values / (values + penalty)
         residual = vectors @ ((1.0 - kept)[:, None] * told)
         own = np.einsum("qv,v,qv->q", vectors, kept, vectors) + 1.0 / len(features)
-        error = np.square(residual / np.maximum(1.0 - own, 1e-6)[:, None]).sum()
-        if error < best:
-            best, carried = (
-                error,
-                across @ inside.T @ vectors @ (told / (values + penalty)[:, None]),
-            )
+        return float(np.square(residual / np.maximum(1.0 - own, 1e-6)[:, None]).sum())
+
+    penalty = min((*((values.mean() or 1.0) * PENALTIES), np.inf), key=missed)
+    carried = across @ inside.T @ vectors @ (told / (values + penalty)[:, None])
     return np.asarray(mean + carried.T)
 
 

@@ -54,6 +54,12 @@ def planned_arrays(runs: xr.Dataset, train: np.ndarray, query: np.ndarray) -> Ru
     )
 
 
+def fitted_queries(fitted: xr.Dataset, runs: xr.Dataset) -> Int[np.ndarray, " query"]:
+    """Positions of the queries of ``runs`` among the fitted ones, by id; -1 = not fitted."""
+    place = {str(name): at for at, name in enumerate(fitted["query"].values)}
+    return np.array([place.get(str(name), -1) for name in runs["query"].values])
+
+
 def positions_with_new(
     runs: xr.Dataset, train: np.ndarray
 ) -> tuple[RunArrays, Int[np.ndarray, " new"]]:

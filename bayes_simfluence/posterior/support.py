@@ -13,7 +13,11 @@ from jaxtyping import Float
 
 from bayes_simfluence.checks import Misuse, SupportWarning
 from bayes_simfluence.model.arrays import RunArrays
-from bayes_simfluence.posterior.arrays import positions_with_new, recorded_arrays
+from bayes_simfluence.posterior.arrays import (
+    fitted_queries,
+    positions_with_new,
+    recorded_arrays,
+)
 from bayes_simfluence.posterior.courses import (
     Course,
     Directions,
@@ -119,8 +123,7 @@ def support_of(recorded: Recorded | None, fitted: xr.Dataset, runs: xr.Dataset) 
 
 def _starts(fitted: xr.Dataset, runs: xr.Dataset, steps: int) -> list[Departure]:
     """How far initial losses are from the fitted runs', by queries that both have."""
-    place = {str(name): at for at, name in enumerate(fitted["query"].values)}
-    own = np.array([place.get(str(name), -1) for name in runs["query"].values])
+    own = fitted_queries(fitted, runs)
     loss = np.asarray(fitted["loss"].values[:, :, own[own >= 0]], float)
     if not loss.size:
         return []

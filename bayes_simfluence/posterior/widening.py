@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from bayes_simfluence.gaussian.queries import carried_loadings, own_sd, query_loadings
 from bayes_simfluence.inference.method import sd_of_band
 from bayes_simfluence.model.link import Link, link_of, loss_of
+from bayes_simfluence.posterior.arrays import fitted_queries
 from bayes_simfluence.posterior.support import Recorded, support_of
 from bayes_simfluence.simulators.base import RUN_COUNTS_AS
 
@@ -101,8 +102,7 @@ def _size(
 
 def for_queries(widening: Widening, fitted: xr.Dataset, runs: xr.Dataset) -> Widening:
     """The same of the queries of ``runs``, fitted or not, in their order."""
-    place = {str(name): at for at, name in enumerate(fitted["query"].values)}
-    at = np.array([place.get(str(name), -1) for name in runs["query"].values])
+    at = fitted_queries(fitted, runs)
     old = at >= 0
     others = np.sqrt(np.square(widening.size).mean(axis=1, keepdims=True))
     size = np.where(old, widening.size[:, at], others)

@@ -144,9 +144,8 @@ class GaussianSimulator(Simulator):
         """The draws of ``simulate``, each given what ``runs`` have of losses after time 0.
 
         As far as left-out runs trust it (``gaussian.trust``), else exact for the model at a draw's
-        scale and, where examples are coupled, at its scenario of
-        their residuals: neither scales nor scenarios are weighted by how likely they make what was
-        observed.
+        scale and, where examples are coupled, at its scenario of their residuals: neither scales
+        nor scenarios are weighted by how likely they make what was observed.
         """
         posterior = self._conditioned(runs.steps)
         planned = self._simulated(posterior, runs, key=key, scenarios=min(SCENARIOS, draws))

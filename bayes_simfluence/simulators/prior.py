@@ -15,7 +15,7 @@ from bayes_simfluence.model.arrays import ExampleFeatures, RunArrays
 from bayes_simfluence.model.numpyro_model import Units, prior_sites
 from bayes_simfluence.model.simfluence import Simfluence
 from bayes_simfluence.simulators.base import Named, Simulated, Simulator
-from bayes_simfluence.simulators.sampled import SampledSimulator
+from bayes_simfluence.simulators.sampled import SampledSimulator, unit_arrays, units_of
 
 _prior_sites = partial(jax.jit, static_argnums=0)(prior_sites)
 
@@ -79,12 +79,7 @@ class PriorSimulator(Simulator):
 
     def arrays(self) -> Named:
         """Units of the scales, and features."""
-        return {
-            "reference": (("query",), np.asarray(self.units.reference)),
-            "spread": ((), np.asarray(self.units.spread)),
-            "train_feature": (("train", "feature"), np.asarray(self.features.train)),
-            "query_feature": (("query", "of_query"), np.asarray(self.features.query)),
-        }
+        return unit_arrays(self.units, self.features)
 
     def settings(self) -> dict[str, Any]:
         """The model, and the units of time and step size."""
@@ -99,10 +94,6 @@ class PriorSimulator(Simulator):
         cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
     ) -> "PriorSimulator":
         """From ``arrays()`` and ``settings()``."""
-        with double_precision():
-            features = ExampleFeatures(
-                jnp.asarray(arrays["train_feature"]), jnp.asarray(arrays["query_feature"])
-            )
-            units = Units(jnp.asarray(arrays["reference"]), jnp.asarray(arrays["spread"]))
+        units, features = units_of(arrays)
         model = Simfluence.from_dict(settings["model"])
         return cls(model, units, features, settings["recorded"], settings["largest_step_size"])

@@ -200,10 +200,7 @@ class SampledSimulator(Simulator):
     def arrays(self) -> Named:
         """The draws, with axes named by position."""
         named: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-            "reference": (("query",), np.asarray(self.units.reference)),
-            "spread": ((), np.asarray(self.units.spread)),
-            "train_feature": (("train", "feature"), np.asarray(self.features.train)),
-            "query_feature": (("query", "of_query"), np.asarray(self.features.query)),
+            **unit_arrays(self.units, self.features),
             "missing": (("entry", "axis"), self.missing),
         }
         if self.fitted is not None:
@@ -228,11 +225,7 @@ class SampledSimulator(Simulator):
         cls, arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
     ) -> "SampledSimulator":
         """From ``arrays()`` and ``settings()``."""
-        with double_precision():
-            features = ExampleFeatures(
-                jnp.asarray(arrays["train_feature"]), jnp.asarray(arrays["query_feature"])
-            )
-            units = Units(jnp.asarray(arrays["reference"]), jnp.asarray(arrays["spread"]))
+        units, features = units_of(arrays)
         # Models of version 0.1 were additive.
         model = Simfluence.from_dict({"coupling": "none", **settings["model"]})
         return cls(
@@ -249,6 +242,25 @@ class SampledSimulator(Simulator):
             missing=np.asarray(arrays["missing"], int),
             fitted=_restored(arrays, features) if "residual" in arrays else None,
         )
+
+
+def unit_arrays(units: Units, features: ExampleFeatures) -> Named:
+    """Units of the scales, and features, to be saved; ``units_of`` makes them again."""
+    return {
+        "reference": (("query",), np.asarray(units.reference)),
+        "spread": ((), np.asarray(units.spread)),
+        "train_feature": (("train", "feature"), np.asarray(features.train)),
+        "query_feature": (("query", "of_query"), np.asarray(features.query)),
+    }
+
+
+def units_of(arrays: Mapping[str, np.ndarray]) -> tuple[Units, ExampleFeatures]:
+    """Units and features of ``unit_arrays``."""
+    with double_precision():
+        features = ExampleFeatures(
+            jnp.asarray(arrays["train_feature"]), jnp.asarray(arrays["query_feature"])
+        )
+        return Units(jnp.asarray(arrays["reference"]), jnp.asarray(arrays["spread"])), features
 
 
 def _restored(arrays: Mapping[str, np.ndarray], features: ExampleFeatures) -> RunArrays:

@@ -56,13 +56,20 @@ def judged(example, made):
 
 
 def test_examples_that_act_by_their_residuals_predict_better(example, judged, coupled, additive):
-    """Measured (docs/counterfactuals.md): .23, .03 and .02 of the additive model's MSE."""
+    """Measured (docs/counterfactuals.md): .58, .03 and .03 of the additive model's MSE.
+
+    So it fails on runs like the fitted ones: it held with one fit (.23), before the additive model
+    was pooled as well and before coupled models had a trend.
+    """
     for kind, most in ((example["LIKE"], 0.5), (FAR[0], 0.2), (FAR[1], 0.2)):
         assert judged(coupled, kind)[0] < most * judged(additive, kind)[0], kind
 
 
 def test_far_bands_hold_because_they_widen(example, judged, coupled):
-    """Measured: .93, .93 and .89 with the error that distance adds."""
+    """Measured: .99, .98 and .73 with the error that distance adds; .81, .92 and .40 without.
+
+    So bands without it cover more than is demanded here, and it fails: the pool's are wide.
+    """
     narrow = replace(coupled, widening=None)
     wide = {kind: judged(coupled, kind) for kind in FAR}
     assert all(support < 0.5 for _, _, support in wide.values())
